@@ -1,0 +1,27 @@
+"""Linear layers and embeddings held as matrix product operators, contracted core by core."""
+
+from mpo_kernels import autograd as _autograd  # registers the gradients of the operators
+from mpo_kernels.backends import available_backends, use_backend
+from mpo_kernels.decompose import Decomposition, decompose, reconstruct, round_cores
+from mpo_kernels.embedding import MPOEmbedding
+from mpo_kernels.linear import MPOLinear
+from mpo_kernels.ops import mpo_embedding, mpo_linear
+from mpo_kernels.plan import Plan
+from mpo_kernels.shape import MPOShape
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Decomposition",
+    "MPOEmbedding",
+    "MPOLinear",
+    "MPOShape",
+    "Plan",
+    "available_backends",
+    "decompose",
+    "mpo_embedding",
+    "mpo_linear",
+    "reconstruct",
+    "round_cores",
+    "use_backend",
+]

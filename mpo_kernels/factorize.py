@@ -1,0 +1,77 @@
+"""Choosing factors: the paper's tables, and a balanced choice for any other dimension."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+# Liu et al., ACL 2021 (MPOP), appendix: {(in, out): (in_factors, out_factors)} for five cores.
+PAPER_FACTORS: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
+    (768, 768): ((3, 4, 4, 4, 4), (4, 4, 4, 4, 3)),
+    (768, 3072): ((3, 4, 4, 4, 4), (4, 4, 8, 6, 4)),
+    (3072, 768): ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4)),
+    (1024, 1024): ((4, 4, 4, 4, 4), (4, 4, 4, 4, 4)),
+    (1024, 4096): ((4, 4, 4, 4, 4), (4, 4, 8, 8, 4)),
+    (4096, 1024): ((4, 4, 8, 8, 4), (4, 4, 4, 4, 4)),
+    (30000, 128): ((5, 10, 10, 10, 6), (2, 2, 4, 4, 2)),
+    (30522, 768): ((4, 8, 20, 12, 4), (4, 4, 4, 4, 3)),
+}
+
+# Padding is worth at most this much of a dimension, and is searched over at most this many sizes.
+_MAX_PADDING = 0.05
+_MAX_PADDED_SIZES = 256
+
+
+def _prime_factors(n: int) -> list[int]:
+    primes, p = [], 2
+    while p * p <= n:
+        while n % p == 0:
+            primes.append(p)
+            n //= p
+        p += 1
+    return primes + [n] if n > 1 else primes
+
+
+def _partition(n: int, parts: int) -> list[int]:
+    """Spread the primes of ``n`` over ``parts`` factors, the largest prime to the smallest."""
+    factors = [1] * parts
+    for p in reversed(_prime_factors(n)):
+        factors[factors.index(min(factors))] *= p
+    return factors
+
+
+@lru_cache(maxsize=None)
+def balanced_factors(dimension: int, num_cores: int) -> tuple[int, ...]:
+    """Factors of ``dimension``, or of the nearest larger size that splits evenly.
+
+    Args:
+        dimension: size to factor, at least 1.
+        num_cores: number of factors, at least 1.
+
+    Returns:
+        ``num_cores`` factors, the largest in the middle. Their product is ``dimension`` or, where
+        that has a large prime factor, at most about 5 % more (the rest is zero padding).
+    """
+    even = dimension ** (1 / num_cores)
+    sizes = range(dimension, dimension + min(int(dimension * _MAX_PADDING), _MAX_PADDED_SIZES) + 1)
+
+    def cost(size: int) -> float:
+        # A largest factor twice the even one is worth 3.5 % of padding.
+        return math.log(size) + 0.05 * math.log(max(_partition(size, num_cores)) / even)
+
+    ordered = sorted(_partition(min(sizes, key=cost), num_cores))
+    # Smallest factors at the two ends, so that the middle core is the largest.
+    return tuple(ordered[::2] + ordered[1::2][::-1])
+
+
+def paper_factors(
+    in_features: int, out_features: int, num_cores: int = 5
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """In and out factors of the paper's kind: its own table where it has one, else balanced."""
+    if num_cores == 5 and (in_features, out_features) in PAPER_FACTORS:
+        return PAPER_FACTORS[in_features, out_features]
+    # One side is mirrored so that i_k * j_k is even along the chain.
+    return (
+        balanced_factors(in_features, num_cores),
+        balanced_factors(out_features, num_cores)[::-1],
+    )

@@ -1,0 +1,256 @@
+"""MPOLinear: ``nn.Linear`` whose weight is a matrix product operator, never formed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpo_kernels import backends, ops
+from mpo_kernels.decompose import Decomposition, decompose, reconstruct, round_cores
+from mpo_kernels.plan import Gradients, Plan
+from mpo_kernels.shape import MPOShape
+
+
+class MPOModule(nn.Module):
+    """What layers held as cores share: parameters, freezing, rounding, loading at other ranks.
+
+    Attributes:
+        shape: factors and bonds, kept in step with the cores.
+        cores: ParameterList; core k is ``[D_k, i_k, j_k, D_{k+1}]``.
+    """
+
+    shape: MPOShape
+    cores: nn.ParameterList
+
+    def __init__(
+        self, shape: MPOShape, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        if not isinstance(shape, MPOShape):
+            raise TypeError(f"expected an MPOShape, got {type(shape).__name__}")
+        self.shape = shape
+        self.cores = nn.ParameterList(
+            nn.Parameter(torch.empty(core, device=device, dtype=dtype))
+            for core in shape.core_shapes
+        )
+
+    @property
+    def central(self) -> int:
+        """Index of the central tensor."""
+        return self.shape.central
+
+    def _reset_cores(self, variance: float) -> None:
+        """Normal cores whose product has entries of this variance."""
+        each = (variance / math.prod(self.shape.ranks)) ** (0.5 / self.shape.num_cores)
+        for core in self.cores:
+            nn.init.normal_(core, std=each)
+
+    def freeze_central(self) -> None:
+        """Train only the auxiliary cores (and the bias): no gradient of the centre is computed."""
+        for k, core in enumerate(self.cores):
+            core.requires_grad_(k != self.central)
+
+    def unfreeze(self) -> None:
+        """Train every core."""
+        for core in self.cores:
+            core.requires_grad_(True)
+
+    def round(
+        self,
+        *,
+        max_rank: int | None = None,
+        rel_error: float | None = None,
+        ranks: Iterable[int] | None = None,
+    ) -> Decomposition:
+        """Cut the bonds in place, from canonical form; see :func:`mpo_kernels.round_cores`.
+
+        The parameters stay the same objects, so an optimizer goes on training them; what it
+        remembers of their old size must be dropped (``optimizer.state.pop(parameter)``).
+        """
+        rounded = round_cores(
+            list(self.cores),
+            max_rank=max_rank,
+            rel_error=rel_error,
+            ranks=ranks,
+            in_features=self.shape.in_features,
+            out_features=self.shape.out_features,
+        )
+        self._resize(rounded.shape)
+        for parameter, core in zip(self.cores, rounded.cores, strict=True):
+            parameter.data = core
+        return rounded
+
+    def _resize(self, shape: MPOShape) -> None:
+        for parameter, size in zip(self.cores, shape.core_shapes, strict=True):
+            parameter.data = parameter.data.new_empty(size)
+            parameter.grad = None
+        self.shape = shape
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [f"{prefix}cores.{k}" for k in range(len(self.cores))]
+        loaded = [tuple(state_dict[name].shape) for name in names if name in state_dict]
+        if len(loaded) == len(names) and loaded != list(self.shape.core_shapes):
+            try:
+                self._resize(self._shape_of(loaded))
+            except ValueError as error:
+                # The cores would be half loaded: refuse them all.
+                error_msgs.append(f"{prefix}cores: {error}")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _shape_of(self, core_shapes: Sequence[tuple[int, ...]]) -> MPOShape:
+        """This shape with the bonds of other cores; a ValueError where they do not belong to it."""
+        bonds = tuple(size[-1] for size in core_shapes[:-1] if size)
+        shape = self.shape.with_ranks(bonds)
+        if list(shape.core_shapes) != list(core_shapes):
+            raise ValueError(
+                f"expected cores with factors {self.shape.in_factors} and "
+                f"{self.shape.out_factors}, got shapes {list(core_shapes)}"
+            )
+        return shape
+
+
+class MPOLinear(MPOModule):
+    """Drop-in for ``nn.Linear``: ``[..., in_features] -> [..., out_features]``.
+
+    Equivalent to ``F.linear(x, reconstruct(cores), bias)``, computed from the cores.
+
+    Args:
+        in_features: size of x's last dimension.
+        out_features: size of the output's last dimension.
+        shape: factors and bonds, for these sizes.
+        bias: add a learned bias ``[out_features]``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a shape for other sizes.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        shape: MPOShape,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(shape, device, dtype)
+        if (shape.in_features, shape.out_features) != (in_features, out_features):
+            raise ValueError(
+                f"expected a shape for {in_features} -> {out_features}, "
+                f"got one for {shape.in_features} -> {shape.out_features}"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Entries of W and of the bias with the variance that ``nn.Linear`` starts from."""
+        self._reset_cores(1 / (3 * self.in_features))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        shape: MPOShape | None = None,
+        *,
+        max_rank: int | None = None,
+        rel_error: float | None = None,
+        compression: float | None = None,
+    ) -> MPOLinear:
+        """Decompose a dense layer; exact unless a bound or ``shape.ranks`` cuts.
+
+        Args:
+            linear: not changed; its bias is copied.
+            shape: factors and caps on the bonds; by default five balanced factors at full rank.
+            max_rank, rel_error, compression: see :func:`mpo_kernels.decompose`.
+        """
+        shape = shape or MPOShape.balanced(linear.in_features, linear.out_features)
+        decomposition = decompose(
+            linear.weight, shape, max_rank=max_rank, rel_error=rel_error, compression=compression
+        )
+        return cls.from_decomposition(decomposition, linear.bias)
+
+    @classmethod
+    def from_decomposition(
+        cls, decomposition: Decomposition, bias: Tensor | None = None
+    ) -> MPOLinear:
+        """A layer with the cores of a decomposition and a copy of ``bias [out_features]``."""
+        shape = decomposition.shape
+        layer = cls(shape.in_features, shape.out_features, shape, bias is not None, device="meta")
+        layer.cores = nn.ParameterList(nn.Parameter(core) for core in decomposition.cores)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """Size and dtype of the dense weight ``[out, in]``, on the meta device: it has no values.
+
+        For code that asks ``layer.weight.dtype``; the values are ``to_linear().weight``.
+        """
+        size = (self.out_features, self.in_features)
+        return torch.empty(size, dtype=self.cores[0].dtype, device="meta")
+
+    def _oriented_cores(self) -> list[Tensor]:
+        """The cores as ``[D_k, in_k, out_k, D_{k+1}]``."""
+        return list(self.cores)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in_features] -> [..., out_features]``."""
+        ops.check_input(x, self.in_features)
+        return torch.ops.mpo_kernels.linear(
+            x, self._oriented_cores(), self.bias, self.out_features
+        )
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The dense layer, with a copy of the bias."""
+        weight = reconstruct(
+            self._oriented_cores(), in_features=self.in_features, out_features=self.out_features
+        )
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
+        linear.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear
+
+    def plan(self, rows: int, backward: bool = False) -> Plan:
+        """How ``rows`` rows (the product of x's leading dimensions) are computed, and why.
+
+        ``backward`` plans the pass that forms dx and the gradients of the cores that train.
+        """
+        gradients = Gradients(True, tuple(core.requires_grad for core in self.cores))
+        first, cores = self.cores[0], self._oriented_cores()
+        return backends.selected().plan_for(
+            rows, first.dtype, first.device, cores, gradients if backward else None
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"in_factors={self.shape.in_factors}, out_factors={self.shape.out_factors}, "
+            f"ranks={self.shape.ranks}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,353 @@
+"""Which contraction computes a layer: candidates, their costs, the choice and its explanation.
+
+A candidate is either a *chain* (contiguous groups of cores are merged, then applied to x one after
+the other, from the left or from the right) or *panels* (L · C · R is formed for a few values of
+j_c at a time and used by one GEMM). The cost of each is a list of GEMMs and of bytes moved; the
+plan is a pure function of the core shapes, the row bucket, the dtype and the device's figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+
+CoreShapes = tuple[tuple[int, int, int, int], ...]
+
+# A panel never passes half of W, nor this many bytes; one value of j_c is the floor.
+PANEL_BYTES = 64 * 2**20
+# Panels with strided columns are scattered into y this many rows at a time.
+ROW_BLOCK = 1024
+# A batched product with fewer columns than this is folded into one tall product.
+FOLD_BELOW = 8
+
+
+@dataclass(frozen=True)
+class DeviceFigures:
+    """What a device does in a second, as far as the choice between candidates needs it.
+
+    Attributes:
+        name: device type, for the reader.
+        macs_per_second: multiply-adds of a large GEMM.
+        bytes_per_second: of a large copy, read and write counted.
+        launch_seconds: host time of one library call.
+        block_bytes: intermediates of a chain that stay in cache together.
+    """
+
+    name: str
+    macs_per_second: float
+    bytes_per_second: float
+    launch_seconds: float
+    block_bytes: int
+
+
+@lru_cache(maxsize=None)
+def device_figures(device_type: str, dtype: torch.dtype, threads: int) -> DeviceFigures:
+    """Figures of this kind of device; only their ratios matter for the choice."""
+    if device_type == "cpu":
+        # One AVX-512 core: 30 G MAC/s in fp32, half in fp64.
+        rate = 30e9 * threads * (0.5 if dtype == torch.float64 else 1.0)
+        return DeviceFigures("cpu", rate, 20e9, 5e-6, 2**20 * threads)
+    rate = 25e12 if dtype in (torch.float32, torch.float64) else 350e12
+    return DeviceFigures(device_type, rate, 3e12, 6e-6, 64 * 2**20)
+
+
+@dataclass(frozen=True)
+class Work:
+    """``count`` GEMMs ``[m, k] × [k, n]`` of ``batch`` matrices, and bytes moved beside them."""
+
+    m: int = 0
+    n: int = 0
+    k: int = 0
+    batch: int = 1
+    count: int = 1
+    bytes: int = 0
+
+    @property
+    def macs(self) -> int:
+        return self.m * self.n * self.k * self.batch * self.count
+
+    def seconds(self, figures: DeviceFigures) -> float:
+        seconds = self.count * figures.launch_seconds + self.bytes / figures.bytes_per_second
+        if self.macs:
+            # Short sides leave vector lanes and registers idle.
+            used = math.prod(side / (side + 4) for side in (self.m, self.n, self.k))
+            seconds += self.macs / (figures.macs_per_second * used)
+        return seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A contraction for one shape and row bucket, and what was weighed against it.
+
+    Attributes:
+        algorithm: ``"chain"`` or ``"panels"``.
+        order: ``"left"`` or ``"right"`` (chain: which end goes first), ``"LC"`` or ``"CR"``
+            (panels: which product is formed first).
+        split: where the cores are cut into merged parts, n = 5: (2, 3) is T1T2 | T3 | T4T5.
+        rows: the row bucket planned for, a power of two.
+        block: rows at a time (chain) or values of j_c at a time (panels).
+        macs: multiply-adds of the whole call.
+        bytes: bytes of x, y and cores, and of what passes through memory between.
+        predicted_us: predicted time in microseconds.
+        candidates: every plan that was weighed, the fastest first.
+    """
+
+    algorithm: str
+    order: str
+    split: tuple[int, ...]
+    rows: int
+    block: int
+    macs: int
+    bytes: int
+    predicted_us: float
+    candidates: tuple[Plan, ...] = field(default=(), repr=False, compare=False)
+
+    def __str__(self) -> str:
+        lines = [f"{'algorithm':<10} {'order':<6} {'split':<12} {'block':>6} {'MMAC':>10} {'MB':>8} "
+                 f"{'predicted':>12}   rows ≤ {self.rows}"]
+        for plan in self.candidates[:8]:
+            mark = "  <- chosen" if plan == self else ""
+            lines.append(
+                f"{plan.algorithm:<10} {plan.order:<6} {str(plan.split):<12} {plan.block:>6} "
+                f"{plan.macs / 1e6:>10.2f} {plan.bytes / 1e6:>8.2f} {plan.predicted_us:>9.0f} µs{mark}"
+            )
+        if len(self.candidates) > 8:
+            lines.append(f"… and {len(self.candidates) - 8} slower candidates")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Which gradients a backward pass is asked for."""
+
+    x: bool
+    cores: tuple[bool, ...]
+
+
+def plan_linear(
+    core_shapes: Sequence[Sequence[int]],
+    rows: int,
+    dtype: torch.dtype,
+    figures: DeviceFigures,
+    gradients: Gradients | None = None,
+) -> Plan:
+    """The fastest predicted contraction, forward or (with ``gradients``) backward.
+
+    Args:
+        core_shapes: ``[D_k, i_k, j_k, D_{k+1}]`` of each core.
+        rows: product of x's leading dimensions; planned for the next power of two.
+        dtype: what is computed in.
+        figures: of the device.
+        gradients: what the backward pass must form; ``None`` plans the forward pass.
+    """
+    bucket = 1 << max(rows - 1, 0).bit_length()
+    return _plan(tuple(tuple(s) for s in core_shapes), bucket, dtype, figures, gradients)
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    shapes: CoreShapes,
+    rows: int,
+    dtype: torch.dtype,
+    figures: DeviceFigures,
+    gradients: Gradients | None,
+) -> Plan:
+    candidates = sorted(
+        _candidates(shapes, rows, dtype.itemsize, figures, gradients), key=lambda p: p.predicted_us
+    )
+    return replace(candidates[0], candidates=tuple(candidates))
+
+
+def groups(split: Sequence[int], num_cores: int) -> list[tuple[int, int]]:
+    """The ranges of cores between the cuts of ``split``; panels may have empty ones at the ends."""
+    return list(zip((0, *split), (*split, num_cores), strict=True))
+
+
+def merged_shape(shapes: CoreShapes) -> tuple[int, int, int, int]:
+    """Shape of neighbouring cores contracted into one."""
+    ins, outs = math.prod(s[1] for s in shapes), math.prod(s[2] for s in shapes)
+    return shapes[0][0], ins, outs, shapes[-1][3]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One product of a chain: ``A [m, k] × state [batch, k, n] -> [batch, m, n]`` for each row."""
+
+    part: int
+    m: int
+    n: int
+    k: int
+    batch: int
+
+
+def chain_steps(parts: CoreShapes, order: str) -> list[Step]:
+    """The products of a chain, in the order they are computed.
+
+    From the left the state is [rows, ∏ j done, (D, i), ∏ i to come], from the right
+    [rows, ∏ i to come, (i, D), ∏ j done]: each product lands where the next one reads it, so the
+    batch is never permuted.
+    """
+    steps, indices = [], range(len(parts))
+    for k in indices if order == "left" else reversed(indices):
+        d, i, j, r = parts[k]
+        before = math.prod(p[2 if order == "left" else 1] for p in parts[:k])
+        after = math.prod(p[1 if order == "left" else 2] for p in parts[k + 1 :])
+        m, inner = (j * r, d * i) if order == "left" else (d * j, i * r)
+        steps.append(Step(part=k, m=m, n=after, k=inner, batch=before))
+    return steps
+
+
+def _candidates(
+    shapes: CoreShapes,
+    rows: int,
+    itemsize: int,
+    figures: DeviceFigures,
+    gradients: Gradients | None,
+) -> Iterator[Plan]:
+    n = len(shapes)
+    dense = math.prod(s[1] for s in shapes) * math.prod(s[2] for s in shapes)
+    x_y_cores = Work(
+        count=0,
+        bytes=itemsize
+        * (rows * (math.prod(s[1] for s in shapes) + math.prod(s[2] for s in shapes))
+           + sum(math.prod(s) for s in shapes)),
+    )
+
+    def priced(algorithm: str, order: str, split: tuple[int, ...], block: int, work: list[Work]):
+        work = [x_y_cores, *_merge_work(shapes, split, itemsize, gradients), *work]
+        macs, moved = sum(w.macs for w in work), sum(w.bytes for w in work)
+        seconds = sum(w.seconds(figures) for w in work)
+        return Plan(algorithm, order, split, rows, block, macs, moved, seconds * 1e6)
+
+    def parts_of(split: tuple[int, ...]) -> list | None:
+        """The merged shapes (None for an empty side), or None where one passes half of W."""
+        parts = []
+        for a, b in groups(split, n):
+            part = merged_shape(shapes[a:b]) if a < b else None
+            if b - a > 1 and 2 * math.prod(part) > dense:
+                return None
+            parts.append(part)
+        return parts
+
+    for cuts in range(2 ** (n - 1)):
+        split = tuple(k for k in range(1, n) if cuts >> (k - 1) & 1)
+        if parts := parts_of(split):
+            needs = _part_needs(gradients, split, n)
+            for order in ("left", "right"):
+                block, work = _chain_work(parts, order, rows, itemsize, figures, gradients, needs)
+                yield priced("chain", order, split, block, work)
+    for centre in range(n):
+        split = (centre, centre + 1)
+        if n > 1 and (parts := parts_of(split)):
+            needs = _part_needs(gradients, split, n)
+            for order in ("LC", "CR"):
+                block, work = _panels_work(parts, order, rows, itemsize, gradients, needs)
+                yield priced("panels", order, split, block, work)
+
+
+def _part_needs(gradients: Gradients | None, split: tuple[int, ...], n: int) -> list[bool]:
+    if gradients is None:
+        return [False] * (len(split) + 1)
+    return [any(gradients.cores[a:b]) for a, b in groups(split, n)]
+
+
+def _merge_work(
+    shapes: CoreShapes, split: tuple[int, ...], itemsize: int, gradients: Gradients | None
+) -> list[Work]:
+    work = []
+    for a, b in groups(split, len(shapes)):
+        # A trained part is taken apart again: two products for each that merged it.
+        times = 3 if gradients and any(gradients.cores[a:b]) else 1
+        for k in range(a + 1, b):
+            d, i, j, r = merged_shape(shapes[a:k])
+            _, ik, jk, rk = shapes[k]
+            moved = 2 * d * i * j * ik * jk * rk * itemsize
+            work += [Work(d * i * j, ik * jk * rk, r, count=times), Work(bytes=moved, count=times)]
+    return work
+
+
+def _chain_work(
+    parts: CoreShapes,
+    order: str,
+    rows: int,
+    itemsize: int,
+    figures: DeviceFigures,
+    gradients: Gradients | None,
+    needs: Sequence[bool],
+) -> tuple[int, list[Work]]:
+    steps = chain_steps(parts, order)
+    states = [s.batch * s.m * s.n * itemsize for s in steps]
+    held = sum(states) if gradients else max(a + b for a, b in zip([0, *states], states))
+    block = max(1, min(rows, figures.block_bytes // held))
+    blocks = -(-rows // block)
+    work = []
+
+    def product(m: int, n: int, k: int, batch: int) -> None:
+        per_block = batch * block
+        # A narrow state is transposed to one tall product; the copy is its price.
+        if n < FOLD_BELOW:
+            m, n, k, per_block = per_block * n, m, k, 1
+        work.append(Work(m, n, k, per_block, count=blocks))
+
+    for step in steps[:-1] if gradients else steps:
+        product(step.m, step.n, step.k, step.batch)
+    if gradients:
+        for index, step in enumerate(reversed(steps)):
+            below = [needs[s.part] for s in steps[: len(steps) - 1 - index]]
+            if gradients.x or any(below):
+                product(step.k, step.n, step.m, step.batch)
+            if needs[step.part]:
+                work.append(Work(step.m, step.k, step.batch * block * step.n, count=blocks))
+    return block, work
+
+
+def _panels_work(
+    parts: Sequence[tuple[int, int, int, int] | None],
+    order: str,
+    rows: int,
+    itemsize: int,
+    gradients: Gradients | None,
+    needs: Sequence[bool],
+) -> tuple[int, list[Work]]:
+    (_, il, jl, dl), (_, ic, jc, dr), (_, ir, jr, _) = (
+        parts[0] or (1, 1, 1, 1),
+        parts[1],
+        parts[2] or (1, 1, 1, 1),
+    )
+    assert parts[1] is not None
+    left, right = il * jl, ir * jr
+    slice_size = max(left * ic * right, dl * ic * right if order == "CR" else left * ic * dr)
+    limit = min(left * ic * jc * right // 2, PANEL_BYTES // itemsize)
+    block = max(1, min(jc, limit // slice_size))
+    panels = -(-jc // block)
+    inner = ic * block
+    columns = jl * block * jr
+    if order == "CR":
+        with_left = (left, inner * right, dl) if parts[0] else None
+        with_right = (dl * inner, right, dr) if parts[2] else None
+    else:
+        with_left = (left, inner * dr, dl) if parts[0] else None
+        with_right = (left * inner, right, dr) if parts[2] else None
+    build = [Work(*gemm, count=panels) for gemm in (with_left, with_right) if gemm]
+    # The panel is permuted once, written and read.
+    build.append(Work(count=panels, bytes=panels * 2 * left * inner * right * itemsize))
+    features = il * ic * ir
+    if not gradients:
+        work = [*build, Work(rows, columns, features, count=panels)]
+        if jl > 1:
+            work.append(Work(count=panels, bytes=2 * rows * columns * panels * itemsize))
+        return block, work
+    work = list(build)
+    if jl > 1:
+        work.append(Work(count=panels, bytes=2 * rows * columns * panels * itemsize))
+    if gradients.x:
+        work.append(Work(rows, features, columns, count=panels))
+        work.append(Work(count=0, bytes=2 * rows * features * (panels - 1) * itemsize))
+    if any(needs):
+        work.append(Work(features, columns, rows, count=panels))
+        work.append(Work(count=panels, bytes=panels * 2 * left * inner * right * itemsize))
+    return block, work
