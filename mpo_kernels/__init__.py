@@ -8,10 +8,12 @@ from mpo_kernels.linear import MPOLinear
 from mpo_kernels.ops import mpo_embedding, mpo_linear
 from mpo_kernels.plan import Plan
 from mpo_kernels.shape import MPOShape
+from mpo_kernels.version import __version__
 
-__version__ = "0.1.0"
+
 
 __all__ = [
+    "__version__",
     "Decomposition",
     "MPOEmbedding",
     "MPOLinear",

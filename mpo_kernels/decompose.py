@@ -142,7 +142,7 @@ def decompose(
 
     if compression is not None:
         kept_ranks = _ranks_within(spectra, shape, compression, caps)
-        cores = _truncate(_orthogonalise(cores, 0), kept_ranks, 0.0)[0]
+        cores = _truncate(_orthogonalise(cores, 0), kept_ranks, None)[0]
     cores = _orthogonalise(cores, shape.central)
     error = torch.linalg.norm(merge_cores(cores)[0, :, :, 0] - padded)
     return _decomposition(cores, shape, weight.dtype, error, torch.linalg.norm(work), spectra)
@@ -253,16 +253,16 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left, values, right
 
 
-def _bond_threshold(rel_error: float | None, carrier: Tensor, num_cores: int) -> float:
+def _bond_threshold(rel_error: float | None, carrier: Tensor, num_cores: int) -> float | None:
     """What one bond may discard, as a norm; ``carrier`` has the norm of the whole matrix."""
     if rel_error is None:
-        return 0.0
+        return None
     return rel_error * float(torch.linalg.norm(carrier)) / math.sqrt(max(num_cores - 1, 1))
 
 
-def _tail_rank(values: Tensor, threshold: float) -> int:
+def _tail_rank(values: Tensor, threshold: float | None) -> int:
     """The fewest singular values whose discarded rest has a norm within ``threshold``."""
-    if threshold == 0.0:
+    if threshold is None:
         return len(values)
     tails = values.double().square().flip(0).cumsum(0).sqrt()
     return max(1, len(values) - int((tails <= threshold).sum()))
@@ -271,39 +271,43 @@ def _tail_rank(values: Tensor, threshold: float) -> int:
 def _ranks_within(
     spectra: Sequence[Tensor], shape: MPOShape, compression: float, caps: Sequence[int]
 ) -> tuple[int, ...]:
-    """Drop, one by one, the singular value that costs least λ² a parameter, down to the budget."""
+    """Bonds within a budget: by λ² a parameter, the cheapest go first, the dearest come back."""
     budget = compression * shape.dense_parameters
     sizes = [i * j for i, j in zip(shape.in_factors, shape.out_factors, strict=True)]
     squares = [spectrum.square().tolist() for spectrum in spectra]
-    bonds = [1, *(min(cap, len(s)) for cap, s in zip(caps, spectra, strict=True)), 1]
+    most = [1, *(min(cap, len(s)) for cap, s in zip(caps, spectra, strict=True)), 1]
+    bonds, inner = list(most), range(1, len(sizes))
 
     def parameters() -> int:
         return sum(bonds[k] * sizes[k] * bonds[k + 1] for k in range(len(sizes)))
 
-    excess = parameters() - budget
-    while excess > 0:
-        best, saved = 0, 0
-        least = math.inf
-        for k in range(1, len(sizes)):
-            if bonds[k] > 1:
-                saves = bonds[k - 1] * sizes[k - 1] + sizes[k] * bonds[k + 1]
-                cost = squares[k - 1][bonds[k] - 1] / saves
-                if cost < least:
-                    best, saved, least = k, saves, cost
-        if not best:
+    def price(k: int) -> int:
+        """Parameters that one more value at bond k costs."""
+        return bonds[k - 1] * sizes[k - 1] + sizes[k] * bonds[k + 1]
+
+    while parameters() > budget:
+        shrinkable = [k for k in inner if bonds[k] > 1]
+        if not shrinkable:
             raise ValueError(
                 f"expected a compression of at least {parameters() / shape.dense_parameters:.4g}, "
                 f"all bonds 1 with factors {shape.in_factors} and {shape.out_factors}, "
                 f"got {compression}"
             )
-        bonds[best] -= 1
-        excess -= saved
-    # Shrinking one bond can leave a neighbour above what its own side allows.
-    for k in range(1, len(sizes)):
-        bonds[k] = min(bonds[k], bonds[k - 1] * sizes[k - 1])
-    for k in range(len(sizes) - 1, 0, -1):
-        bonds[k] = min(bonds[k], bonds[k + 1] * sizes[k])
-    return tuple(bonds[1:-1])
+        bonds[min(shrinkable, key=lambda k: squares[k - 1][bonds[k] - 1] / price(k))] -= 1
+    # A bond is at most what the cores on either side of it can carry.
+    for k in (*inner, *reversed(inner)):
+        bonds[k] = min(bonds[k], bonds[k - 1] * sizes[k - 1], bonds[k + 1] * sizes[k])
+    while True:
+        left = budget - parameters()
+        growable = [
+            k
+            for k in inner
+            if price(k) <= left
+            and bonds[k] < min(most[k], bonds[k - 1] * sizes[k - 1], bonds[k + 1] * sizes[k])
+        ]
+        if not growable:
+            return tuple(bonds[1:-1])
+        bonds[max(growable, key=lambda k: squares[k - 1][bonds[k]] / price(k))] += 1
 
 
 def _orthogonalise(cores: Sequence[Tensor], stop: int) -> list[Tensor]:
@@ -318,7 +322,7 @@ def _orthogonalise(cores: Sequence[Tensor], stop: int) -> list[Tensor]:
 
 
 def _truncate(
-    cores: Sequence[Tensor], caps: Sequence[int], threshold: float
+    cores: Sequence[Tensor], caps: Sequence[int], threshold: float | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Cut the bonds left to right from cores whose centre is the first one."""
     cores, spectra = list(cores), []

@@ -89,7 +89,7 @@ class Plan:
             (panels: which product is formed first).
         split: where the cores are cut into merged parts, n = 5: (2, 3) is T1T2 | T3 | T4T5.
         rows: the row bucket planned for, a power of two.
-        block: rows at a time (chain) or values of j_c at a time (panels).
+        block: rows at a time (chain) or values of j_c at a time (panels); 0 where one is too many.
         macs: multiply-adds of the whole call.
         bytes: bytes of x, y and cores, and of what passes through memory between.
         predicted_us: predicted time in microseconds.
@@ -156,9 +156,12 @@ def _plan(
     figures: DeviceFigures,
     gradients: Gradients | None,
 ) -> Plan:
-    candidates = sorted(
-        _candidates(shapes, rows, dtype.itemsize, figures, gradients), key=lambda p: p.predicted_us
-    )
+    candidates = list(_candidates(shapes, rows, dtype.itemsize, figures, gradients))
+    # Only a matrix that no split can keep below half of W, such as one column, is formed whole.
+    candidates = [plan for plan in candidates if plan.block] or [
+        replace(plan, block=1) for plan in candidates
+    ]
+    candidates.sort(key=lambda plan: plan.predicted_us)
     return replace(candidates[0], candidates=tuple(candidates))
 
 
@@ -282,12 +285,19 @@ def _chain_work(
     steps = chain_steps(parts, order)
     states = [s.batch * s.m * s.n * itemsize for s in steps]
     held = sum(states) if gradients else max(a + b for a, b in zip([0, *states], states))
-    block = max(1, min(rows, figures.block_bytes // held))
-    blocks = -(-rows // block)
+    ins, outs = math.prod(p[1] for p in parts), math.prod(p[2] for p in parts)
+    # No state is larger than half of W, or than x or y where those are larger still; the bucket
+    # is less than twice the rows.
+    limit = max(ins * outs // 2, rows // 2 * max(ins, outs)) * itemsize
+    block = min(rows, max(1, figures.block_bytes // held), limit // max(states))
+    # From the right a core is transposed first, which must not copy one as large as W.
+    if order == "right" and any(2 * math.prod(p) > ins * outs and p[1] > 1 < p[2] for p in parts):
+        block = 0
+    blocks = -(-rows // max(block, 1))
     work = []
 
     def product(m: int, n: int, k: int, batch: int) -> None:
-        per_block = batch * block
+        per_block = batch * max(block, 1)
         # A narrow state is transposed to one tall product; the copy is its price.
         if n < FOLD_BELOW:
             m, n, k, per_block = per_block * n, m, k, 1
@@ -301,7 +311,7 @@ def _chain_work(
             if gradients.x or any(below):
                 product(step.k, step.n, step.m, step.batch)
             if needs[step.part]:
-                work.append(Work(step.m, step.k, step.batch * block * step.n, count=blocks))
+                work.append(Work(step.m, step.k, step.batch * max(block, 1) * step.n, count=blocks))
     return block, work
 
 
@@ -322,8 +332,8 @@ def _panels_work(
     left, right = il * jl, ir * jr
     slice_size = max(left * ic * right, dl * ic * right if order == "CR" else left * ic * dr)
     limit = min(left * ic * jc * right // 2, PANEL_BYTES // itemsize)
-    block = max(1, min(jc, limit // slice_size))
-    panels = -(-jc // block)
+    block = min(jc, limit // slice_size)
+    panels = -(-jc // max(block, 1))
     inner = ic * block
     columns = jl * block * jr
     if order == "CR":

@@ -1,0 +1,66 @@
+"""Shapes, generators and tolerances that the tests and the benchmark share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpo_kernels.decompose import merge_cores
+from mpo_kernels.shape import MPOShape
+
+# Odd on purpose: primes, ones, padding on either side, bonds of one, one core, many cores.
+ODD_SHAPES = (
+    MPOShape((7,), (5,)),
+    MPOShape((3, 5), (4, 2), 3),
+    MPOShape((1, 13), (11, 1), 4),
+    MPOShape((13, 1), (1, 11), 4),
+    MPOShape((2, 3, 5), (3, 1, 4), (2, 7)),
+    MPOShape((5, 2, 3), (2, 6, 3), in_features=29, out_features=31),
+    MPOShape((3, 4, 4), (2, 5, 4), (4, 9), in_features=41, out_features=37),
+    MPOShape((2, 2, 3, 2, 2), (2, 3, 2, 1, 2)),
+    MPOShape((2, 1, 2, 3, 1, 2), (1, 3, 2, 1, 2, 1), 1),
+)
+
+
+def random_cores(
+    shape: MPOShape,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """Normal cores whose product has entries of variance 1 / in_features."""
+    variance = 1 / shape.in_features
+    for rank in shape.ranks:
+        variance /= rank
+    scale = variance ** (0.5 / shape.num_cores)
+    return [
+        (torch.randn(size, dtype=torch.float64, generator=generator) * scale).to(device, dtype)
+        for size in shape.core_shapes
+    ]
+
+
+def dense_linear(
+    x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, shape: MPOShape
+) -> Tensor:
+    """The oracle: W formed by plain torch with autograd, then ``F.linear``."""
+    weight = merge_cores(cores)[0, : shape.in_features, : shape.out_features, 0].t()
+    return F.linear(x, weight, bias)
+
+
+@torch.no_grad()
+def relative_error(got: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:
+    """‖got − exact‖ / ‖scale‖ in fp64, by default of ``exact``; NaN where ``got`` has one.
+
+    With the result for the inputs' absolute values as ``scale``, cancellation does not count.
+    """
+    exact = exact.double()
+    norm = torch.linalg.norm(exact if scale is None else scale.double())
+    return float(torch.linalg.norm(got.double() - exact) / norm.clamp_min(1e-300))
+
+
+def tolerance(reference_error: float, dtype: torch.dtype, num_cores: int) -> float:
+    """Twice the error of torch's own, or of one rounding (half a unit) a core and one of the sum."""
+    return 2 * max(reference_error, (num_cores + 1) * torch.finfo(dtype).eps / 2)
