@@ -56,8 +56,9 @@ def balanced_factors(dimension: int, num_cores: int) -> tuple[int, ...]:
     sizes = range(dimension, dimension + min(int(dimension * _MAX_PADDING), _MAX_PADDED_SIZES) + 1)
 
     def cost(size: int) -> float:
-        # A largest factor twice the even one is worth 3.5 % of padding.
-        return math.log(size) + 0.05 * math.log(max(_partition(size, num_cores)) / even)
+        # Any padding is worth 1 %, a largest factor twice the even one 2.8 %.
+        uneven = 0.04 * math.log(max(_partition(size, num_cores)) / even)
+        return math.log(size) + uneven + 0.01 * (size > dimension)
 
     ordered = sorted(_partition(min(sizes, key=cost), num_cores))
     # Smallest factors at the two ends, so that the middle core is the largest.

@@ -323,41 +323,52 @@ def _panels_work(
     gradients: Gradients | None,
     needs: Sequence[bool],
 ) -> tuple[int, list[Work]]:
-    (_, il, jl, dl), (_, ic, jc, dr), (_, ir, jr, _) = (
-        parts[0] or (1, 1, 1, 1),
-        parts[1],
-        parts[2] or (1, 1, 1, 1),
-    )
-    assert parts[1] is not None
+    (_, il, jl, dl), (_, ic, jc, dr), (_, ir, jr, _) = [p or (1, 1, 1, 1) for p in parts]
     left, right = il * jl, ir * jr
-    slice_size = max(left * ic * right, dl * ic * right if order == "CR" else left * ic * dr)
+    # What one j_c takes of the panel, and of the product it is formed from.
+    slice_size = ic * max(left * right, dl * right if order == "CR" else left * dr)
     limit = min(left * ic * jc * right // 2, PANEL_BYTES // itemsize)
     block = min(jc, limit // slice_size)
     panels = -(-jc // max(block, 1))
-    inner = ic * block
-    columns = jl * block * jr
-    if order == "CR":
-        with_left = (left, inner * right, dl) if parts[0] else None
-        with_right = (dl * inner, right, dr) if parts[2] else None
-    else:
-        with_left = (left, inner * dr, dl) if parts[0] else None
-        with_right = (left * inner, right, dr) if parts[2] else None
-    build = [Work(*gemm, count=panels) for gemm in (with_left, with_right) if gemm]
-    # The panel is permuted once, written and read.
-    build.append(Work(count=panels, bytes=panels * 2 * left * inner * right * itemsize))
-    features = il * ic * ir
-    if not gradients:
-        work = [*build, Work(rows, columns, features, count=panels)]
-        if jl > 1:
-            work.append(Work(count=panels, bytes=2 * rows * columns * panels * itemsize))
-        return block, work
-    work = list(build)
+    inner, columns, features = ic * -(-jc // panels), jl * -(-jc // panels) * jr, il * ic * ir
+
+    def product(m: int, n: int, k: int) -> Work:
+        return Work(m, n, k, count=panels)
+
+    def moved(elements: int) -> Work:
+        return Work(bytes=2 * elements * itemsize * panels, count=panels)
+
+    work = []
+    if parts[0]:
+        work.append(product(left, inner * (right if order == "CR" else dr), dl))
+    if parts[2]:
+        work.append(product((dl if order == "CR" else left) * inner, right, dr))
+    work.append(moved(left * inner * right))  # the panel is permuted
     if jl > 1:
-        work.append(Work(count=panels, bytes=2 * rows * columns * panels * itemsize))
+        work.append(moved(rows * columns))  # its columns are scattered into y, gathered from dy
+    if gradients is None:
+        return block, [*work, product(rows, columns, features)]
     if gradients.x:
-        work.append(Work(rows, features, columns, count=panels))
-        work.append(Work(count=0, bytes=2 * rows * features * (panels - 1) * itemsize))
+        work += [product(rows, features, columns), moved(rows * features)]
     if any(needs):
-        work.append(Work(features, columns, rows, count=panels))
-        work.append(Work(count=panels, bytes=panels * 2 * left * inner * right * itemsize))
+        work += [product(features, columns, rows), moved(left * inner * right)]
+    if order == "CR":
+        passed_on, passing = needs[1] or needs[2], product(dl, inner * right, left)
+        projections = [
+            product(left, dl, inner * right),
+            product(dl * inner, dr, right),
+            product(dr, right, dl * inner),
+        ]
+        has_side = parts[0]
+    else:
+        passed_on, passing = needs[0] or needs[1], product(left * inner, dr, right)
+        projections = [
+            product(left, dl, inner * dr),
+            product(dl, inner * dr, left),
+            product(dr, right, left * inner),
+        ]
+        has_side = parts[2]
+    if passed_on and has_side:
+        work.append(passing)
+    work += [projection for projection, need in zip(projections, needs, strict=True) if need]
     return block, work
