@@ -1,6 +1,6 @@
 """Linear layers and embeddings held as matrix product operators, contracted core by core."""
 
-from mpo_kernels import autograd as _autograd  # registers the gradients of the operators
+import mpo_kernels.autograd  # noqa: F401  registers the gradients of the operators
 from mpo_kernels.backends import available_backends, use_backend
 from mpo_kernels.decompose import Decomposition, decompose, reconstruct, round_cores
 from mpo_kernels.embedding import MPOEmbedding
@@ -10,15 +10,13 @@ from mpo_kernels.plan import Plan
 from mpo_kernels.shape import MPOShape
 from mpo_kernels.version import __version__
 
-
-
 __all__ = [
-    "__version__",
     "Decomposition",
     "MPOEmbedding",
     "MPOLinear",
     "MPOShape",
     "Plan",
+    "__version__",
     "available_backends",
     "decompose",
     "mpo_embedding",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def check_cores(cores: Sequence[Tensor]) -> None:
         not shapes
         or any(len(shape) != 4 for shape in shapes)
         or not shapes[0][0] == shapes[-1][3] == 1
-        or any(a[3] != b[0] for a, b in zip(shapes, shapes[1:], strict=False))
+        or any(a[3] != b[0] for a, b in pairwise(shapes))
     ):
         raise ValueError(
             f"expected cores [D_k, i_k, j_k, D_k+1] that chain from 1 to 1, got {shapes}"
@@ -198,7 +199,9 @@ def round_cores(
     )
     norm = torch.linalg.norm(canonical[0])
     centred = _orthogonalise(rounded, shape.central)
-    return _decomposition(centred, shape, dtype, norm.new_tensor(math.sqrt(discarded)), norm, spectra)
+    return _decomposition(
+        centred, shape, dtype, norm.new_tensor(math.sqrt(discarded)), norm, spectra
+    )
 
 
 def _decomposition(
@@ -231,9 +234,7 @@ def _check_weight(weight: Tensor, shape: MPOShape) -> None:
         raise ValueError("expected a finite weight, got NaN or Inf in it")
 
 
-def _check_bounds(
-    max_rank: int | None, rel_error: float | None, compression: float | None
-) -> None:
+def _check_bounds(max_rank: int | None, rel_error: float | None, compression: float | None) -> None:
     if max_rank is not None and (not isinstance(max_rank, int) or max_rank < 1):
         raise ValueError(f"expected max_rank to be an integer of at least 1, got {max_rank!r}")
     if rel_error is not None and not 0 <= rel_error < 1:

@@ -44,7 +44,9 @@ class MPOEmbedding(MPOModule):
                 f"got one for {shape.in_features} × {shape.out_features}"
             )
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(f"expected padding_idx within {num_embeddings} rows, got {padding_idx}")
+            raise ValueError(
+                f"expected padding_idx within {num_embeddings} rows, got {padding_idx}"
+            )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.reset_parameters()
@@ -139,13 +141,14 @@ class MPOEmbedding(MPOModule):
 class MPOTiedLinear(MPOLinear):
     """The transpose of an embedding's table as an output layer, over the embedding's own cores.
 
-    ``shape`` is that of the cores, in = ``num_embeddings``, as the embedding has it.
+    ``shape`` is that of the cores, in = ``num_embeddings``, as the embedding has it, and follows
+    the embedding when that is rounded or loaded.
     """
 
     def __init__(self, embedding: MPOEmbedding, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        self.shape, self.cores = embedding.shape, embedding.cores
+        self._factors, self.cores = embedding._factors, embedding.cores
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(f"expected a bias [{self.out_features}], got {list(bias.shape)}")
         if bias is not None and not isinstance(bias, nn.Parameter):

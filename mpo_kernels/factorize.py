@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 # Liu et al., ACL 2021 (MPOP), appendix: {(in, out): (in_factors, out_factors)} for five cores.
 PAPER_FACTORS: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -29,7 +29,7 @@ def _prime_factors(n: int) -> list[int]:
             primes.append(p)
             n //= p
         p += 1
-    return primes + [n] if n > 1 else primes
+    return [*primes, n] if n > 1 else primes
 
 
 def _partition(n: int, parts: int) -> list[int]:
@@ -40,7 +40,7 @@ def _partition(n: int, parts: int) -> list[int]:
     return factors
 
 
-@lru_cache(maxsize=None)
+@cache
 def balanced_factors(dimension: int, num_cores: int) -> tuple[int, ...]:
     """Factors of ``dimension``, or of the nearest larger size that splits evenly.
 

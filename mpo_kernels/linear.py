@@ -19,11 +19,9 @@ class MPOModule(nn.Module):
     """What layers held as cores share: parameters, freezing, rounding, loading at other ranks.
 
     Attributes:
-        shape: factors and bonds, kept in step with the cores.
         cores: ParameterList; core k is ``[D_k, i_k, j_k, D_{k+1}]``.
     """
 
-    shape: MPOShape
     cores: nn.ParameterList
 
     def __init__(
@@ -32,20 +30,26 @@ class MPOModule(nn.Module):
         super().__init__()
         if not isinstance(shape, MPOShape):
             raise TypeError(f"expected an MPOShape, got {type(shape).__name__}")
-        self.shape = shape
+        self._factors = shape.with_ranks(None)
         self.cores = nn.ParameterList(
             nn.Parameter(torch.empty(core, device=device, dtype=dtype))
             for core in shape.core_shapes
         )
 
     @property
+    def shape(self) -> MPOShape:
+        """Factors, and the bonds that the cores have now."""
+        return self._factors.with_ranks([core.shape[3] for core in list(self.cores)[:-1]])
+
+    @property
     def central(self) -> int:
         """Index of the central tensor."""
-        return self.shape.central
+        return self._factors.central
 
     def _reset_cores(self, variance: float) -> None:
         """Normal cores whose product has entries of this variance."""
-        each = (variance / math.prod(self.shape.ranks)) ** (0.5 / self.shape.num_cores)
+        shape = self.shape
+        each = (variance / math.prod(shape.ranks)) ** (0.5 / shape.num_cores)
         for core in self.cores:
             nn.init.normal_(core, std=each)
 
@@ -79,16 +83,9 @@ class MPOModule(nn.Module):
             in_features=self.shape.in_features,
             out_features=self.shape.out_features,
         )
-        self._resize(rounded.shape)
         for parameter, core in zip(self.cores, rounded.cores, strict=True):
-            parameter.data = core
+            parameter.data, parameter.grad = core, None
         return rounded
-
-    def _resize(self, shape: MPOShape) -> None:
-        for parameter, size in zip(self.cores, shape.core_shapes, strict=True):
-            parameter.data = parameter.data.new_empty(size)
-            parameter.grad = None
-        self.shape = shape
 
     def _load_from_state_dict(
         self,
@@ -104,24 +101,25 @@ class MPOModule(nn.Module):
         loaded = [tuple(state_dict[name].shape) for name in names if name in state_dict]
         if len(loaded) == len(names) and loaded != list(self.shape.core_shapes):
             try:
-                self._resize(self._shape_of(loaded))
+                self._check_belongs(loaded)
             except ValueError as error:
                 # The cores would be half loaded: refuse them all.
                 error_msgs.append(f"{prefix}cores: {error}")
+            else:
+                for parameter, size in zip(self.cores, loaded, strict=True):
+                    parameter.data, parameter.grad = parameter.data.new_empty(size), None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _shape_of(self, core_shapes: Sequence[tuple[int, ...]]) -> MPOShape:
-        """This shape with the bonds of other cores; a ValueError where they do not belong to it."""
-        bonds = tuple(size[-1] for size in core_shapes[:-1] if size)
-        shape = self.shape.with_ranks(bonds)
-        if list(shape.core_shapes) != list(core_shapes):
+    def _check_belongs(self, core_shapes: Sequence[tuple[int, ...]]) -> None:
+        """Raise a ValueError unless these are the shapes of cores with this layer's factors."""
+        bonds = [size[-1] for size in core_shapes[:-1] if size]
+        if list(self._factors.with_ranks(bonds).core_shapes) != list(core_shapes):
             raise ValueError(
-                f"expected cores with factors {self.shape.in_factors} and "
-                f"{self.shape.out_factors}, got shapes {list(core_shapes)}"
+                f"expected cores with factors {self._factors.in_factors} and "
+                f"{self._factors.out_factors}, got shapes {list(core_shapes)}"
             )
-        return shape
 
 
 class MPOLinear(MPOModule):
@@ -221,9 +219,7 @@ class MPOLinear(MPOModule):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features] -> [..., out_features]``."""
         ops.check_input(x, self.in_features)
-        return torch.ops.mpo_kernels.linear(
-            x, self._oriented_cores(), self.bias, self.out_features
-        )
+        return torch.ops.mpo_kernels.linear(x, self._oriented_cores(), self.bias, self.out_features)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""The operators ``mpo_kernels::linear`` and ``::embedding``: schemas, fakes, and every input check."""
+"""The operators ``mpo_kernels::linear`` and ``::embedding``: schemas, fakes, input checks."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def mpo_embedding(
 
     Args:
         ids: ``[...]``, int32 or int64, in [0, num_embeddings).
-        cores: core k ``[D_k, i_k, j_k, D_{k+1}]``: i over the rows of the table, j over its columns.
+        cores: core k ``[D_k, i_k, j_k, D_{k+1}]``, i over the table's rows, j over its columns.
         padding_idx: an id whose occurrences pass no gradient on.
         num_embeddings: true number of rows where the factors are padded; default ∏ i_k.
         embedding_dim: true row length, likewise; default ∏ j_k.

@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 
-CoreShapes = tuple[tuple[int, int, int, int], ...]
+CoreShape: TypeAlias = tuple[int, int, int, int]
+CoreShapes: TypeAlias = Sequence[CoreShape]
 
 # A panel never passes half of W, nor this many bytes; one value of j_c is the floor.
 PANEL_BYTES = 64 * 2**20
@@ -44,7 +47,7 @@ class DeviceFigures:
     block_bytes: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_figures(device_type: str, dtype: torch.dtype, threads: int) -> DeviceFigures:
     """Figures of this kind of device; only their ratios matter for the choice."""
     if device_type == "cpu":
@@ -107,13 +110,16 @@ class Plan:
     candidates: tuple[Plan, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
-        lines = [f"{'algorithm':<10} {'order':<6} {'split':<12} {'block':>6} {'MMAC':>10} {'MB':>8} "
-                 f"{'predicted':>12}   rows ≤ {self.rows}"]
+        lines = [
+            f"{'algorithm':<10} {'order':<6} {'split':<12} {'block':>6} {'MMAC':>10} {'MB':>8} "
+            f"{'predicted':>12}   rows ≤ {self.rows}"
+        ]
         for plan in self.candidates[:8]:
             mark = "  <- chosen" if plan == self else ""
             lines.append(
-                f"{plan.algorithm:<10} {plan.order:<6} {str(plan.split):<12} {plan.block:>6} "
-                f"{plan.macs / 1e6:>10.2f} {plan.bytes / 1e6:>8.2f} {plan.predicted_us:>9.0f} µs{mark}"
+                f"{plan.algorithm:<10} {plan.order:<6} {plan.split!s:<12} {plan.block:>6} "
+                f"{plan.macs / 1e6:>10.2f} {plan.bytes / 1e6:>8.2f} "
+                f"{plan.predicted_us:>9.0f} µs{mark}"
             )
         if len(self.candidates) > 8:
             lines.append(f"… and {len(self.candidates) - 8} slower candidates")
@@ -145,7 +151,9 @@ def plan_linear(
         gradients: what the backward pass must form; ``None`` plans the forward pass.
     """
     bucket = 1 << max(rows - 1, 0).bit_length()
-    return _plan(tuple(tuple(s) for s in core_shapes), bucket, dtype, figures, gradients)
+    return _plan(
+        tuple((d, i, j, r) for d, i, j, r in core_shapes), bucket, dtype, figures, gradients
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -170,8 +178,10 @@ def groups(split: Sequence[int], num_cores: int) -> list[tuple[int, int]]:
     return list(zip((0, *split), (*split, num_cores), strict=True))
 
 
-def merged_shape(shapes: CoreShapes) -> tuple[int, int, int, int]:
-    """Shape of neighbouring cores contracted into one."""
+def merged_shape(shapes: CoreShapes) -> CoreShape:
+    """Shape of neighbouring cores contracted into one; of none, the identity's."""
+    if not shapes:
+        return 1, 1, 1, 1
     ins, outs = math.prod(s[1] for s in shapes), math.prod(s[2] for s in shapes)
     return shapes[0][0], ins, outs, shapes[-1][3]
 
@@ -216,8 +226,10 @@ def _candidates(
     x_y_cores = Work(
         count=0,
         bytes=itemsize
-        * (rows * (math.prod(s[1] for s in shapes) + math.prod(s[2] for s in shapes))
-           + sum(math.prod(s) for s in shapes)),
+        * (
+            rows * (math.prod(s[1] for s in shapes) + math.prod(s[2] for s in shapes))
+            + sum(math.prod(s) for s in shapes)
+        ),
     )
 
     def priced(algorithm: str, order: str, split: tuple[int, ...], block: int, work: list[Work]):
@@ -226,15 +238,11 @@ def _candidates(
         seconds = sum(w.seconds(figures) for w in work)
         return Plan(algorithm, order, split, rows, block, macs, moved, seconds * 1e6)
 
-    def parts_of(split: tuple[int, ...]) -> list | None:
-        """The merged shapes (None for an empty side), or None where one passes half of W."""
-        parts = []
-        for a, b in groups(split, n):
-            part = merged_shape(shapes[a:b]) if a < b else None
-            if b - a > 1 and 2 * math.prod(part) > dense:
-                return None
-            parts.append(part)
-        return parts
+    def parts_of(split: tuple[int, ...]) -> list[CoreShape]:
+        """The merged shapes, or none at all where one would pass half of W."""
+        parts = [(merged_shape(shapes[a:b]), b - a) for a, b in groups(split, n)]
+        fits = all(count < 2 or 2 * math.prod(part) <= dense for part, count in parts)
+        return [part for part, _ in parts] if fits else []
 
     for cuts in range(2 ** (n - 1)):
         split = tuple(k for k in range(1, n) if cuts >> (k - 1) & 1)
@@ -284,7 +292,7 @@ def _chain_work(
 ) -> tuple[int, list[Work]]:
     steps = chain_steps(parts, order)
     states = [s.batch * s.m * s.n * itemsize for s in steps]
-    held = sum(states) if gradients else max(a + b for a, b in zip([0, *states], states))
+    held = sum(states) if gradients else max(a + b for a, b in pairwise([0, *states]))
     ins, outs = math.prod(p[1] for p in parts), math.prod(p[2] for p in parts)
     # No state is larger than half of W, or than x or y where those are larger still; the bucket
     # is less than twice the rows.
@@ -316,15 +324,16 @@ def _chain_work(
 
 
 def _panels_work(
-    parts: Sequence[tuple[int, int, int, int] | None],
+    parts: CoreShapes,
     order: str,
     rows: int,
     itemsize: int,
     gradients: Gradients | None,
     needs: Sequence[bool],
 ) -> tuple[int, list[Work]]:
-    (_, il, jl, dl), (_, ic, jc, dr), (_, ir, jr, _) = [p or (1, 1, 1, 1) for p in parts]
+    (_, il, jl, dl), (_, ic, jc, dr), (_, ir, jr, _) = parts
     left, right = il * jl, ir * jr
+    has_left, has_right = left * dl > 1, right * dr > 1
     # What one j_c takes of the panel, and of the product it is formed from.
     slice_size = ic * max(left * right, dl * right if order == "CR" else left * dr)
     limit = min(left * ic * jc * right // 2, PANEL_BYTES // itemsize)
@@ -339,9 +348,9 @@ def _panels_work(
         return Work(bytes=2 * elements * itemsize * panels, count=panels)
 
     work = []
-    if parts[0]:
+    if has_left:
         work.append(product(left, inner * (right if order == "CR" else dr), dl))
-    if parts[2]:
+    if has_right:
         work.append(product((dl if order == "CR" else left) * inner, right, dr))
     work.append(moved(left * inner * right))  # the panel is permuted
     if jl > 1:
@@ -359,7 +368,7 @@ def _panels_work(
             product(dl * inner, dr, right),
             product(dr, right, dl * inner),
         ]
-        has_side = parts[0]
+        has_side = has_left
     else:
         passed_on, passing = needs[0] or needs[1], product(left * inner, dr, right)
         projections = [
@@ -367,7 +376,7 @@ def _panels_work(
             product(dl, inner * dr, left),
             product(dr, right, left * inner),
         ]
-        has_side = parts[2]
+        has_side = has_right
     if passed_on and has_side:
         work.append(passing)
     work += [projection for projection, need in zip(projections, needs, strict=True) if need]

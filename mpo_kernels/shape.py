@@ -70,7 +70,10 @@ class MPOShape:
         in_features: int | None = None,
         out_features: int | None = None,
     ) -> None:
-        ins, outs = _positive_ints("in_factors", in_factors), _positive_ints("out_factors", out_factors)
+        ins, outs = (
+            _positive_ints("in_factors", in_factors),
+            _positive_ints("out_factors", out_factors),
+        )
         if len(ins) != len(outs) or not ins:
             raise ValueError(
                 f"expected as many in_factors as out_factors, at least one, got {ins} and {outs}"
@@ -108,7 +111,9 @@ class MPOShape:
         ranks: int | Iterable[int] | None = None,
     ) -> MPOShape:
         """Factors as even as the sizes allow (the paper's own table where it has one)."""
-        _positive_ints("in_features, out_features, num_cores", (in_features, out_features, num_cores))
+        _positive_ints(
+            "in_features, out_features, num_cores", (in_features, out_features, num_cores)
+        )
         ins, outs = paper_factors(in_features, out_features, num_cores)
         return cls(ins, outs, ranks, in_features=in_features, out_features=out_features)
 

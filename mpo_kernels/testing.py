@@ -62,5 +62,5 @@ def relative_error(got: Tensor, exact: Tensor, scale: Tensor | None = None) -> f
 
 
 def tolerance(reference_error: float, dtype: torch.dtype, num_cores: int) -> float:
-    """Twice the error of torch's own, or of one rounding (half a unit) a core and one of the sum."""
+    """Twice the error of torch's own, or of one rounding (half a unit) a core and of the sum."""
     return 2 * max(reference_error, (num_cores + 1) * torch.finfo(dtype).eps / 2)

@@ -17,6 +17,7 @@ from mpo_kernels.decompose import merge_cores
 from mpo_kernels.plan import (
     FOLD_BELOW,
     ROW_BLOCK,
+    CoreShapes,
     Gradients,
     Plan,
     chain_steps,
@@ -35,7 +36,7 @@ def plan_for(
 ) -> Plan:
     """The plan for ``x [rows, in]``, forward or (with ``gradients``) backward."""
     figures = device_figures(device.type, dtype, torch.get_num_threads())
-    return plan_linear(tuple(core.shape for core in cores), rows, dtype, figures, gradients)
+    return plan_linear(_shapes(cores), rows, dtype, figures, gradients)
 
 
 def linear(
@@ -64,19 +65,26 @@ def linear_backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """``dx [rows, in]`` and each core's gradient, ``None`` (and not computed) where not asked."""
     if x.shape[0] == 0:
-        empty = [torch.zeros_like(c) if n else None for c, n in zip(cores, gradients.cores)]
+        empty = [
+            torch.zeros_like(core) if need else None
+            for core, need in zip(cores, gradients.cores, strict=True)
+        ]
         return (x.new_empty(x.shape) if gradients.x else None), empty
     plan = plan or plan_for(x.shape[0], x.dtype, x.device, cores, gradients)
     backward = _chain_backward if plan.algorithm == "chain" else _panels_backward
     return backward(grad, x, cores, gradients, plan)
 
 
+def _shapes(cores: Sequence[Tensor]) -> CoreShapes:
+    return [(d, i, j, r) for d, i, j, r in (core.shape for core in cores)]
+
+
 # --- merging cores -------------------------------------------------------------------------------
 
 
-def _merge(cores: Sequence[Tensor], plan: Plan) -> list[Tensor | None]:
-    """The parts between the cuts of the plan; ``None`` for an empty side of a panel."""
-    return [merge_cores(cores[a:b]) if a < b else None for a, b in groups(plan.split, len(cores))]
+def _merge(cores: Sequence[Tensor], plan: Plan) -> list[Tensor]:
+    """The parts between the cuts of the plan."""
+    return [merge_cores(cores[a:b]) for a, b in groups(plan.split, len(cores))]
 
 
 def _unmerge(
@@ -159,11 +167,9 @@ def _padded(block: Tensor, features: int) -> Tensor:
     return padded
 
 
-def _chain(
-    x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan
-) -> None:
+def _chain(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan) -> None:
     parts = _merge(cores, plan)
-    steps = chain_steps([tuple(part.shape) for part in parts], plan.order)
+    steps = chain_steps(_shapes(parts), plan.order)
     matrices = _chain_matrices(parts, plan.order)
     features = math.prod(core.shape[1] for core in cores)
     exact = y.shape[1] == math.prod(core.shape[2] for core in cores)
@@ -184,7 +190,7 @@ def _chain_backward(
     grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients, plan: Plan
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     parts = _merge(cores, plan)
-    steps = chain_steps([tuple(part.shape) for part in parts], plan.order)
+    steps = chain_steps(_shapes(parts), plan.order)
     matrices = _chain_matrices(parts, plan.order)
     needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
     accumulate = torch.promote_types(x.dtype, torch.float32)
@@ -234,7 +240,10 @@ class _Panels:
     """
 
     def __init__(self, cores: Sequence[Tensor], plan: Plan) -> None:
-        self.left, self.centre, self.right = _merge(cores, plan)
+        centre = plan.split[0]
+        self.left = merge_cores(cores[:centre]) if centre else None
+        self.centre = cores[centre]
+        self.right = merge_cores(cores[centre + 1 :]) if centre + 1 < len(cores) else None
         self.order, self.block = plan.order, plan.block
         self.dl, self.ic, self.jc, self.dr = self.centre.shape
         self.il, self.jl = (1, 1) if self.left is None else self.left.shape[1:3]
@@ -246,7 +255,7 @@ class _Panels:
         for start in range(0, self.jc, self.block):
             yield start, min(start + self.block, self.jc)
 
-    def slice(self, start: int, stop: int) -> Tensor:
+    def centre_slice(self, start: int, stop: int) -> Tensor:
         """C_p as ``[D_l, i_c, p, D_r]``, contiguous."""
         return self.centre[:, :, start:stop].contiguous()
 
@@ -320,16 +329,16 @@ class _Panels:
         return gathered.view(shape[0], -1)
 
 
-def _panels(
-    x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan
-) -> None:
+def _panels(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan) -> None:
     panels = _Panels(cores, plan)
     for start, stop in panels.ranges():
-        w, _ = panels.form(panels.slice(start, stop))
+        w, _ = panels.form(panels.centre_slice(start, stop))
         w = w[: x.shape[1]]
-        biases = [None, None] if bias is None else [
-            b for _, b in panels.columns(bias[None], start, stop)
-        ]
+        biases = (
+            [None, None]
+            if bias is None
+            else [b for _, b in panels.columns(bias[None], start, stop)]
+        )
         if panels.jl == 1:
             for (_, view), b in zip(panels.columns(y, start, stop), biases, strict=False):
                 columns = view.squeeze(1)
@@ -354,23 +363,22 @@ def _panels_backward(
     panels = _Panels(cores, plan)
     needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    shapes = (panels.l, panels.centre, panels.r)
     sums = [
-        torch.zeros(part.shape, dtype=accumulate, device=x.device) if need else None
-        for part, need in zip(shapes, needs, strict=True)
+        torch.zeros_like(part, dtype=accumulate) if need and part is not None else None
+        for part, need in zip((panels.l, panels.centre, panels.r), needs, strict=True)
     ]
-    dx = torch.zeros(x.shape, dtype=accumulate, device=x.device) if gradients.x else None
+    dx = torch.empty(x.shape, dtype=accumulate, device=x.device) if gradients.x else None
     padding = panels.il * panels.ic * panels.ir - x.shape[1]
     for start, stop in panels.ranges():
-        c = panels.slice(start, stop)
+        c = panels.centre_slice(start, stop)
         w, inner = panels.form(c)
         d = panels.gather(grad, start, stop)
         if dx is not None:
             w = w[: x.shape[1]].t()
             if dx.dtype == d.dtype:
-                dx.addmm_(d, w)
+                dx.addmm_(d, w, beta=1 if start else 0)
             else:
-                dx += d @ w
+                dx = dx + d @ w if start else (d @ w).to(accumulate)
         if any(needs):
             del w
             g = x.t() @ d
@@ -379,7 +387,7 @@ def _panels_backward(
             of_slice = None if sums[1] is None else sums[1][:, :, start:stop]
             panels.project(g, c, inner, [sums[0], of_slice, sums[2]])
     part_grads = [
-        None if total is None else total.view(part.shape)
+        total.view(part.shape) if total is not None and part is not None else None
         for total, part in zip(sums, (panels.left, panels.centre, panels.right), strict=True)
     ]
     dx = None if dx is None else dx.to(x.dtype)
@@ -487,6 +495,8 @@ def _embedding_step_backward(
         if total is not None:
             total[:, digit] += (state[parents].view(-1, d).t() @ of_product).view(d, j, r)
         if pass_on:
-            of_state = (of_product @ core[:, digit].reshape(d, j * r).t()).view(len(children), -1, d)
+            of_state = (of_product @ core[:, digit].reshape(d, j * r).t()).view(
+                len(children), -1, d
+            )
             before.index_add_(0, parents, of_state)
     return before

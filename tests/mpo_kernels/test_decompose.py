@@ -41,7 +41,9 @@ def test_full_rank_is_exact(shape, dtype):
     assert all(core.dtype == dtype and core.is_contiguous() for core in got.cores)
     assert got.rel_error < (1e-12 if dtype == torch.float64 else 3e-6)
     # Each SVD, and each rounding of a core to its dtype, costs a few units in the last place.
-    assert relative_error(restored(got), weight) < 4 * (shape.num_cores + 1) * torch.finfo(dtype).eps
+    assert (
+        relative_error(restored(got), weight) < 4 * (shape.num_cores + 1) * torch.finfo(dtype).eps
+    )
 
 
 def test_the_centre_carries_the_norm_and_the_others_are_orthogonal():
@@ -78,7 +80,9 @@ def test_low_rank_is_plain_svd():
 @pytest.mark.parametrize("rel_error", [0.0, 0.03, 0.3, 0.8])
 @pytest.mark.parametrize("num_cores", [2, 3, 5])
 def test_rel_error_is_a_bound_split_over_the_bonds(rel_error, num_cores):
-    weight = torch.randn(64, 48, dtype=torch.float64) @ torch.diag(0.8 ** torch.arange(48.0)).double()
+    weight = (
+        torch.randn(64, 48, dtype=torch.float64) @ torch.diag(0.8 ** torch.arange(48.0)).double()
+    )
     got = decompose(weight, MPOShape.balanced(48, 64, num_cores), rel_error=rel_error)
     true = relative_error(restored(got), weight)
     assert true <= max(rel_error, 1e-12)

@@ -115,6 +115,9 @@ def test_the_tied_head_shares_the_cores_and_both_train_them():
     want = loss(lambda ids: F.embedding(ids, weight), lambda x: F.linear(x, weight, bias))
     torch.testing.assert_close(got, torch.autograd.grad(want, dense[0]))
     torch.testing.assert_close(head.to_linear().weight, table.weight, rtol=1e-9, atol=1e-9)
+    layer.round(max_rank=5)
+    assert head.shape == layer.shape and max(head.shape.ranks) == 5
+    torch.testing.assert_close(head.to_linear().weight, layer.to_embedding().weight)
     again = copy.deepcopy(torch.nn.ModuleList([layer, head]))
     assert again[0].cores[2] is again[1].cores[2]
 

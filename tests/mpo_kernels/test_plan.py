@@ -20,7 +20,8 @@ def optimal_macs(shape, rows):
     """Multiply-adds of opt_einsum's optimal pairwise path over x and all cores."""
     n = shape.num_cores
     symbols = [opt_einsum.get_symbol(k) for k in range(3 * n + 2)]
-    row, bonds, ins, outs = symbols[0], symbols[1 : n + 2], symbols[n + 2 : 2 * n + 2], symbols[2 * n + 2 :]
+    row, bonds, factors = symbols[0], symbols[1 : n + 2], symbols[n + 2 :]
+    ins, outs = factors[:n], factors[n:]
     cores = [bonds[k] + ins[k] + outs[k] + bonds[k + 1] for k in range(n)]
     equation = f"{row}{''.join(ins)},{','.join(cores)}->{row}{''.join(outs)}{bonds[0]}{bonds[-1]}"
     _, info = opt_einsum.contract_path(
