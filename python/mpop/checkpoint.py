@@ -1,0 +1,313 @@
+"""Saved MPO models: the transformers hooks that load them, and `save` and `load`."""
+
+from __future__ import annotations
+
+import ctypes
+import fnmatch
+import os
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, get_module_from_name, register_quantizer
+
+from mpop.config import ModuleSpec, MPOConfig
+from mpop.modules import (
+    Names,
+    dense_matrices,
+    describe,
+    empty_mpo,
+    kind_of,
+    module_at,
+    mpo_matrices,
+    mpo_modules,
+    swap,
+    update_ties,
+    weight_of,
+)
+
+
+@register_quantizer("mpo")
+class MPOQuantizer(HfQuantizer):
+    """What `from_pretrained` and `save_pretrained` call for a model with an `MPOConfig`."""
+
+    quantization_config: MPOConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not (self.pre_quantized and self.quantization_config.modules):
+            raise ValueError(
+                "expected a saved MPO model, got a quantization_config without modules: load the "
+                "dense model and call mpop.compress"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        # The model is on meta here, and the files are checked before anything is allocated.
+        _tie(model)
+        specs = self._specs(model)
+        matched = [
+            (names, spec)
+            for names in dense_matrices(model)
+            if (spec := _spec_of(names, specs, model)) is not None
+        ]
+        if not matched:
+            raise ValueError(
+                f"none of the {len(specs)} compressed matrices of this checkpoint, such as "
+                f"{next(iter(specs))!r}, has its place in a {type(model).__name__}"
+            )
+        for names, spec in matched:
+            dense = module_at(model, names[0])
+            expected = (kind_of(dense), *weight_of(dense).shape)
+            found = (spec.kind, spec.shape.out_features, spec.shape.in_features)
+            if found != expected:
+                raise ValueError(
+                    f"{names[0]}: expected (kind, out, in) = {expected} in a "
+                    f"{type(model).__name__}, got {found} in the checkpoint's configuration"
+                )
+            swap(model, names, empty_mpo(dense, spec.shape))
+        update_ties(model)
+        if checkpoint_files is not None:
+            _check_shapes(model, _read_shapes(checkpoint_files))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        specs = self._specs(model)
+        for names in mpo_matrices(model):
+            if (spec := _spec_of(names, specs, model)) is not None and spec.frozen:
+                module_at(model, names[0]).freeze_central()
+        # Cores are plain floating-point parameters, so `.half()` and `.float()` are fine.
+        model.is_quantized = False  # type: ignore[assignment]
+
+    def _specs(self, model: PreTrainedModel) -> dict[str, ModuleSpec]:
+        specs = self.quantization_config.specs()
+        return {_bare(name, model): spec for name, spec in specs.items()}
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        # `save_pretrained` calls this first; ranks may have changed since the model was compressed.
+        model.config.quantization_config = describe(model)
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Let `model.save_pretrained` write a compressed model as an MPO checkpoint."""
+    config = describe(model)
+    model.config.quantization_config = config
+    model.hf_quantizer = MPOQuantizer(config)  # type: ignore[assignment]
+
+
+def _tie(model: PreTrainedModel) -> None:
+    # `from_pretrained` ties after loading, which is too late to tell which modules share cores.
+    for target, source in model.all_tied_weights_keys.items():
+        module, name = get_module_from_name(model, target)
+        setattr(module, name, model.get_parameter_or_buffer(source))
+
+
+def _bare(name: str, model: PreTrainedModel) -> str:
+    # A bare BertModel and a BertForX name their modules alike but for this prefix.
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _spec_of(
+    names: Names, specs: Mapping[str, ModuleSpec], model: PreTrainedModel
+) -> ModuleSpec | None:
+    bare = (_bare(name, model) for name in names)
+    return next((specs[name] for name in bare if name in specs), None)
+
+
+def _read_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, read from the headers alone."""
+    shapes = {}
+    for file in files:
+        if Path(file).suffix != ".safetensors":
+            raise ValueError(f"{file}: expected a safetensors file, pickled weights are refused")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                keys = tensors.keys()
+                shapes.update({key: tuple(tensors.get_slice(key).get_shape()) for key in keys})
+        except SafetensorError as error:
+            raise OSError(f"{file}: not a whole safetensors file ({error})") from error
+    return shapes
+
+
+def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare what the file holds with the cores, and with the rest of the base model."""
+    found = {_bare(key, model): shape for key, shape in shapes.items()}
+    for name, module in mpo_modules(model):
+        name = _bare(name, model)
+        for k, expected in enumerate(module.shape.core_shapes):
+            key = f"{name}.cores.{k}"
+            if key not in found:
+                raise ValueError(f"{key}: missing from the checkpoint")
+            if found[key] != expected:
+                raise ValueError(
+                    f"{key}: expected {list(expected)} by the configuration, "
+                    f"got {list(found[key])} in the file"
+                )
+        if f"{name}.cores.{module.shape.num_cores}" in found:
+            raise ValueError(
+                f"{name}: expected {module.shape.num_cores} cores by the configuration, "
+                "got more in the file"
+            )
+    for key, tensor in model.base_model.state_dict().items():
+        if found.get(key, tensor.shape) != tensor.shape:
+            raise ValueError(f"{key}: expected {list(tensor.shape)}, got {list(found[key])}")
+
+
+def save(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+    """Write a compressed model as a folder with `config.json` and safetensors.
+
+    The folder appears, or takes the place of an older one, in one step: a save that is killed
+    leaves the old checkpoint. Other files of an older folder, such as a tokenizer's, are kept.
+
+    Raises:
+        ValueError: a model without MPO modules.
+        NotADirectoryError: `path` is a file.
+    """
+    if not mpo_matrices(model):
+        raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path}: expected a folder, got a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(new, ignore_errors=True)  # of a killed process with the same number
+    attach(model)
+    try:
+        model.save_pretrained(new)
+        if path.exists():
+            _keep_others(path, new)
+            _exchange(path, new)
+        else:
+            new.rename(path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Link into `new` what `old` holds beside the model."""
+
+    def replaced(folder: str, names: list[str]) -> list[str]:
+        if Path(folder) != old:
+            return []
+        weights = fnmatch.filter(names, "model*.safetensors*")
+        return [name for name in names if name in weights or (new / name).exists()]
+
+    shutil.copytree(
+        old, new, symlinks=True, ignore=replaced, copy_function=_link, dirs_exist_ok=True
+    )
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _exchange(path: Path, new: Path) -> None:
+    """Swap two folders; atomic where the system has `renameat2`."""
+    at_cwd, rename_exchange = -100, 2
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "renameat2"):
+        names = os.fsencode(path), os.fsencode(new)
+        if libc.renameat2(at_cwd, names[0], at_cwd, names[1], rename_exchange) == 0:
+            return
+    old = new.with_suffix(".old")
+    path.rename(old)
+    new.rename(path)
+    old.rename(new)
+
+
+def load(
+    path: str | os.PathLike[str], auto_class: type[Any] | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a saved MPO model, or fail: never with weights that the checkpoint does not hold.
+
+    Args:
+        path: a folder that `save` or `save_pretrained` wrote, or its name on the hub.
+        auto_class: an auto or model class of transformers; default the class that was saved. With
+            a class other than that one, a head the checkpoint lacks is new, and one that the class
+            lacks is left out; the base model still has to be complete.
+        kwargs: for the class's `from_pretrained`; with `output_loading_info`, the result is a pair
+            as it is there.
+
+    Raises:
+        OSError: no such folder, no configuration or weights in it, or a truncated file.
+        ValueError: not an MPO checkpoint, or one of a newer format; weights only as pickles; cores
+            missing or of another shape than configured; other missing or unexpected tensors.
+    """
+    folder = Path(path)
+    if folder.exists() or folder.is_absolute():
+        _check_folder(folder)
+    config, _ = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "mpo":
+        raise ValueError(f"{path}: expected an MPO checkpoint, its configuration names no MPO")
+    architectures = config.architectures or []
+    cls: Any = auto_class
+    if cls is None:
+        cls = getattr(transformers, next(iter(architectures), ""), None)
+        if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+            raise ValueError(
+                f"{path}: expected an architecture of transformers, got {architectures}: "
+                "give auto_class"
+            )
+    allows_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = cls.from_pretrained(
+        path,
+        output_loading_info=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # reported below, in one line
+        **kwargs,
+    )
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if type(model).__name__ not in architectures:
+        missing, unexpected = {key for key in missing if not _is_head(key, model)}, set()
+    _refuse(path, "missing", missing)
+    _refuse(path, "unexpected", unexpected)
+    if not allows_other_sizes:
+        mismatched = {key for key, *_ in info["mismatched_keys"]}
+        _refuse(path, "of another size (ignore_mismatched_sizes=True renews them)", mismatched)
+    return (model, info) if wants_info else model  # type: ignore[return-value]
+
+
+def _is_head(key: str, model: PreTrainedModel) -> bool:
+    prefix = f"{model.base_model_prefix}."
+    return model.base_model is not model and not key.startswith(prefix)
+
+
+def _refuse(path: str | os.PathLike[str], problem: str, keys: Collection[str]) -> None:
+    if keys:
+        shown = ", ".join(sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
+        raise ValueError(f"{path}: {len(keys)} tensors are {problem}: {shown}")
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected a folder with a saved MPO model, found none")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: expected a config.json in it, found none")
+    if not any(path.glob("*.safetensors")):
+        if pickles := sorted(file.name for file in path.glob("*.bin")):
+            raise ValueError(f"{path}: expected safetensors, pickles are refused: {pickles}")
+        raise FileNotFoundError(f"{path}: expected a model.safetensors in it, found none")

@@ -1,0 +1,311 @@
+"""Replacing the matrices of a transformers model by MPOs, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape, decompose
+from mpop.checkpoint import MPOQuantizer, attach
+from mpop.config import CompressionConfig, MatrixConfig, MPOConfig, matches
+from mpop.light import count_parameters
+from mpop.modules import (
+    MPO,
+    Names,
+    dense_matrices,
+    module_at,
+    mpo_matrices,
+    swap,
+    to_dense,
+    update_ties,
+    weight_of,
+)
+
+# Heads of models that are their own base, as a T5ForConditionalGeneration is.
+_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
+# Below this many weights no progress bar is shown: it is done at once.
+_QUICK = 10_000_000
+
+
+@dataclass(frozen=True)
+class CompressionRow:
+    """What became of one matrix; biases are not counted.
+
+    Attributes:
+        name: of the module that holds it, the first where several share it.
+        shape: factors and ranks.
+        rel_error: relative Frobenius error.
+        entropy: of the bonds next to the central core, the larger one, in nats.
+    """
+
+    name: str
+    shape: MPOShape
+    rel_error: float
+    entropy: float
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.shape.ranks
+
+    @property
+    def parameters_before(self) -> int:
+        return self.shape.dense_parameters
+
+    @property
+    def parameters_after(self) -> int:
+        return self.shape.num_parameters
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """One row a matrix, and the parameters of the whole model before and after."""
+
+    rows: tuple[CompressionRow, ...]
+    parameters_before: int
+    parameters_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dictionary."""
+        return {
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "rows": [
+                {
+                    "name": row.name,
+                    "shape": row.shape.to_dict(),
+                    "ranks": list(row.ranks),
+                    "parameters_before": row.parameters_before,
+                    "parameters_after": row.parameters_after,
+                    "rel_error": row.rel_error,
+                    "entropy": row.entropy,
+                }
+                for row in self.rows
+            ],
+        }
+
+    def __str__(self) -> str:
+        columns = ("matrix", "in × out", "ranks", "before", "after", "ratio", "error", "entropy")
+        lines = [
+            (
+                row.name,
+                f"{row.shape.in_features} × {row.shape.out_features}",
+                " ".join(map(str, row.ranks)),
+                *_counts(row.parameters_before, row.parameters_after),
+                f"{row.rel_error:.2g}",
+                f"{row.entropy:.2f}",
+            )
+            for row in self.rows
+        ]
+        before = sum(row.parameters_before for row in self.rows)
+        after = sum(row.parameters_after for row in self.rows)
+        totals = [
+            (f"{len(self.rows)} matrices", "", "", *_counts(before, after), "", ""),
+            (
+                *("whole model", "", ""),
+                *_counts(self.parameters_before, self.parameters_after),
+                *("", ""),
+            ),
+        ]
+        return table(columns, lines, totals)
+
+
+def _counts(before: int, after: int) -> tuple[str, str, str]:
+    return f"{before:,}", f"{after:,}", f"{after / before:.3f}"
+
+
+def table(
+    columns: tuple[str, ...], lines: Iterable[tuple[str, ...]], totals: Iterable[tuple[str, ...]]
+) -> str:
+    """Text in aligned columns, the first to the left and numbers to the right."""
+    lines, totals = list(lines), list(totals)
+    widths = [max(map(len, cells)) for cells in zip(columns, *lines, *totals, strict=True)]
+
+    def text(cells: tuple[str, ...]) -> str:
+        first, *rest = (
+            cell.rjust(width) if k else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join((first, *rest)).rstrip()
+
+    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join(
+        [text(columns), rule, *map(text, lines), *([rule] if totals else []), *map(text, totals)]
+    )
+
+
+class MatrixPlan(NamedTuple):
+    """What is to be done with one matrix."""
+
+    names: Names
+    config: MatrixConfig
+    shape: MPOShape
+
+
+def plan(model: PreTrainedModel, config: CompressionConfig) -> list[MatrixPlan]:
+    """The matrices that `config` selects, each with its shape; all of it checked.
+
+    Raises:
+        ValueError: a pattern that fits no matrix, factors or ranks that do not fit a matrix's
+            size, a compression out of reach, or nothing to compress.
+    """
+    candidates = dense_matrices(model)
+    chosen = _included(model, candidates, config.include)
+    if not config.embeddings:
+        chosen = [names for names in chosen if not _is_embedding(model, names)]
+    for pattern in config.exclude:
+        _check_matches("exclude", pattern, candidates)
+        chosen = [names for names in chosen if not matches(pattern, names)]
+    for pattern in config.overrides:
+        _check_matches("overrides", pattern, chosen)
+    if not chosen:
+        raise ValueError(f"nothing to compress in this {type(model).__name__}")
+    return [_plan_matrix(model, names, config.for_matrix(names)) for names in chosen]
+
+
+def _included(
+    model: PreTrainedModel, candidates: list[Names], include: tuple[str, ...] | None
+) -> list[Names]:
+    if include is None:
+        base = model.base_model
+        inside = set(base.modules())
+        if base is model:
+            inside -= {module for name, module in model.named_children() if name in _HEADS}
+        return [names for names in candidates if module_at(model, names[0]) in inside]
+    for pattern in include:
+        _check_matches("include", pattern, candidates)
+    return [names for names in candidates if any(matches(p, names) for p in include)]
+
+
+def _check_matches(where: str, pattern: str, candidates: list[Names]) -> None:
+    if not any(matches(pattern, names) for names in candidates):
+        example = f", such as {candidates[0][0]!r}" if candidates else ""
+        raise ValueError(
+            f"{where}: expected a pattern that fits the whole name of a matrix{example}, "
+            f"got {pattern!r}, which fits none of {len(candidates)}"
+        )
+
+
+def _is_embedding(model: PreTrainedModel, names: Names) -> bool:
+    return isinstance(module_at(model, names[0]), nn.Embedding)
+
+
+def _plan_matrix(model: PreTrainedModel, names: Names, config: MatrixConfig) -> MatrixPlan:
+    out_features, in_features = weight_of(module_at(model, names[0])).shape
+    try:
+        shape = config.shape(in_features, out_features)
+        least = shape.with_ranks(1).compression
+        if config.compression is not None and config.compression < least:
+            raise ValueError(
+                f"expected a compression of at least {least:.3g}, got {config.compression}"
+            )
+    except ValueError as error:
+        raise ValueError(f"{names[0]}: {error}") from error
+    return MatrixPlan(names, config, shape)
+
+
+def decompose_matrix(model: PreTrainedModel, matrix: MatrixPlan) -> Decomposition:
+    """Decompose one dense matrix as planned; the model stays as it is."""
+    return decompose(
+        weight_of(module_at(model, matrix.names[0])),
+        matrix.shape,
+        rel_error=matrix.config.rel_error,
+        compression=matrix.config.compression,
+    )
+
+
+def compress(model: PreTrainedModel, config: CompressionConfig | None = None) -> CompressionReport:
+    """Replace the matrices of a transformers model by MPOs, in place.
+
+    Linears and Conv1Ds of the base model and the word embeddings are replaced, an output head tied
+    to them as well, and the tie is kept; position and type embeddings and heads are not. One
+    dense matrix at a time is decomposed and freed. Everything is checked before the first.
+
+    Args:
+        model: a model of transformers, in any floating dtype, on any device.
+        config: which matrices and how; default all of them, at full rank.
+
+    Raises:
+        TypeError: another kind of model, or a weight that is not floating-point.
+        ValueError: what `plan` says; weights with NaN or Inf, or on meta; a model that is already
+            compressed or quantized.
+    """
+    config = CompressionConfig() if config is None else config
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    if getattr(model, "hf_quantizer", None) is not None or mpo_matrices(model):
+        raise ValueError("expected a dense model, got one that is already compressed or quantized")
+    matrices = plan(model, config)
+    for matrix in matrices:
+        _check_weight(model, matrix.names[0])
+    before = count_parameters(model).total
+    is_quick = sum(matrix.shape.dense_parameters for matrix in matrices) < _QUICK
+    rows = []
+    try:
+        # `disable=None`: no bar where stderr is not a terminal.
+        for matrix in tqdm(matrices, desc="compress", disable=is_quick or None):
+            rows.append(_compress_matrix(model, matrix))
+    finally:
+        # After an interrupt too, so that the model says truthfully what it holds.
+        if rows:
+            update_ties(model)
+            attach(model)
+    return CompressionReport(tuple(rows), before, count_parameters(model).total)
+
+
+def _check_weight(model: PreTrainedModel, name: str) -> None:
+    weight = module_at(model, name).weight
+    if weight.is_meta:
+        raise ValueError(f"{name}: expected a weight with values, got one on meta")
+    if not weight.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point weight, got {weight.dtype}")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name}: expected a finite weight, got NaN or Inf in it")
+
+
+def _compress_matrix(model: PreTrainedModel, matrix: MatrixPlan) -> CompressionRow:
+    dense = module_at(model, matrix.names[0])
+    decomposition = decompose_matrix(model, matrix)
+    module: MPO
+    if isinstance(dense, nn.Embedding):
+        module = MPOEmbedding.from_decomposition(decomposition, dense.padding_idx)
+    else:
+        module = MPOLinear.from_decomposition(decomposition, dense.bias)
+    module.cores.requires_grad_(dense.weight.requires_grad)
+    swap(model, matrix.names, module)
+    return CompressionRow(
+        matrix.names[0],
+        decomposition.shape,
+        decomposition.rel_error,
+        central_entropy(decomposition),
+    )
+
+
+def central_entropy(decomposition: Decomposition) -> float:
+    """The larger entropy of the bonds on the two sides of the central core, in nats."""
+    centre = decomposition.shape.central
+    return max(decomposition.entropies[max(centre - 1, 0) : centre + 1])
+
+
+def merge(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every MPO by the dense module that it stands for, in place; ties are kept.
+
+    Returns:
+        The same model, which saves as a plain transformers checkpoint.
+
+    Raises:
+        ValueError: a model without MPO modules.
+    """
+    matrices = mpo_matrices(model)
+    if not matrices:
+        raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+    for names in matrices:
+        swap(model, names, to_dense(module_at(model, names[0])))
+    update_ties(model)
+    MPOQuantizer(MPOConfig()).remove_quantization_config(model)
+    return model

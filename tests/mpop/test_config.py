@@ -1,0 +1,40 @@
+"""Configurations that contradict themselves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+import mpop
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_cores": 1}, ValueError, "num_cores.*at least 2, got 1"),
+        ({"num_cores": 2.0}, TypeError, "num_cores.*integer"),
+        ({"num_cores": True}, TypeError, "num_cores.*integer"),
+        ({"ranks": 0}, ValueError, "ranks.*at least 1"),
+        ({"ranks": (4, -1)}, ValueError, "ranks.*at least 1"),
+        ({"ranks": "8"}, TypeError, "ranks"),
+        ({"ranks": 2.5}, TypeError, "ranks"),
+        ({"rel_error": 1.0}, ValueError, "0 <= rel_error < 1"),
+        ({"rel_error": math.nan}, ValueError, "0 <= rel_error < 1"),
+        ({"rel_error": "0.1"}, TypeError, "rel_error.*number"),
+        ({"compression": 0}, ValueError, "compression.*above 0"),
+        ({"compression": True}, TypeError, "compression.*number"),
+        ({"ranks": 4, "compression": 0.5}, ValueError, "at most one"),
+        ({"include": "*.query"}, TypeError, "include.*sequence of patterns"),
+        ({"exclude": [3]}, TypeError, "exclude.*strings"),
+        ({"embeddings": 1}, TypeError, "embeddings"),
+        ({"overrides": ["*"]}, TypeError, "overrides"),
+        ({"overrides": {"*": 4}}, TypeError, "overrides"),
+        ({"overrides": {"*": {"rank": 4}}}, ValueError, r"overrides\['\*'\].*got \['rank'\]"),
+        ({"overrides": {"*": {"ranks": 0}}}, ValueError, r"overrides\['\*'\].*at least 1"),
+        ({"overrides": {"*": {"in_factors": (2, 2)}}}, ValueError, "both in_factors and"),
+    ],
+)
+def test_bad_configurations(options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        mpop.CompressionConfig(**options)

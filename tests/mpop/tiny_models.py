@@ -1,0 +1,98 @@
+"""Small models with random weights, one or two for each architecture that is supported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers as hf
+from torch import Tensor
+
+VOCABULARY = 50
+
+_BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 20,
+}
+_MOBILE = {
+    **_BERT,
+    "embedding_size": 8,
+    "intra_bottleneck_size": 12,
+    "true_hidden_size": 12,
+    "num_feedforward_networks": 2,
+}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 20}
+_DISTILBERT = {
+    "vocab_size": VOCABULARY,
+    "dim": 24,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 48,
+    "max_position_embeddings": 20,
+}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 24,
+    "d_kv": 12,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
+_SMALL = {"embedding_size": 16}
+_PAD = {"pad_token_id": 0}
+
+BUILDERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_BERT)),
+    "bert-mlm": lambda: hf.BertForMaskedLM(hf.BertConfig(**_BERT)),
+    "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**_BERT)),
+    "roberta-mlm": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**_BERT)),
+    "distilbert": lambda: hf.DistilBertForSequenceClassification(
+        hf.DistilBertConfig(**_DISTILBERT)
+    ),
+    "distilbert-mlm": lambda: hf.DistilBertForMaskedLM(hf.DistilBertConfig(**_DISTILBERT)),
+    "albert": lambda: hf.AlbertForSequenceClassification(hf.AlbertConfig(**_BERT, **_SMALL)),
+    "albert-mlm": lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**_BERT, **_SMALL)),
+    "mobilebert": lambda: hf.MobileBertForSequenceClassification(hf.MobileBertConfig(**_MOBILE)),
+    "mobilebert-mlm": lambda: hf.MobileBertForMaskedLM(hf.MobileBertConfig(**_MOBILE)),
+    "electra": lambda: hf.ElectraForSequenceClassification(hf.ElectraConfig(**_BERT, **_SMALL)),
+    "electra-mlm": lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**_BERT, **_SMALL)),
+    "gpt2": lambda: hf.GPT2ForSequenceClassification(hf.GPT2Config(**_GPT2, **_PAD)),
+    "gpt2-lm": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT2)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_BERT, num_key_value_heads=1)),
+    "llama-tied": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(**_BERT, **_PAD, tie_word_embeddings=True)
+    ),
+    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
+    "t5-gated": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(**_T5, feed_forward_proj="gated-gelu")
+    ),
+    "t5-classifier": lambda: hf.T5ForSequenceClassification(hf.T5Config(**_T5)),
+}
+
+
+def build(name: str) -> hf.PreTrainedModel:
+    """A model in evaluation mode, the same at every call, with weights of usual size."""
+    torch.manual_seed(0)
+    model = BUILDERS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(model: hf.PreTrainedModel) -> dict[str, Tensor]:
+    """A batch of two texts that end in token 1, the end of a text in a T5's eyes."""
+    ids = torch.randint(2, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))
+    ids[:, -1] = 1
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    is_generator = isinstance(model, hf.T5ForConditionalGeneration)
+    return {**batch, "decoder_input_ids": ids[:, :5]} if is_generator else batch
+
+
+def logits(model: hf.PreTrainedModel) -> Tensor:
+    return model(**inputs(model)).logits
