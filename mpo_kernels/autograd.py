@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mpo_kernels import ops
+from mpo_kernels.ops import LIBRARY
 
 
 def _scatter(grads: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
@@ -16,44 +18,77 @@ def _scatter(grads: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
     return [next(formed) if need else None for need in wanted]
 
 
-def _setup_linear(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, cores, _, _ = inputs
-    ctx.save_for_backward(x, *cores)
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, bias: Tensor | None, out_features: int, *cores: Tensor) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.mpo_kernels.linear(x, cores, bias, out_features)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, _, _, *cores = inputs
+        ctx.save_for_backward(x, *cores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        need_x, need_bias, _, *need_cores = ctx.needs_input_grad
+        x, *cores = ctx.saved_tensors
+        grads: list[Tensor] = []
+        if need_x or any(need_cores):
+            grads = torch.ops.mpo_kernels.linear_backward(grad, x, cores, need_x, need_cores)
+        dx, *core_grads = _scatter(grads, [need_x, *need_cores])
+        bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+        return dx, bias_grad, None, *core_grads
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
-    need_x, need_cores, need_bias, _ = ctx.needs_input_grad
-    x, *cores = ctx.saved_tensors
-    grads: list[Tensor] = []
-    if need_x or any(need_cores):
-        grads = torch.ops.mpo_kernels.linear_backward(grad, x, cores, need_x, list(need_cores))
-    dx, *core_grads = _scatter(grads, [need_x, *need_cores])
-    bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
-    return dx, core_grads, bias_grad, None
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ids: Tensor, embedding_dim: int, *cores: Tensor) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.mpo_kernels.embedding(ids, cores, embedding_dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ids, _, *cores = inputs
+        ctx.save_for_backward(ids, *cores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        _, _, *need_cores = ctx.needs_input_grad
+        ids, *cores = ctx.saved_tensors
+        grads = torch.ops.mpo_kernels.embedding_backward(grad, ids, cores, need_cores)
+        return None, None, *_scatter(grads, need_cores)
 
 
-def _setup_embedding(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ids, cores, _ = inputs
-    ctx.save_for_backward(ids, *cores)
+# Registered at the Autograd key by hand: torch.library.register_autograd flattens every call's
+# arguments in Python, which costs more than a small layer.
+def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+    if torch.is_grad_enabled():
+        return _Linear.apply(x, bias, out_features, *cores)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mpo_kernels.linear(x, cores, bias, out_features)
 
 
-def _embedding_backward(ctx: Any, grad: Tensor) -> tuple:
-    _, need_cores, _ = ctx.needs_input_grad
-    ids, *cores = ctx.saved_tensors
-    grads = torch.ops.mpo_kernels.embedding_backward(grad, ids, cores, list(need_cores))
-    return None, _scatter(grads, list(need_cores)), None
+def _embedding(ids: Tensor, cores: list[Tensor], embedding_dim: int) -> Tensor:
+    if torch.is_grad_enabled():
+        return _Embedding.apply(ids, embedding_dim, *cores)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mpo_kernels.embedding(ids, cores, embedding_dim)
 
 
-def _once(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("MPO layers are differentiable once, expected no create_graph=True")
+def _below_autograd(name: str) -> Callable[..., Any]:
+    operator = getattr(torch.ops.mpo_kernels, name).default
+
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return call
 
 
-for _name, _backward, _setup in (
-    ("linear", _linear_backward, _setup_linear),
-    ("embedding", _embedding_backward, _setup_embedding),
-    ("linear_backward", _once, None),
-    ("embedding_backward", _once, None),
-):
-    torch.library.register_autograd(
-        f"mpo_kernels::{_name}", _backward, setup_context=_setup, lib=ops._LIBRARY
-    )
+LIBRARY.impl("linear", _linear, "Autograd")
+LIBRARY.impl("embedding", _embedding, "Autograd")
+for name in ("linear_backward", "embedding_backward"):
+    LIBRARY.impl(name, _below_autograd(name), "Autograd")

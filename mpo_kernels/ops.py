@@ -14,14 +14,14 @@ from mpo_kernels.decompose import check_cores
 from mpo_kernels.plan import Gradients
 
 # No default arguments: dispatch strips them, and needs_input_grad comes up short.
-_LIBRARY = torch.library.Library("mpo_kernels", "DEF")
-_LIBRARY.define("linear(Tensor x, Tensor[] cores, Tensor? bias, SymInt out_features) -> Tensor")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("mpo_kernels", "DEF")
+LIBRARY.define("linear(Tensor x, Tensor[] cores, Tensor? bias, SymInt out_features) -> Tensor")
+LIBRARY.define(
     "linear_backward(Tensor grad, Tensor x, Tensor[] cores, bool need_x, bool[] need_cores)"
     " -> Tensor[]"
 )
-_LIBRARY.define("embedding(Tensor ids, Tensor[] cores, SymInt embedding_dim) -> Tensor")
-_LIBRARY.define(
+LIBRARY.define("embedding(Tensor ids, Tensor[] cores, SymInt embedding_dim) -> Tensor")
+LIBRARY.define(
     "embedding_backward(Tensor grad, Tensor ids, Tensor[] cores, bool[] need_cores) -> Tensor[]"
 )
 
@@ -84,8 +84,8 @@ for name, implementation, fake in (
         lambda grad, ids, cores, need_cores: _empty_like_wanted(cores, need_cores),
     ),
 ):
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mpo_kernels::{name}", fake, lib=_LIBRARY)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mpo_kernels::{name}", fake, lib=LIBRARY)
 
 
 def _autocast_to(dtype: torch.dtype, value: Any) -> Any:
@@ -107,7 +107,7 @@ def _register_autocast(name: str, device: str, key: str, casts: bool) -> None:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return operator(*args)
 
-    _LIBRARY.impl(name, call, key)
+    LIBRARY.impl(name, call, key)
 
 
 for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):

@@ -83,6 +83,17 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One product of a chain: ``A [m, k] × state [batch, k, n] -> [batch, m, n]`` for each row."""
+
+    part: int
+    m: int
+    n: int
+    k: int
+    batch: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """A contraction for one shape and row bucket, and what was weighed against it.
 
@@ -96,6 +107,7 @@ class Plan:
         macs: multiply-adds of the whole call.
         bytes: bytes of x, y and cores, and of what passes through memory between.
         predicted_us: predicted time in microseconds.
+        steps: the products of a chain, in order.
         candidates: every plan that was weighed, the fastest first.
     """
 
@@ -107,6 +119,7 @@ class Plan:
     macs: int
     bytes: int
     predicted_us: float
+    steps: tuple[Step, ...] = ()
     candidates: tuple[Plan, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -186,17 +199,6 @@ def merged_shape(shapes: CoreShapes) -> CoreShape:
     return shapes[0][0], ins, outs, shapes[-1][3]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One product of a chain: ``A [m, k] × state [batch, k, n] -> [batch, m, n]`` for each row."""
-
-    part: int
-    m: int
-    n: int
-    k: int
-    batch: int
-
-
 def chain_steps(parts: CoreShapes, order: str) -> list[Step]:
     """The products of a chain, in the order they are computed.
 
@@ -232,11 +234,19 @@ def _candidates(
         ),
     )
 
-    def priced(algorithm: str, order: str, split: tuple[int, ...], block: int, work: list[Work]):
+    def priced(
+        algorithm: str,
+        order: str,
+        split: tuple[int, ...],
+        block: int,
+        work: list[Work],
+        steps: Sequence[Step] = (),
+    ) -> Plan:
         work = [x_y_cores, *_merge_work(shapes, split, itemsize, gradients), *work]
         macs, moved = sum(w.macs for w in work), sum(w.bytes for w in work)
         seconds = sum(w.seconds(figures) for w in work)
-        return Plan(algorithm, order, split, rows, block, macs, moved, seconds * 1e6)
+        us = seconds * 1e6
+        return Plan(algorithm, order, split, rows, block, macs, moved, us, tuple(steps))
 
     def parts_of(split: tuple[int, ...]) -> list[CoreShape]:
         """The merged shapes, or none at all where one would pass half of W."""
@@ -249,8 +259,14 @@ def _candidates(
         if parts := parts_of(split):
             needs = _part_needs(gradients, split, n)
             for order in ("left", "right"):
-                block, work = _chain_work(parts, order, rows, itemsize, figures, gradients, needs)
-                yield priced("chain", order, split, block, work)
+                steps = chain_steps(parts, order)
+                block, work = _chain_work(parts, steps, rows, itemsize, figures, gradients, needs)
+                # From the right a core is transposed first: not one as large as W.
+                if order == "right" and any(
+                    2 * math.prod(p) > dense and p[1] > 1 < p[2] for p in parts
+                ):
+                    block = 0
+                yield priced("chain", order, split, block, work, steps)
     for centre in range(n):
         split = (centre, centre + 1)
         if n > 1 and (parts := parts_of(split)):
@@ -283,14 +299,13 @@ def _merge_work(
 
 def _chain_work(
     parts: CoreShapes,
-    order: str,
+    steps: Sequence[Step],
     rows: int,
     itemsize: int,
     figures: DeviceFigures,
     gradients: Gradients | None,
     needs: Sequence[bool],
 ) -> tuple[int, list[Work]]:
-    steps = chain_steps(parts, order)
     states = [s.batch * s.m * s.n * itemsize for s in steps]
     held = sum(states) if gradients else max(a + b for a, b in pairwise([0, *states]))
     ins, outs = math.prod(p[1] for p in parts), math.prod(p[2] for p in parts)
@@ -298,9 +313,6 @@ def _chain_work(
     # is less than twice the rows.
     limit = max(ins * outs // 2, rows // 2 * max(ins, outs)) * itemsize
     block = min(rows, max(1, figures.block_bytes // held), limit // max(states))
-    # From the right a core is transposed first, which must not copy one as large as W.
-    if order == "right" and any(2 * math.prod(p) > ins * outs and p[1] > 1 < p[2] for p in parts):
-        block = 0
     blocks = -(-rows // max(block, 1))
     work = []
 

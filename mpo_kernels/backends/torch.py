@@ -20,7 +20,6 @@ from mpo_kernels.plan import (
     CoreShapes,
     Gradients,
     Plan,
-    chain_steps,
     device_figures,
     groups,
     plan_linear,
@@ -127,7 +126,7 @@ def _merge_backward(
 
 
 def _chain_matrices(parts: Sequence[Tensor], order: str) -> list[Tensor]:
-    """Each step's ``A [m, k]``, in the order of :func:`chain_steps`."""
+    """Each step's ``A [m, k]``, in the order of ``plan.steps``."""
     if order == "left":
         return [part.reshape(-1, math.prod(part.shape[2:])).t() for part in parts]
     return [
@@ -169,29 +168,26 @@ def _padded(block: Tensor, features: int) -> Tensor:
 
 def _chain(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan) -> None:
     parts = _merge(cores, plan)
-    steps = chain_steps(_shapes(parts), plan.order)
-    matrices = _chain_matrices(parts, plan.order)
+    steps, matrices = plan.steps, _chain_matrices(parts, plan.order)
     features = math.prod(core.shape[1] for core in cores)
     exact = y.shape[1] == math.prod(core.shape[2] for core in cores)
-    for start in range(0, x.shape[0], plan.block):
-        rows = slice(start, min(start + plan.block, x.shape[0]))
-        state = _padded(x[rows], features)
+    for x_block, y_block in zip(x.split(plan.block), y.split(plan.block), strict=True):
+        state = _padded(x_block, features)
         for step, matrix in zip(steps, matrices, strict=True):
             last = step is steps[-1] and exact
-            out = y[rows].view(-1, step.m, step.n) if last else None
+            out = y_block.view(-1, step.m, step.n) if last else None
             state = _apply(matrix, state.view(-1, step.k, step.n), out)
         if not exact:
-            y[rows] = state.view(rows.stop - start, -1)[:, : y.shape[1]]
+            y_block.copy_(state.view(len(x_block), -1)[:, : y.shape[1]])
         if bias is not None:
-            y[rows] += bias
+            y_block.add_(bias)
 
 
 def _chain_backward(
     grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients, plan: Plan
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     parts = _merge(cores, plan)
-    steps = chain_steps(_shapes(parts), plan.order)
-    matrices = _chain_matrices(parts, plan.order)
+    steps, matrices = plan.steps, _chain_matrices(parts, plan.order)
     needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
     accumulate = torch.promote_types(x.dtype, torch.float32)
     sums = [
