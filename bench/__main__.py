@@ -1,0 +1,143 @@
+"""``python -m bench --output bench/results/cpu.json``: every case, every way, about 20 minutes."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from bench import cases, facts, goals, report
+from bench.measure import measure_roofline
+from bench.problem import Problem
+from bench.results import Results
+from bench.run import Record, Settings, expected_seconds, run_point
+from bench.ways import WAYS
+
+THREADS = 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Seconds of samples a way, and in --quick.
+BUDGET, QUICK_BUDGET = 0.3, 0.05
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Times ours against every other way to compute the same layer.",
+        epilog="With no shapes, factorisations or rows: a selection that takes about 20 minutes "
+        "on two CPU cores. Naming any of them takes the whole product of the rest.",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
+    parser.add_argument("--shapes", nargs="+", default=(), metavar="IxJ")
+    parser.add_argument("--factorisations", nargs="+", default=(), metavar="NAME")
+    parser.add_argument("--rows", nargs="+", type=int, default=(), metavar="N")
+    parser.add_argument("--ways", nargs="+", default=(), choices=list(WAYS), metavar="NAME")
+    parser.add_argument("--passes", nargs="+", default=cases.PASSES, choices=cases.PASSES)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--resume", action="store_true", help="keep the records already there")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="short samples; with nothing named, a few cases within a minute",
+    )
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("expected a CUDA device for --device cuda, found none")
+    if any(rows < 1 for rows in options.rows):
+        parser.error(f"expected --rows of at least 1, got {options.rows}")
+    try:
+        options.points = cases.select(
+            options.shapes,
+            options.factorisations,
+            options.rows,
+            cases.QUICK if options.quick else cases.STANDARD,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    torch.set_num_threads(THREADS)
+    roofline = measure_roofline(device, dtype)
+    settings = Settings(
+        device=device,
+        dtype=dtype,
+        ways=tuple(options.ways),
+        budget=QUICK_BUDGET if options.quick else BUDGET,
+        roofline=roofline,
+        memory_cap=facts.memory_bytes(device) // 2,
+    )
+    conditions = {
+        "machine": facts.machine(device),
+        "versions": facts.versions(),
+        "git": facts.commit(),
+        "device": options.device,
+        "dtype": options.dtype,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "bench", *arguments]),
+        "budget_seconds": settings.budget,
+        "roofline": asdict(roofline),
+    }
+    try:
+        results = Results(options.output, conditions, options.resume)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    points = [point for point in options.points if point[1] in options.passes]
+    run(points, settings, results)
+    print(report.goals_table(results.records))
+    missed = [verdict for verdict in goals.evaluate(results.records) if verdict.offenders]
+    print(f"\n{len(results.records)} points in {options.output}; {len(missed)} goals missed.")
+    return 0
+
+
+def run(points: Sequence[cases.Point], settings: Settings, results: Results) -> None:
+    """Measure the points that ``results`` lacks, saying how far it is and how long it will take."""
+    left = {
+        (case, name): expected_seconds(case, name, settings)
+        for case, name in points
+        if not results.has(case.name, name)
+    }
+    start, total, count = time.perf_counter(), sum(left.values()), len(left)
+    print(f"{count} points, about {_clock(total)}", file=sys.stderr)
+    for case, of_case in groupby(list(left), key=lambda point: point[0]):
+        problem = Problem(case.shape, case.rows, settings.device, settings.dtype)
+        for point in of_case:
+            record = run_point(*point, problem, settings)
+            results.add(record)
+            del left[point]
+            gone, rest = time.perf_counter() - start, sum(left.values())
+            print(
+                f"[{count - len(left)}/{count}] {_clock(gone)} gone, "
+                f"{_clock(gone * rest / (total - rest))} left: "
+                f"{case.name} {point[1]}: {_summary(record)}",
+                file=sys.stderr,
+            )
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _summary(record: Record) -> str:
+    return ", ".join(
+        f"{name} {way['median_us'] / 1e3:.3g} ms"
+        if "median_us" in way
+        else f"{name} {way['reason']}"
+        for name, way in record["ways"].items()
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

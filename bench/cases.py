@@ -1,0 +1,151 @@
+"""The cases: layer sizes × factorisations × rows. Pure data, shared by every suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from mpo_kernels import MPOShape
+
+# in_features × out_features; the first two show what a call costs the host.
+SHAPES: dict[str, tuple[int, int]] = {
+    "64x64": (64, 64),
+    "384x384": (384, 384),
+    "768x768": (768, 768),
+    "768x3072": (768, 3072),
+    "3072x768": (3072, 768),
+    "4096x4096": (4096, 4096),
+    "4096x11008": (4096, 11008),
+}
+
+
+def _paper(in_features: int, out_features: int) -> MPOShape:
+    return MPOShape.balanced(in_features, out_features, 5)
+
+
+def _paper_half(in_features: int, out_features: int) -> MPOShape:
+    full = _paper(in_features, out_features)
+    return full.with_ranks([max(1, rank // 2) for rank in full.full_ranks])
+
+
+def _balanced(num_cores: int, rank: int) -> Callable[[int, int], MPOShape]:
+    return lambda ins, outs: MPOShape.balanced(ins, outs, num_cores, rank)
+
+
+def _skewed(rank: int) -> Callable[[int, int], MPOShape]:
+    """In (16, I/16), out (J/16, 16): the cheapest two-core chain at these parameters."""
+    return lambda ins, outs: MPOShape.skewed(ins, outs, 16, outs // 16, rank)
+
+
+FACTORISATIONS: dict[str, Callable[[int, int], MPOShape]] = {
+    "n5-full": _paper,
+    "n5-half": _paper_half,
+    "n3-d64": _balanced(3, 64),
+    "n2-d64": _balanced(2, 64),
+    "n2-d32": _balanced(2, 32),
+    "n2-d16": _balanced(2, 16),
+    "n2-d8": _balanced(2, 8),
+    "n2-d4": _balanced(2, 4),
+    "skew-d64": _skewed(64),
+    "skew-d16": _skewed(16),
+    "lowrank-64": lambda ins, outs: MPOShape.low_rank(ins, outs, 64),
+}
+
+ROWS = (1, 16, 256, 4096)
+PASSES = ("forward", "forward+backward", "light")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer at one number of rows.
+
+    Attributes:
+        size: a key of :data:`SHAPES`.
+        factorisation: a key of :data:`FACTORISATIONS`.
+        rows: product of x's leading dimensions.
+    """
+
+    size: str
+    factorisation: str
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}/{self.factorisation}/{self.rows}"
+
+    @property
+    def shape(self) -> MPOShape:
+        return FACTORISATIONS[self.factorisation](*SHAPES[self.size])
+
+    @property
+    def dense_macs(self) -> int:
+        ins, outs = SHAPES[self.size]
+        return self.rows * ins * outs
+
+
+# A case, and one of PASSES.
+Point = tuple[Case, str]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The product of its lists."""
+
+    sizes: Sequence[str]
+    factorisations: Sequence[str]
+    rows: Sequence[int] = ROWS
+    passes: Sequence[str] = PASSES
+
+    def points(self) -> list[Point]:
+        cases = product(self.sizes, self.factorisations, self.rows)
+        return [(Case(*case), name) for case in cases for name in self.passes]
+
+
+_MAIN = ("n5-full", "n5-half", "n3-d64", "n2-d64", "n2-d16", "skew-d64", "skew-d16", "lowrank-64")
+
+# What fits twenty minutes on two CPU cores; naming sizes, factorisations or rows gets any other.
+STANDARD = (
+    Block(("64x64", "384x384"), ("n2-d16",), (1,)),
+    Block(("768x3072",), _MAIN, (1, 16, 256)),
+    Block(("768x3072",), ("n5-full", "n2-d64", "skew-d16"), (4096,)),
+    Block(("768x768", "3072x768"), ("n5-full", "n5-half", "n2-d64", "skew-d16"), (1, 16, 256)),
+    Block(("768x768",), ("n5-full",), (4096,)),
+    Block(("4096x4096",), ("n5-half", "n2-d32", "n2-d8", "n2-d4", "skew-d16", "lowrank-64"), (1,)),
+    Block(("4096x4096",), ("n3-d64", "n2-d64", "n2-d16", "skew-d64"), (1, 16)),
+    Block(("4096x4096",), ("n2-d64", "n2-d16", "skew-d64"), (256,)),
+    Block(("4096x4096",), ("n2-d64",), (4096,), ("forward",)),
+    Block(("4096x11008",), ("n2-d64", "skew-d16"), (1, 16)),
+    Block(("4096x11008",), ("n2-d64",), (256,), ("forward",)),
+)
+
+QUICK = (
+    Block(("64x64",), ("n2-d16",), (1,)),
+    Block(("768x768",), ("n5-full", "n2-d64"), (1, 256)),
+)
+
+# Compiling takes seconds a graph, and a graph a pass: it is measured at these alone.
+COMPILED = {("64x64", "n2-d16"), *product(("768x3072",), ("n5-full", "n3-d64", "n2-d64"))}
+
+
+def select(
+    sizes: Iterable[str] = (),
+    factorisations: Iterable[str] = (),
+    rows: Iterable[int] = (),
+    blocks: Iterable[Block] = STANDARD,
+) -> list[Point]:
+    """Cases and passes by name, from the whole product; those of ``blocks`` if nothing is named.
+
+    Raises:
+        ValueError: a name that is not in the registry.
+    """
+    sizes, factorisations, rows = tuple(sizes), tuple(factorisations), tuple(rows)
+    for kind, names, known in (
+        ("shapes", sizes, SHAPES),
+        ("factorisations", factorisations, FACTORISATIONS),
+    ):
+        if unknown := set(names) - set(known):
+            raise ValueError(f"expected {kind} of {list(known)}, got {sorted(unknown)}")
+    if sizes or factorisations or rows:
+        blocks = [Block(sizes or tuple(SHAPES), factorisations or _MAIN, rows or ROWS)]
+    return [point for block in blocks for point in block.points()]

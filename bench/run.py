@@ -1,0 +1,249 @@
+"""One point of the benchmark: a case and a pass, every way to compute it, measured together."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.cases import COMPILED, Case
+from bench.measure import MAX_REPEATS, SAMPLE_SECONDS, Roofline, interleave
+from bench.problem import TOLERANCE, Problem, Step
+from bench.ways import WAYS, Way, estimate
+from mpo_kernels import Plan, backends
+from mpo_kernels.plan import Gradients
+
+Record = dict[str, Any]
+
+# A baseline whose call takes longer, and this many times dense's floor, is not timed.
+SLOW_SECONDS, SLOW_FACTOR = 1.5, 8.0
+COMPILE_CAP_SECONDS = 60.0
+# The planner's candidates that are timed: those predicted within this factor of the chosen.
+CANDIDATE_SPAN = 4.0
+# Of those, as many of the fastest are timed a second time, against the chosen.
+FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for a whole run.
+
+    Attributes:
+        ways: names of :data:`WAYS`; empty for all, with ``compiled`` where the registry says.
+        budget: seconds of samples a way, where three calls do not take longer.
+        memory_cap: bytes beyond which a way is skipped.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    ways: tuple[str, ...]
+    budget: float
+    roofline: Roofline
+    memory_cap: int
+
+    def ways_of(self, case: Case) -> list[Way]:
+        compiled = (case.size, case.factorisation) in COMPILED
+        names = self.ways or [n for n in WAYS if n != "compiled" or compiled]
+        return [WAYS[name] for name in names]
+
+
+def run_point(case: Case, name: str, problem: Problem, settings: Settings) -> Record:
+    """Check, measure and time every way at one case in pass ``name``."""
+    shape, training = problem.shape, name != "forward"
+    slow = _slow_seconds(problem, training, settings)
+    ways: dict[str, Record] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for way in settings.ways_of(case):
+        if reason := _too_much(way, problem, training, slow, settings):
+            ways[way.name] = {"status": "skipped", "reason": reason}
+            continue
+        try:
+            step = Step(way, problem, name)
+            ways[way.name] = _prepared(step, slow)
+        except Exception as error:
+            # One way that cannot run must not end the run: its own words are the result.
+            words = f"{type(error).__name__}: {error}".split("\n")[0]
+            ways[way.name] = {"status": "failed", "reason": words[:160]}
+            continue
+        if ways[way.name]["status"] == "ok":
+            calls[way.name] = step
+    for way_name, timing in interleave(calls, settings.budget, settings.device).items():
+        ways[way_name] |= asdict(timing)
+    record: Record = {
+        "case": case.name,
+        "size": case.size,
+        "factorisation": case.factorisation,
+        "rows": case.rows,
+        "pass": name,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "shape": shape.to_dict(),
+        "parameters": shape.num_parameters,
+        "core_bytes": shape.num_parameters * settings.dtype.itemsize,
+        "ways": ways,
+    }
+    plans = _plans(problem, name)
+    record |= _floors(problem, plans, name, settings.roofline)
+    record["plan"] = {kind: _described(plan) for kind, plan in plans.items()}
+    if "ours" in calls:
+        record["planner"] = _planner_check(problem, plans, name, settings)
+    return record
+
+
+def _slow_seconds(problem: Problem, training: bool, settings: Settings) -> float:
+    dense = estimate(WAYS["dense"], problem.shape, problem.rows, problem.dtype.itemsize, training)
+    floor = 1e-6 * settings.roofline.floor_us(dense.macs, dense.bytes)
+    return max(SLOW_SECONDS, SLOW_FACTOR * floor)
+
+
+def _too_much(
+    way: Way, problem: Problem, training: bool, slow: float, settings: Settings
+) -> str | None:
+    """Why a way is not tried, from its estimated needs."""
+    needs = estimate(way, problem.shape, problem.rows, problem.dtype.itemsize, training)
+    if needs.bytes > settings.memory_cap:
+        return f"needs {needs.bytes / 2**30:.0f} GiB"
+    seconds = 1e-6 * settings.roofline.floor_us(needs.macs, 2 * needs.bytes)
+    return f"needs about {seconds:.0f} s a call" if way.path and seconds > slow else None
+
+
+def _prepared(step: Step, slow: float) -> Record:
+    """Compile a step where it compiles, check it and leave it warm: its record so far."""
+    record: Record = {"status": "ok"}
+    if step.way.name == "compiled":
+        start = time.perf_counter()
+        with _time_limit(COMPILE_CAP_SECONDS):
+            step()
+        record["compile_seconds"] = round(time.perf_counter() - start, 2)
+    start = time.perf_counter()
+    error, memory = step.checked()
+    seconds = time.perf_counter() - start
+    record |= {"error": error, **{f"{k}_bytes": v for k, v in asdict(memory).items()}}
+    # Not error > …: a NaN is wrong too.
+    if error is not None and not error <= TOLERANCE[step.problem.dtype]:
+        return record | {"status": "wrong", "reason": f"relative error {error:.0e}"}
+    if step.way.path and seconds > slow:
+        return record | {"status": "skipped", "reason": f"took {seconds:.1f} s in its first call"}
+    return record
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    def expired(*_: Any) -> None:
+        raise TimeoutError(f"more than {seconds:.0f} s to compile")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _gradients(problem: Problem, name: str) -> Gradients:
+    frozen = problem.shape.central if name == "light" else None
+    return Gradients(True, tuple(k != frozen for k in range(problem.shape.num_cores)))
+
+
+def _plans(problem: Problem, name: str) -> dict[str, Plan]:
+    """The plans chosen: of the forward pass and, in training, of the backward pass."""
+    plan = partial(
+        backends.selected().plan_for, problem.rows, problem.dtype, problem.device, problem.cores
+    )
+    plans = {"forward": plan()}
+    if name != "forward":
+        plans["backward"] = plan(_gradients(problem, name))
+    return plans
+
+
+def _described(plan: Plan) -> Record:
+    fields = ("algorithm", "order", "split", "block", "macs", "predicted_us")
+    return {field: getattr(plan, field) for field in fields}
+
+
+def _floors(
+    problem: Problem, plans: dict[str, Plan], name: str, roofline: Roofline
+) -> dict[str, float]:
+    """Microseconds that the MACs of the plan, or what must be read and written once, need.
+
+    That is x, y, the cores and, in training, the gradient of each but a frozen core. Dense's too.
+    """
+    shape, rows, itemsize = problem.shape, problem.rows, problem.dtype.itemsize
+    x_y = rows * (shape.in_features + shape.out_features)
+    formed = dense_formed = 0
+    if name != "forward":
+        sizes = map(math.prod, shape.core_shapes)
+        needs = _gradients(problem, name).cores
+        formed = x_y + sum(size for size, need in zip(sizes, needs, strict=True) if need)
+        dense_formed = x_y + shape.dense_parameters
+    passes = 1 if name == "forward" else 3
+    macs = sum(plan.macs for plan in plans.values())
+    return {
+        "floor_us": roofline.floor_us(macs, itemsize * (x_y + shape.num_parameters + formed)),
+        "dense_floor_us": roofline.floor_us(
+            passes * rows * shape.dense_parameters,
+            itemsize * (x_y + shape.dense_parameters + dense_formed),
+        ),
+    }
+
+
+def _planner_check(
+    problem: Problem, plans: dict[str, Plan], name: str, settings: Settings
+) -> Record:
+    """The candidates near the chosen plan, timed: is the choice the fastest?
+
+    All are screened once; the chosen and the fastest few are then timed against each other, since
+    the least of many noisy figures says little.
+    """
+    backend, gradients = backends.selected(), _gradients(problem, name)
+
+    def call(plan: Plan) -> Callable[[], Any]:
+        if name == "forward":
+            out = problem.shape.out_features
+            return partial(backend.linear, problem.x, problem.cores, problem.bias, out, plan)
+        return partial(
+            backend.linear_backward, problem.dy, problem.x, problem.cores, gradients, plan
+        )
+
+    chosen = plans.get("backward", plans["forward"])
+    limit = CANDIDATE_SPAN * chosen.predicted_us
+    near = [plan for plan in chosen.candidates if plan.predicted_us <= limit]
+    calls = {index: call(plan) for index, plan in enumerate(near)}
+    with torch.no_grad():
+        screened = interleave(calls, settings.budget / 20, settings.device, min_repeats=1)
+        fastest = sorted(calls, key=lambda index: screened[index].median_us)[:FINALISTS]
+        # The chosen is the first candidate.
+        finals = {index: calls[index] for index in {0, *fastest}}
+        timed = interleave(finals, settings.budget, settings.device)
+    best = min(timed, key=lambda index: timed[index].median_us)
+    return {
+        "chosen_over_best": timed[0].median_us / timed[best].median_us,
+        "best": best,
+        "candidates": [
+            _described(plan) | {"median_us": (timed.get(i) or screened[i]).median_us}
+            for i, plan in enumerate(near)
+        ],
+    }
+
+
+def expected_seconds(case: Case, name: str, settings: Settings) -> float:
+    """A guess at what :func:`run_point` takes, from the estimates of its ways."""
+    shape, training, itemsize = case.shape, name != "forward", settings.dtype.itemsize
+    total = 0.0
+    for way in settings.ways_of(case):
+        needs = estimate(way, shape, case.rows, itemsize, training)
+        # Intermediates are written, read and, as often as not, permuted.
+        call = 1.5e-6 * settings.roofline.floor_us(needs.macs, 4 * needs.bytes)
+        samples = max(3 * call, min(settings.budget, MAX_REPEATS * max(call, SAMPLE_SECONDS)))
+        # The planner's check times several plans of about dense's cost.
+        steps = 2 + FINALISTS if way.name == "dense" else 1
+        if way.path is None or call < SLOW_SECONDS:
+            total += steps * (0.03 + 2 * call + samples) + 5.0 * (way.name == "compiled")
+    return total
