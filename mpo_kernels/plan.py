@@ -24,8 +24,6 @@ CoreShapes: TypeAlias = Sequence[CoreShape]
 PANEL_BYTES = 64 * 2**20
 # Panels with strided columns are scattered into y this many rows at a time.
 ROW_BLOCK = 1024
-# A batched product with fewer columns than this is folded into one tall product.
-FOLD_BELOW = 8
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,15 @@ def device_figures(device_type: str, dtype: torch.dtype, threads: int) -> Device
         return DeviceFigures("cpu", rate, 20e9, 5e-6, 2**20 * threads)
     rate = 25e12 if dtype in (torch.float32, torch.float64) else 350e12
     return DeviceFigures(device_type, rate, 3e12, 6e-6, 64 * 2**20)
+
+
+def folds(n: int, matrix_bytes: int) -> bool:
+    """Whether ``A × state [batch, k, n]`` is one tall product, at the price of two transpositions.
+
+    A batched product leaves the vector lanes idle below 8 columns, and reads A anew for each
+    batch: below 64 columns that costs more than the transpositions once A is out of cache.
+    """
+    return 1 < n < (64 if matrix_bytes > 8 * 2**20 else 8)
 
 
 @dataclass(frozen=True)
@@ -318,10 +325,11 @@ def _chain_work(
 
     def product(m: int, n: int, k: int, batch: int) -> None:
         per_block = batch * max(block, 1)
-        # A narrow state is transposed to one tall product; the copy is its price.
-        if n < FOLD_BELOW:
+        moved = 0
+        if n == 1 or folds(n, m * k * itemsize):
+            moved = 0 if n == 1 else 2 * blocks * per_block * n * (m + k) * itemsize
             m, n, k, per_block = per_block * n, m, k, 1
-        work.append(Work(m, n, k, per_block, count=blocks))
+        work.append(Work(m, n, k, per_block, count=blocks, bytes=moved))
 
     for step in steps[:-1] if gradients else steps:
         product(step.m, step.n, step.k, step.batch)

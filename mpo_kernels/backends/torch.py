@@ -15,12 +15,12 @@ from torch import Tensor
 
 from mpo_kernels.decompose import merge_cores
 from mpo_kernels.plan import (
-    FOLD_BELOW,
     ROW_BLOCK,
     CoreShapes,
     Gradients,
     Plan,
     device_figures,
+    folds,
     groups,
     plan_linear,
 )
@@ -141,20 +141,25 @@ def _apply(matrix: Tensor, state: Tensor, out: Tensor | None = None) -> Tensor:
     if n == 1:
         out = None if out is None else out.view(batch, m)
         return torch.mm(state.view(batch, k), matrix.t(), out=out).view(batch, m, 1)
-    if n < FOLD_BELOW:
+    if folds(n, matrix.nbytes):
         folded = state.transpose(1, 2).reshape(batch * n, k) @ matrix.t()
         folded = folded.view(batch, n, m).transpose(1, 2)
         return folded.contiguous() if out is None else out.copy_(folded)
     return torch.bmm(matrix.expand(batch, m, k), state, out=out)
 
 
-def _reduce(grad: Tensor, state: Tensor) -> Tensor:
-    """``Σ_batch grad [batch, m, n] × state [batch, k, n]ᵀ -> [m, k]``."""
-    _, m, n = grad.shape
-    k = state.shape[1]
-    if n == 1:
-        return grad.view(-1, m).t() @ state.view(-1, k)
-    return grad.transpose(1, 2).reshape(-1, m).t() @ state.transpose(1, 2).reshape(-1, k)
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total [m, n] += a [m, k] × b [k, n]``, where ``total`` may be of a wider dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _reduce(a: Tensor, b: Tensor, total: Tensor) -> None:
+    """``total [m, k] += Σ_batch a [batch, m, n] × b [batch, k, n]ᵀ``."""
+    rows_a, rows_b = (t.transpose(1, 2).reshape(-1, t.shape[1]) for t in (a, b))
+    _add_product(total, rows_a.t(), rows_b)
 
 
 def _padded(block: Tensor, features: int) -> Tensor:
@@ -190,9 +195,13 @@ def _chain_backward(
     steps, matrices = plan.steps, _chain_matrices(parts, plan.order)
     needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
     accumulate = torch.promote_types(x.dtype, torch.float32)
+    left = plan.order == "left"
+    # In the layout of the part: [(D i), (j D')] from the left, [(D j), (i D')] from the right.
     sums = [
-        torch.zeros(matrix.shape, dtype=accumulate, device=x.device) if needs[step.part] else None
-        for step, matrix in zip(steps, matrices, strict=True)
+        x.new_zeros((step.k, step.m) if left else (step.m, step.k), dtype=accumulate)
+        if needs[step.part]
+        else None
+        for step in steps
     ]
     # Products below the first one that anything is asked of are not formed.
     last = 0 if gradients.x else min(i for i, total in enumerate(sums) if total is not None)
@@ -209,7 +218,8 @@ def _chain_backward(
             step, total = steps[index], sums[index]
             flow = flow.view(-1, step.m, step.n)
             if total is not None:
-                total += _reduce(flow, states[index].view(-1, step.k, step.n))
+                state = states[index].view(-1, step.k, step.n)
+                _reduce(*((state, flow) if left else (flow, state)), total)
             if index > last or dx is not None:
                 flow = _apply(matrices[index].t(), flow)
         if dx is not None:
@@ -218,10 +228,11 @@ def _chain_backward(
     for step, total in zip(steps, sums, strict=True):
         if total is not None:
             d, i, j, r = parts[step.part].shape
-            if plan.order == "left":
-                part_grads[step.part] = total.t().reshape(d, i, j, r)
-            else:
-                part_grads[step.part] = total.view(d, j, i, r).transpose(1, 2).contiguous()
+            part_grads[step.part] = (
+                total.view(d, i, j, r)
+                if left
+                else total.view(d, j, i, r).transpose(1, 2).contiguous()
+            )
     return dx, _unmerge(cores, plan, part_grads, gradients)
 
 
@@ -270,32 +281,32 @@ class _Panels:
         return w.reshape(self.il * self.ic * self.ir, -1), inner
 
     def project(self, g: Tensor, c: Tensor, inner: Tensor, sums: list[Tensor | None]) -> None:
-        """Add the gradients of L, C_p and R that ``g``, the gradient of a panel, stands for."""
+        """Add to L's and R's gradient, and set C_p's, from ``g``, the gradient of a panel."""
         p = c.shape[2]
         g = g.view(self.il, self.ic, self.ir, self.jl, p, self.jr).permute(0, 3, 1, 4, 2, 5)
         dl, dc, dr = sums
         if self.order == "CR":
             g = g.reshape(self.il * self.jl, -1)
             if dl is not None:
-                dl += g @ inner.t()
+                _add_product(dl, g, inner.t())
             if dc is None and dr is None:
                 return
             lg = (g if self.l is None else self.l.t() @ g).view(self.dl * self.ic * p, -1)
             if dr is not None:
-                dr += c.view(-1, self.dr).t() @ lg
+                _add_product(dr, c.view(-1, self.dr).t(), lg)
             if dc is not None:
-                dc += (lg if self.r is None else lg @ self.r.t()).view(c.shape)
+                dc.copy_((lg if self.r is None else lg @ self.r.t()).view(c.shape))
         else:
             g = g.reshape(-1, self.ir * self.jr)
             if dr is not None:
-                dr += inner.t() @ g
+                _add_product(dr, inner.t(), g)
             if dc is None and dl is None:
                 return
             gr = (g if self.r is None else g @ self.r.t()).view(self.il * self.jl, -1)
             if dl is not None:
-                dl += gr @ c.view(self.dl, -1).t()
+                _add_product(dl, gr, c.view(self.dl, -1).t())
             if dc is not None:
-                dc += (gr if self.l is None else self.l.t() @ gr).view(c.shape)
+                dc.copy_((gr if self.l is None else self.l.t() @ gr).view(c.shape))
 
     def columns(self, y: Tensor, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
         """The columns of ``y [rows, out]`` that a panel stands for: j_L, and a view for them.
