@@ -1,0 +1,377 @@
+"""Dense, full and light fine-tuning on GLUE: `python -m bench.glue_table --data-dir D --output O`.
+
+For each task and method the rates of a small grid are tried with one seed on training rows held
+out; the best is then run with every seed and reported on dev. Each run is a process of its own
+(`mpop finetune --json`) and a line of `runs.jsonl` as soon as it ends; a run found there is not
+repeated, so that an interrupted or out-of-budget bench continues where it stopped. What there is
+so far is summed up in `table.md`, and with its conditions in `table.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import facts
+from mpop.demo import default_model
+from mpop.glue import TASKS, get_task
+
+METHODS = ("dense", "full", "light")
+GRID = {
+    "dense": [(5e-5, 5e-5), (1e-4, 1e-4), (2e-4, 2e-4)],
+    "full": [(5e-5, 5e-5), (1e-4, 1e-4), (2e-4, 2e-4)],
+    "light": [(2e-4, 2e-4), (5e-4, 5e-4), (1e-3, 1e-3)],
+}
+Rates = tuple[float, float]
+
+
+class BudgetSpent(Exception):
+    """The wall-clock budget is used up."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning: two runs of equal fields are the same measurement."""
+
+    task: str
+    method: str
+    seed: int
+    eval_split: str
+    rates: Rates
+    epochs: float
+    max_train_samples: int | None
+    batch_size: int
+    max_length: int
+    precision: str
+    model: str
+
+    def command(self, model: str, data_dir: str | None, output: str) -> list[str]:
+        """The process to start; `model` is where the model named in the fields lies."""
+        options: dict[str, Any] = {
+            "model": model,
+            "task": self.task,
+            "output": output,
+            "data-dir": data_dir,
+            "method": self.method,
+            "seed": self.seed,
+            "eval-split": self.eval_split,
+            "learning-rate": self.rates[0],
+            "mpo-learning-rate": self.rates[1],
+            "epochs": self.epochs,
+            "max-train-samples": self.max_train_samples,
+            "batch-size": self.batch_size,
+            "max-length": self.max_length,
+            "precision": self.precision,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        pairs = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+        return [sys.executable, "-m", "mpop", "finetune", "--json", *pairs]
+
+
+class Bench:
+    """The runs done so far, and the means to do another one within the budget."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.file = Path(options.output) / "runs.jsonl"
+        self.deadline = time.monotonic() + 60 * options.budget_minutes
+        self.results: dict[Run, dict[str, Any]] = {}
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        for record in map(json.loads, lines):
+            run = Run(**{**record["run"], "rates": tuple(record["run"]["rates"])})
+            if record["result"] is not None:
+                self.results[run] = record["result"]
+
+    def measure_run(self, run: Run) -> None:
+        """Measure the run unless its result is known; a failure is written down and passed over.
+
+        Raises:
+            BudgetSpent: Before the run, or in the midst of it; it leaves nothing behind.
+        """
+        if run in self.results:
+            return
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise BudgetSpent
+        say(f"{run.task} {run.method} seed {run.seed} rates {run.rates} on {run.eval_split}")
+        with tempfile.TemporaryDirectory(prefix="glue-table-") as output:
+            command = run.command(self.options.model, self.options.data_dir, output)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+            except subprocess.TimeoutExpired:
+                raise BudgetSpent from None
+        result = error = None
+        if done.returncode == 0:
+            result = json.loads(done.stdout.splitlines()[-1])
+            result["model"] = run.model
+            self.results[run] = result
+            say(f"  {result['metric']} {result['value']:.4f} in {result['train_seconds']:.0f} s")
+        else:
+            error = (done.stderr.splitlines() or ["no message"])[-1]
+            say(f"  failed: {error}")
+        with self.file.open("a") as file:
+            record = {"run": asdict(run), "result": result, "error": error}
+            file.write(json.dumps(record) + "\n")
+
+    def plan(self) -> Iterator[tuple[Run, list[Rates]]]:
+        """The first dev run of each task and method, without a rate yet, and its grid."""
+        options = self.options
+        for task in options.tasks:
+            for method in options.methods:
+                run = Run(
+                    task=task,
+                    method=method,
+                    seed=options.seeds[0],
+                    eval_split="dev",
+                    rates=(0.0, 0.0),
+                    epochs=options.epochs[task],
+                    max_train_samples=options.max_train_samples[task],
+                    batch_size=options.batch_size,
+                    max_length=options.max_length,
+                    precision=options.precision,
+                    model=options.model_name,
+                )
+                yield run, options.grid[method]
+
+    def chosen(self, run: Run, grid: list[Rates]) -> Run | None:
+        """`run` at the rate that did best on the held-out rows; None if none has ended well."""
+        if len(grid) == 1:
+            return replace(run, rates=grid[0])
+        known = [trial for trial in self.trials(run, grid) if trial in self.results]
+        if not known:
+            return None
+        return replace(run, rates=max(known, key=lambda trial: self.results[trial]["value"]).rates)
+
+    def trials(self, run: Run, grid: list[Rates]) -> list[Run]:
+        """`run` at every rate, on fewer rows where so asked, judged on training rows held out."""
+        sizes = [run.max_train_samples, self.options.grid_train_samples[run.task]]
+        rows = min((size for size in sizes if size), default=None)
+        return [
+            replace(run, rates=rates, eval_split="train-holdout", max_train_samples=rows)
+            for rates in grid
+        ]
+
+    def measure(self) -> None:
+        """All grids, then all tasks and methods seed by seed, so that a budget cuts seeds first."""
+        for run, grid in self.plan():
+            if len(grid) > 1:
+                for trial in self.trials(run, grid):
+                    self.measure_run(trial)
+        for seed in self.options.seeds:
+            for run, grid in self.plan():
+                if chosen := self.chosen(run, grid):
+                    self.measure_run(replace(chosen, seed=seed))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a task and method, over the seeds that are there."""
+        rows = []
+        for run, grid in self.plan():
+            if chosen := self.chosen(run, grid):
+                runs = [replace(chosen, seed=seed) for seed in self.options.seeds]
+                if done := {run.seed: self.results[run] for run in runs if run in self.results}:
+                    rows.append(summary(chosen, done))
+        return rows
+
+
+def summary(run: Run, seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds; time and memory as means."""
+    results = list(seeds.values())
+    values = [result["value"] for result in results]
+    first = results[0]
+    return {
+        "task": run.task,
+        "method": run.method,
+        "metric": first["metric"],
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "seeds": list(seeds),
+        "rates": run.rates,
+        "trainable_parameters": first["trainable_parameters"],
+        "total_parameters": first["total_parameters"],
+        "train_seconds": statistics.fmean(result["train_seconds"] for result in results),
+        "peak_memory_bytes": statistics.fmean(result["peak_memory_bytes"] for result in results),
+        "peak_memory_kind": first["peak_memory_kind"],
+        "train_samples": first["train_samples"],
+        "eval_samples": first["eval_samples"],
+        "epochs": run.epochs,
+        "steps": first["steps"],
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]], conditions: dict[str, Any]) -> str:
+    """The table with a caption that says what it was measured on."""
+    lines = [
+        "| task | train / dev rows | epochs | method | metric | value | #Pr | #To | train time "
+        "| peak memory | rates | seeds |",
+        "|" + "---|" * 12,
+    ]
+    for row in rows:
+        spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
+        cells = (
+            row["task"],
+            f"{row['train_samples']:,} / {row['eval_samples']:,}",
+            f"{row['epochs']:g}",
+            row["method"],
+            row["metric"],
+            f"{100 * row['mean']:.1f}{spread}",
+            f"{row['trainable_parameters'] / 1e6:.2f} M",
+            f"{row['total_parameters'] / 1e6:.2f} M",
+            f"{row['train_seconds']:.0f} s",
+            f"{row['peak_memory_bytes'] / 2**20:.0f} MiB",
+            " / ".join(f"{rate:g}" for rate in dict.fromkeys(row["rates"])),
+            len(row["seeds"]),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    machine, versions = conditions["machine"], conditions["versions"]
+    commit = (conditions["commit"] or "none")[:12] + (" with changes" * conditions["dirty"])
+    budget = conditions["budget_minutes"]
+    limit = "no limit of time" if budget == float("inf") else f"at most {budget:g} minutes"
+    grid_rows = ", ".join(
+        f"{task} {conditions['grid_train_samples'][task] or 'all'}"
+        for task in dict.fromkeys(row["task"] for row in rows)
+    )
+    kinds = ", ".join(dict.fromkeys(row["peak_memory_kind"] for row in rows)) or "none"
+    lines += [
+        "",
+        f"{conditions['model']}; mean ± standard deviation over seeds, in percent, on dev. Rates: "
+        "ordinary parameters / MPO tensors (one number where equal), chosen with seed "
+        f"{conditions['seeds'][0]} on training rows held out (a tenth, at most 1000), trained on "
+        f"at most {grid_rows} rows. #Pr trained "
+        f"and #To all parameters. Memory: {kinds}. Batch {conditions['batch_size']}, length "
+        f"{conditions['max_length']}, {conditions['precision']}, {limit}. "
+        f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}; commit {commit}.",
+        "",
+        f"`{conditions['command']}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """What the figures hold for; of absolute paths only the last part is kept."""
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in argv]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = ("transformers", "accelerate", "datasets")
+    return {
+        "command": shlex.join(["python", "-m", "bench.glue_table", *arguments]),
+        "model": options.model_name,
+        "seeds": options.seeds,
+        "grid_train_samples": options.grid_train_samples,
+        "batch_size": options.batch_size,
+        "max_length": options.max_length,
+        "precision": options.precision,
+        "budget_minutes": options.budget_minutes,
+        "machine": facts.machine(device),
+        "versions": facts.versions() | {name: metadata.version(name) for name in names},
+        **facts.commit(),
+    }
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+
+def by_task(kind: Callable[[str], Any], default: Any, given: Sequence[str]) -> dict[str, Any]:
+    """`["3", "rte=10"]`: 3 for every task, 10 for RTE."""
+    values = dict.fromkeys(TASKS, default)
+    for part in sorted(given, key=lambda part: "=" in part):
+        name, is_one, value = part.rpartition("=")
+        tasks = [get_task(name).name] if is_one else list(TASKS)
+        values |= dict.fromkeys(tasks, kind(value))
+    return values
+
+
+def grids(given: Sequence[str]) -> dict[str, list[Rates]]:
+    """`["light=2e-4:1e-3,5e-4"]`: two rates, the first with another one for MPO tensors."""
+    grid = dict(GRID)
+    for part in given:
+        method, _, rates = part.partition("=")
+        if method not in METHODS or not rates:
+            raise ValueError(f"expected METHOD=LR[:MPO_LR],…, got {part!r}")
+        pairs = [rate.split(":") for rate in rates.split(",")]
+        grid[method] = [(float(pair[0]), float(pair[-1])) for pair in pairs]
+    return grid
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, checked and completed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.glue_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", required=True, help="folder of runs.jsonl, table.md and .json")
+    parser.add_argument("--data-dir", help="a folder in GLUE's own layout; without it the hub")
+    parser.add_argument("--model", help="a hub name or a folder (all-MiniLM-L6-v2, from pip)")
+    parser.add_argument("--tasks", nargs="+", default=["rte"], metavar="TASK", help="(rte)")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="(all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    parser.add_argument(
+        "--epochs", nargs="+", default=[], metavar="[TASK=]N", help="for all or one task (3)"
+    )
+    parser.add_argument(
+        "--max-train-samples", nargs="+", default=[], metavar="[TASK=]N", help="(all rows)"
+    )
+    parser.add_argument(
+        "--grid", nargs="+", default=[], metavar="METHOD=LR[:MPO_LR],…", help="rates to try"
+    )
+    parser.add_argument(
+        "--grid-train-samples",
+        nargs="+",
+        default=[],
+        metavar="[TASK=]N",
+        help="rows to try rates on (as many)",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
+    parser.add_argument("--max-length", type=int, default=128, metavar="N", help="(128)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument(
+        "--budget-minutes", type=float, default=float("inf"), metavar="N", help="wall clock (none)"
+    )
+    options = parser.parse_args(argv)
+    try:
+        options.model_name = Path(options.model).name if options.model else "all-MiniLM-L6-v2"
+        options.model = options.model or str(default_model())
+        options.tasks = [get_task(task).name for task in options.tasks]
+        options.epochs = by_task(float, 3.0, options.epochs)
+        options.max_train_samples = by_task(int, None, options.max_train_samples)
+        options.grid_train_samples = by_task(int, None, options.grid_train_samples)
+        options.grid = grids(options.grid)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure until all is there or the budget is spent; write the tables either way."""
+    options = parse(argv)
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    bench = Bench(options)
+    try:
+        bench.measure()
+    except (BudgetSpent, KeyboardInterrupt) as stop:
+        say(f"stopped ({type(stop).__name__}); the same command continues")
+    finally:
+        conditions, rows = conditions_of(options, argv), bench.rows()
+        content = json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n"
+        (Path(options.output) / "table.json").write_text(content, encoding="utf-8")
+        (Path(options.output) / "table.md").write_text(markdown(rows, conditions), encoding="utf-8")
+    print(markdown(rows, conditions))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

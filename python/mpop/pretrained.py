@@ -1,0 +1,127 @@
+"""Opening checkpoints, dense or compressed, as they are or for a GLUE task."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import mpop
+from mpop.glue import Task, hub_reachable
+
+
+def check_output(output: str | Path, source: str | Path) -> None:
+    """Check, before the work is done, that the folder `output` can be written.
+
+    Raises:
+        ValueError: It is a file, is not writable, or holds the model being read.
+    """
+    output = Path(output)
+    existing = next(path for path in (output, *output.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"cannot write to {output}: {existing} is not a writable folder")
+    if output.resolve() == Path(source).resolve():
+        raise ValueError(f"{output} holds the model itself; choose another output folder")
+
+
+def is_compressed(source: str | Path) -> bool:
+    """Whether a checkpoint holds MPO tensors, by its configuration alone."""
+    quantization = getattr(_config(source), "quantization_config", None) or {}
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "mpo"
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer."""
+    return _from_pretrained(AutoTokenizer, source)
+
+
+def load_as_saved(source: str | Path) -> PreTrainedModel:
+    """The model with the class, and so the head, that its checkpoint was saved with."""
+    if is_compressed(source):
+        return mpop.load(source)
+    names = _config(source).architectures or [""]
+    return _from_pretrained(getattr(transformers, names[0], AutoModel), source)
+
+
+def load_for_training(
+    source: str | Path, task: Task, method: str, config: mpop.CompressionConfig | None
+) -> PreTrainedModel:
+    """A sequence classifier, or regressor, for `task` that `method` can train at once.
+
+    Raises:
+        ValueError: No such model, or a compressed one that was to be dense or compressed again.
+    """
+    compressed = is_compressed(source)
+    if compressed and method == "dense":
+        raise ValueError(f"{source} is already compressed; use method full or light, or merge it")
+    if compressed and config is not None:
+        raise ValueError(f"{source} is already compressed; it cannot be compressed again")
+    options: dict[str, Any] = {
+        "num_labels": task.num_labels,
+        "problem_type": "regression" if task.is_regression else "single_label_classification",
+        "ignore_mismatched_sizes": True,  # another task's head is replaced
+    }
+    if task.labels:
+        options["id2label"] = dict(enumerate(task.labels))
+        options["label2id"] = {name: i for i, name in enumerate(task.labels)}
+    model, _ = _load_classifier(source, **options)
+    if method != "dense" and not compressed:
+        mpop.compress(model, config)
+    model.requires_grad_(True)
+    if method == "light":
+        mpop.freeze_central(model)
+    # BERT-type heads ignore num_items_in_batch; Trainer would scale their mean loss a second time.
+    model.accepts_loss_kwargs = False  # type: ignore[assignment]
+    return model
+
+
+def load_for_evaluation(source: str | Path, task: Task) -> PreTrainedModel:
+    """A classifier whose head is part of the checkpoint and fits `task`.
+
+    Raises:
+        ValueError: No such model, no trained head, or one of another size.
+    """
+    model, info = _load_classifier(source)
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"]))
+        raise ValueError(f"{source} has no trained task head ({missing}); fine-tune it first")
+    if model.config.num_labels != task.num_labels:
+        raise ValueError(
+            f"{source} has {model.config.num_labels} outputs; {task.name} needs {task.num_labels}"
+        )
+    return model
+
+
+def _load_classifier(source: str | Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    # Left to itself transformers would go on in the checkpoint's own, perhaps half, precision.
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    if is_compressed(source):
+        loaded: Any = mpop.load(source, AutoModelForSequenceClassification, **options)
+        return loaded
+    return _from_pretrained(AutoModelForSequenceClassification, source, **options)
+
+
+def _config(source: str | Path) -> PreTrainedConfig:
+    return _from_pretrained(AutoConfig, source)
+
+
+def _from_pretrained(auto_class: Any, source: str | Path, **options: Any) -> Any:
+    # With the hub out of reach transformers would retry for half a minute; a cached copy serves.
+    offline = Path(source).is_dir() or not hub_reachable()
+    try:
+        return auto_class.from_pretrained(source, local_files_only=offline, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"model {source} cannot be loaded: {error}") from error
