@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ class Bench:
         """
         if run in self.results:
             return
-        left = self.deadline - time.monotonic()
-        if left <= 0:
+        left = None if isinf(self.deadline) else self.deadline - time.monotonic()
+        if left is not None and left <= 0:
             raise BudgetSpent
         say(f"{run.task} {run.method} seed {run.seed} rates {run.rates} on {run.eval_split}")
         with tempfile.TemporaryDirectory(prefix="glue-table-") as output:
