@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mpo_kernels import MPOEmbedding, MPOShape, mpo_embedding, reconstruct
-from mpo_kernels.backends import torch as torch_backend
+from mpo_kernels.backends.torch import gather
 from mpo_kernels.testing import ODD_SHAPES, random_cores, relative_error, tolerance
 
 
@@ -30,9 +30,11 @@ def mpo_row(cores, row, shape):
 
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("block", [1, 50, 2**22])
-def test_rows_and_gradients(shape, dtype, block, monkeypatch):
-    monkeypatch.setattr(torch_backend, "EMBEDDING_BLOCK", block)
+@pytest.mark.parametrize("block", [1, 2**22])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_rows_and_gradients(shape, dtype, block, mirrored, monkeypatch):
+    monkeypatch.setattr(gather, "BLOCK", block)
+    monkeypatch.setattr(gather, "_mirror_pays", lambda count, cores: mirrored)
     cores = [core.requires_grad_() for core in random_cores(shape, dtype)]
     ids = torch.randint(shape.in_features, (4, 5)).t()
     sizes = {"num_embeddings": shape.in_features, "embedding_dim": shape.out_features}
@@ -56,15 +58,23 @@ def test_rows_and_gradients(shape, dtype, block, monkeypatch):
 
 
 def test_each_distinct_row_is_formed_once_and_no_other(monkeypatch):
-    seen, formed = [], torch_backend._embedding_states
+    seen, formed = [], gather._states
     monkeypatch.setattr(
-        torch_backend,
-        "_embedding_states",
+        gather,
+        "_states",
         lambda ids, cores: seen.extend(ids.tolist()) or formed(ids, cores),
     )
     layer = MPOEmbedding(1009, 24, MPOShape.balanced(1009, 24, 3, 8))
     layer(torch.tensor([[5, 1008, 5, 7], [7, 5, 5, 0]]))
-    assert seen == [0, 5, 7, 1008]
+    assert len(seen) == len(set(seen)) == 4
+
+
+def test_the_chain_is_read_from_the_cheaper_end():
+    cheap_first = [torch.randn(1, 5, 1, 2), torch.randn(2, 6, 40, 1)]
+    assert not gather._mirror_pays(30, cheap_first)
+    assert gather._mirror_pays(30, gather._mirror_cores(cheap_first))
+    table = MPOEmbedding(30522, 384, MPOShape.balanced(30522, 384), device="meta")
+    assert gather._mirror_pays(500, list(table.cores))
 
 
 def test_drop_in_for_embedding():

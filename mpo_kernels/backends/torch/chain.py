@@ -1,0 +1,119 @@
+"""The chain: merged parts applied to x one after the other, in blocks of rows.
+
+Each product lands where the next one reads it, so no state is ever permuted; ``plan.steps`` gives
+their order and sizes. Backward recomputes the states of a block from x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpo_kernels.backends.torch.merging import add_product, merge, unmerge
+from mpo_kernels.plan import Gradients, Plan, folds, groups
+
+
+def _matrices(parts: Sequence[Tensor], order: str) -> list[Tensor]:
+    """Each step's ``A [m, k]``, in the order of ``plan.steps``."""
+    if order == "left":
+        return [part.reshape(-1, math.prod(part.shape[2:])).t() for part in parts]
+    return [
+        part.transpose(1, 2).reshape(part.shape[0] * part.shape[2], -1) for part in reversed(parts)
+    ]
+
+
+def _apply(matrix: Tensor, state: Tensor, out: Tensor | None = None) -> Tensor:
+    """``A [m, k] × state [batch, k, n] -> [batch, m, n]``."""
+    batch, k, n = state.shape
+    m = matrix.shape[0]
+    if n == 1:
+        out = None if out is None else out.view(batch, m)
+        return torch.mm(state.view(batch, k), matrix.t(), out=out).view(batch, m, 1)
+    if folds(n, matrix.nbytes):
+        folded = state.transpose(1, 2).reshape(batch * n, k) @ matrix.t()
+        folded = folded.view(batch, n, m).transpose(1, 2)
+        return folded.contiguous() if out is None else out.copy_(folded)
+    return torch.bmm(matrix.expand(batch, m, k), state, out=out)
+
+
+def _reduce(a: Tensor, b: Tensor, total: Tensor) -> None:
+    """``total [m, k] += Σ_batch a [batch, m, n] × b [batch, k, n]ᵀ``."""
+    rows_a, rows_b = (t.transpose(1, 2).reshape(-1, t.shape[1]) for t in (a, b))
+    add_product(total, rows_a.t(), rows_b)
+
+
+def _padded(block: Tensor, features: int) -> Tensor:
+    """A contiguous block of rows, zero-padded to the product of the factors."""
+    if block.shape[1] == features:
+        return block.contiguous()
+    padded = block.new_zeros(block.shape[0], features)
+    padded[:, : block.shape[1]] = block
+    return padded
+
+
+def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan) -> None:
+    parts = merge(cores, plan)
+    steps, matrices = plan.steps, _matrices(parts, plan.order)
+    features = math.prod(core.shape[1] for core in cores)
+    exact = y.shape[1] == math.prod(core.shape[2] for core in cores)
+    for x_block, y_block in zip(x.split(plan.block), y.split(plan.block), strict=True):
+        state = _padded(x_block, features)
+        for step, matrix in zip(steps, matrices, strict=True):
+            last = step is steps[-1] and exact
+            out = y_block.view(-1, step.m, step.n) if last else None
+            state = _apply(matrix, state.view(-1, step.k, step.n), out)
+        if not exact:
+            y_block.copy_(state.view(len(x_block), -1)[:, : y.shape[1]])
+        if bias is not None:
+            y_block.add_(bias)
+
+
+def backward(
+    grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients, plan: Plan
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    parts = merge(cores, plan)
+    steps, matrices = plan.steps, _matrices(parts, plan.order)
+    needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    left = plan.order == "left"
+    # In the layout of the part: [(D i), (j D')] from the left, [(D j), (i D')] from the right.
+    sums = [
+        x.new_zeros((step.k, step.m) if left else (step.m, step.k), dtype=accumulate)
+        if needs[step.part]
+        else None
+        for step in steps
+    ]
+    # Products below the first one that anything is asked of are not formed.
+    last = 0 if gradients.x else min(i for i, total in enumerate(sums) if total is not None)
+    features = math.prod(core.shape[1] for core in cores)
+    out_features = math.prod(core.shape[2] for core in cores)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if gradients.x else None
+    for start in range(0, x.shape[0], plan.block):
+        rows = slice(start, start + plan.block)
+        states = [_padded(x[rows], features)]
+        for step, matrix in zip(steps[:-1], matrices, strict=False):
+            states.append(_apply(matrix, states[-1].view(-1, step.k, step.n)))
+        flow = _padded(grad[rows], out_features)
+        for index in range(len(steps) - 1, last - 1, -1):
+            step, total = steps[index], sums[index]
+            flow = flow.view(-1, step.m, step.n)
+            if total is not None:
+                state = states[index].view(-1, step.k, step.n)
+                _reduce(*((state, flow) if left else (flow, state)), total)
+            if index > last or dx is not None:
+                flow = _apply(matrices[index].t(), flow)
+        if dx is not None:
+            dx[rows] = flow.view(-1, features)[:, : x.shape[1]]
+    part_grads: list[Tensor | None] = [None] * len(parts)
+    for step, total in zip(steps, sums, strict=True):
+        if total is not None:
+            d, i, j, r = parts[step.part].shape
+            part_grads[step.part] = (
+                total.view(d, i, j, r)
+                if left
+                else total.view(d, j, i, r).transpose(1, 2).contiguous()
+            )
+    return dx, unmerge(cores, plan, part_grads, gradients)

@@ -1,0 +1,166 @@
+"""Rows of a table by the digits of their ids: distinct prefixes share their products.
+
+The chain is read from whichever end costs less; mirrored, ids and columns have their digits
+reversed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# Distinct ids whose rows are formed together: their states stay within this many elements.
+BLOCK = 2**22
+
+
+def embedding(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
+    """Rows ``[len(ids), embedding_dim]`` of the table, each distinct one formed once."""
+    mirrored = _mirror_pays(len(ids), cores)
+    if mirrored:
+        ids, cores = _mirror_ids(ids, cores), _mirror_cores(cores)
+    distinct, places = torch.unique(ids, return_inverse=True)
+    rows = cores[0].new_empty(len(distinct), embedding_dim)
+    for block in _id_blocks(distinct, cores):
+        states, _ = _states(distinct[block], cores)
+        formed = states[-1].flatten(1)
+        if mirrored:
+            formed = _mirror_columns(formed, [core.shape[2] for core in cores])
+        rows[block] = formed[:, :embedding_dim]
+    return rows[places]
+
+
+def embedding_backward(
+    grad: Tensor, ids: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the cores from ``grad [len(ids), embedding_dim]``."""
+    if not len(ids):
+        return [torch.zeros_like(c) if need else None for c, need in zip(cores, needs, strict=True)]
+    outs = [core.shape[2] for core in cores]
+    mirrored = _mirror_pays(len(ids), cores)
+    if mirrored:
+        ids, cores, needs = _mirror_ids(ids, cores), _mirror_cores(cores), needs[::-1]
+    accumulate = torch.promote_types(grad.dtype, torch.float32)
+    sums = [
+        torch.zeros_like(core, dtype=accumulate) if need else None
+        for core, need in zip(cores, needs, strict=True)
+    ]
+    distinct, places = torch.unique(ids, return_inverse=True)
+    of_rows = grad.new_zeros(len(distinct), math.prod(outs), dtype=accumulate)
+    of_rows[:, : grad.shape[1]].index_add_(0, places, grad.to(accumulate))
+    if mirrored:
+        of_rows = _mirror_columns(of_rows, outs)
+    first = min(k for k, need in enumerate(needs) if need)
+    for block in _id_blocks(distinct, cores):
+        states, levels = _states(distinct[block], cores)
+        flow = of_rows[block].to(grad.dtype)
+        for k in range(len(cores) - 1, first - 1, -1):
+            flow = _step_backward(flow, states[k], cores[k], levels[k], sums[k], k > first)
+    grads = [
+        None if total is None else total.to(core.dtype)
+        for total, core in zip(sums, cores, strict=True)
+    ]
+    if mirrored:
+        grads = [g if g is None else g.permute(3, 1, 2, 0).contiguous() for g in grads[::-1]]
+    return grads
+
+
+def _mirror_pays(count: int, cores: Sequence[Tensor]) -> bool:
+    """Whether ``count`` ids cost fewer multiply-adds read from their last digit."""
+
+    def macs(shapes: Sequence[Sequence[int]]) -> int:
+        total, prefixes, columns = 0, 1, 1
+        for d, i, j, r in shapes:
+            prefixes *= i
+            total += min(count, prefixes) * columns * d * j * r
+            columns *= j
+        return total
+
+    shapes = [core.shape for core in cores]
+    return macs([(r, i, j, d) for d, i, j, r in reversed(shapes)]) < macs(shapes)
+
+
+def _mirror_cores(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same chain from its other end, digits and columns in reverse order."""
+    return [core.permute(3, 1, 2, 0) for core in reversed(cores)]
+
+
+def _mirror_ids(ids: Tensor, cores: Sequence[Tensor]) -> Tensor:
+    """The numbers with the digits of ``ids`` reversed."""
+    mirrored = torch.zeros_like(ids)
+    for core in reversed(cores):
+        factor = core.shape[1]
+        mirrored, ids = mirrored * factor + ids % factor, ids // factor
+    return mirrored
+
+
+def _mirror_columns(rows: Tensor, outs: Sequence[int]) -> Tensor:
+    """``rows [n, ∏ outs]`` with the digits of the column numbers reversed."""
+    digits = rows.view(len(rows), *outs)
+    return digits.permute(0, *range(len(outs), 0, -1)).reshape(rows.shape)
+
+
+def _id_blocks(distinct: Tensor, cores: Sequence[Tensor]) -> Iterator[slice]:
+    """Blocks of sorted ids; neighbours share most of their digits, so little is formed twice."""
+    columns, largest = 1, 1
+    for core in cores:
+        columns *= core.shape[2]
+        largest = max(largest, columns * core.shape[3])
+    size = max(1, BLOCK // largest)
+    for start in range(0, len(distinct), size):
+        yield slice(start, start + size)
+
+
+def _states(
+    ids: Tensor, cores: Sequence[Tensor]
+) -> tuple[list[Tensor], list[list[tuple[int, Tensor, Tensor]]]]:
+    """Products of the leading cores for each distinct prefix of the digits of sorted ids.
+
+    Returns:
+        states: state k is ``[prefixes of k digits, ∏ j done, D_k]``.
+        levels: for each core, (digit, its prefixes, their parents) wherever the digit occurs.
+    """
+    states, levels = [cores[0].new_ones(1, 1, 1)], []
+    rest = math.prod(core.shape[1] for core in cores)
+    prefixes = ids.new_zeros(1)
+    for core in cores:
+        _, i, j, r = core.shape
+        rest //= i
+        longer = torch.unique_consecutive(ids // rest)
+        parents = torch.searchsorted(prefixes, longer // i)
+        digits, level = longer % i, []
+        state = core.new_empty(len(longer), states[-1].shape[1] * j, r)
+        for digit in digits.unique().tolist():
+            children = (digits == digit).nonzero().view(-1)
+            level.append((digit, children, parents[children]))
+            product = torch.matmul(states[-1][level[-1][2]], core[:, digit].reshape(-1, j * r))
+            state[children] = product.view(len(children), -1, r)
+        states.append(state)
+        levels.append(level)
+        prefixes = longer
+    return states, levels
+
+
+def _step_backward(
+    flow: Tensor,
+    state: Tensor,
+    core: Tensor,
+    level: Sequence[tuple[int, Tensor, Tensor]],
+    total: Tensor | None,
+    pass_on: bool,
+) -> Tensor:
+    """Add one core's gradient to ``total``; the gradient of the state before it."""
+    d, _, j, r = core.shape
+    before = torch.zeros_like(state) if pass_on else state
+    for digit, children, parents in level:
+        of_product = flow[children].view(len(children) * state.shape[1], j * r)
+        if total is not None:
+            total[:, digit] += (state[parents].view(-1, d).t() @ of_product).view(d, j, r)
+        if pass_on:
+            of_state = (of_product @ core[:, digit].reshape(d, j * r).t()).view(
+                len(children), -1, d
+            )
+            before.index_add_(0, parents, of_state)
+    return before
