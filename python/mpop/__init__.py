@@ -5,12 +5,14 @@ write MPO checkpoints.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-from mpop.checkpoint import load, save
-from mpop.compress import CompressionReport, compress, merge
-from mpop.config import CompressionConfig, MPOConfig
-from mpop.light import ParameterCount, count_parameters, freeze_central, unfreeze
+if find_spec("transformers") is not None:  # without it, the command still says what to install
+    from mpop.checkpoint import load, save
+    from mpop.compress import CompressionReport, compress, merge
+    from mpop.config import CompressionConfig, MPOConfig
+    from mpop.light import ParameterCount, count_parameters, freeze_central, unfreeze
 
 # Imported when first used. A function named as its module has to be imported above instead: the
 # module, once imported from elsewhere, would take its name here.
@@ -41,4 +43,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name in __all__:
+        raise ModuleNotFoundError(
+            'mpop needs transformers: pip install "mpo-kernels[mpop]"', name="transformers"
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

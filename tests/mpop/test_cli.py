@@ -272,3 +272,19 @@ def test_a_missing_package_is_named(bert, data, tmp_path, capsys, monkeypatch):
     arguments = ("--model", bert, "--task", "rte", "--output", tmp_path / "out", "--data-dir", data)
     line = fails(capsys, "finetune", *arguments)
     assert 'datasets is not installed; install it with: pip install "mpo-kernels[mpop]"' in line
+
+
+def test_without_transformers_the_command_says_what_to_install():
+    code = "import sys; sys.modules['transformers'] = None\nfrom mpop.cli import main\n"
+    options = ["--model", "m", "--output", "o"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}sys.exit(main({['compress', *options]}))"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    remedy = 'pip install "mpo-kernels[mpop]"'
+    assert done.stderr.splitlines() == [
+        f"mpop compress: error: transformers is not installed; install it with: {remedy}"
+    ]
+    assert subprocess.run([sys.executable, "-c", f"{code}main(['--help'])"]).returncode == 0

@@ -107,7 +107,8 @@ class _Panels:
         shape = (grad.shape[0], self.jl, (stop - start) * self.jr)
         if self.jl == 1 and views and views[0][1].shape == shape:
             return views[0][1].squeeze(1)
-        gathered = grad.new_zeros(shape)
+        padded = self.jl * self.jc * self.jr > grad.shape[1]
+        gathered = grad.new_zeros(shape) if padded else grad.new_empty(shape)
         for j, view in views:
             gathered[:, j, : view.shape[2]] = view
         return gathered.view(shape[0], -1)
