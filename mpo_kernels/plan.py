@@ -1,8 +1,8 @@
 """Which contraction computes a layer: candidates, their costs, the choice and its explanation.
 
-A candidate is either a *chain* (contiguous groups of cores are merged, then applied to x one after
-the other, from the left or from the right) or *panels* (L · C · R is formed for a few values of
-j_c at a time and used by one GEMM). The cost of each is a list of GEMMs and of bytes moved; the
+A candidate first merges contiguous groups of cores into parts. A *chain* applies the parts to x
+one after the other, from the left or from the right; *panels* multiply them into a few columns of
+W at a time, which one GEMM uses. The cost of each is a list of GEMMs and of bytes moved; the
 plan is a pure function of the core shapes, the row bucket, the dtype and the device's figures.
 """
 
@@ -20,11 +20,6 @@ import torch
 CoreShape: TypeAlias = tuple[int, int, int, int]
 CoreShapes: TypeAlias = Sequence[CoreShape]
 
-# A panel never passes half of W, nor this many bytes; one value of j_c is the floor.
-PANEL_BYTES = 64 * 2**20
-# Panels with strided columns are scattered into y this many rows at a time.
-ROW_BLOCK = 1024
-
 
 @dataclass(frozen=True)
 class DeviceFigures:
@@ -36,6 +31,7 @@ class DeviceFigures:
         bytes_per_second: of a large copy, read and write counted.
         launch_seconds: host time of one library call.
         block_bytes: intermediates of a chain that stay in cache together.
+        panel_bytes: workspace of a panel, which is also at most half of W; one j is the floor.
     """
 
     name: str
@@ -43,6 +39,7 @@ class DeviceFigures:
     bytes_per_second: float
     launch_seconds: float
     block_bytes: int
+    panel_bytes: int
 
 
 @cache
@@ -51,9 +48,9 @@ def device_figures(device_type: str, dtype: torch.dtype, threads: int) -> Device
     if device_type == "cpu":
         # One AVX-512 core: 30 G MAC/s in fp32, half in fp64.
         rate = 30e9 * threads * (0.5 if dtype == torch.float64 else 1.0)
-        return DeviceFigures("cpu", rate, 20e9, 5e-6, 2**20 * threads)
+        return DeviceFigures("cpu", rate, 20e9, 5e-6, 2**20 * threads, 8 * 2**20)
     rate = 25e12 if dtype in (torch.float32, torch.float64) else 350e12
-    return DeviceFigures(device_type, rate, 3e12, 6e-6, 64 * 2**20)
+    return DeviceFigures(device_type, rate, 3e12, 6e-6, 64 * 2**20, 64 * 2**20)
 
 
 def folds(n: int, matrix_bytes: int) -> bool:
@@ -106,11 +103,11 @@ class Plan:
 
     Attributes:
         algorithm: ``"chain"`` or ``"panels"``.
-        order: ``"left"`` or ``"right"`` (chain: which end goes first), ``"LC"`` or ``"CR"``
-            (panels: which product is formed first).
+        order: ``"left"`` or ``"right"``: from which end the parts are taken; panels: from the left.
         split: where the cores are cut into merged parts, n = 5: (2, 3) is T1T2 | T3 | T4T5.
         rows: the row bucket planned for, a power of two.
-        block: rows at a time (chain) or values of j_c at a time (panels); 0 where one is too many.
+        block: rows at a time (chain) or j of the first part at a time (panels); 0 where one is too
+            many.
         macs: multiply-adds of the whole call.
         bytes: bytes of x, y and cores, and of what passes through memory between.
         predicted_us: predicted time in microseconds.
@@ -194,14 +191,12 @@ def _plan(
 
 
 def groups(split: Sequence[int], num_cores: int) -> list[tuple[int, int]]:
-    """The ranges of cores between the cuts of ``split``; panels may have empty ones at the ends."""
+    """The ranges of cores between the cuts of ``split``."""
     return list(zip((0, *split), (*split, num_cores), strict=True))
 
 
 def merged_shape(shapes: CoreShapes) -> CoreShape:
-    """Shape of neighbouring cores contracted into one; of none, the identity's."""
-    if not shapes:
-        return 1, 1, 1, 1
+    """Shape of neighbouring cores contracted into one."""
     ins, outs = math.prod(s[1] for s in shapes), math.prod(s[2] for s in shapes)
     return shapes[0][0], ins, outs, shapes[-1][3]
 
@@ -268,19 +263,15 @@ def _candidates(
             for order in ("left", "right"):
                 steps = chain_steps(parts, order)
                 block, work = _chain_work(parts, steps, rows, itemsize, figures, gradients, needs)
-                # From the right a core is transposed first: not one as large as W.
-                if order == "right" and any(
-                    2 * math.prod(p) > dense and p[1] > 1 < p[2] for p in parts
-                ):
-                    block = 0
+                if order == "right":
+                    # Each part is transposed first, in short runs; not one as large as W.
+                    turned = [math.prod(p) for p in parts if p[1] > 1 < p[2]]
+                    work += [Work(bytes=4 * size * itemsize) for size in turned]
+                    block = 0 if any(2 * size > dense for size in turned) else block
                 yield priced("chain", order, split, block, work, steps)
-    for centre in range(n):
-        split = (centre, centre + 1)
-        if n > 1 and (parts := parts_of(split)):
-            needs = _part_needs(gradients, split, n)
-            for order in ("LC", "CR"):
-                block, work = _panels_work(parts, order, rows, itemsize, gradients, needs)
-                yield priced("panels", order, split, block, work)
+            if len(parts) > 1:
+                block, work = _panels_work(parts, rows, itemsize, figures, gradients, needs)
+                yield priced("panels", "left", split, block, work)
 
 
 def _part_needs(gradients: Gradients | None, split: tuple[int, ...], n: int) -> list[bool]:
@@ -299,7 +290,8 @@ def _merge_work(
         for k in range(a + 1, b):
             d, i, j, r = merged_shape(shapes[a:k])
             _, ik, jk, rk = shapes[k]
-            moved = 2 * d * i * j * ik * jk * rk * itemsize
+            # Written, and transposed in short runs.
+            moved = 5 * d * i * j * ik * jk * rk * itemsize
             work += [Work(d * i * j, ik * jk * rk, r, count=times), Work(bytes=moved, count=times)]
     return work
 
@@ -345,59 +337,43 @@ def _chain_work(
 
 def _panels_work(
     parts: CoreShapes,
-    order: str,
     rows: int,
     itemsize: int,
+    figures: DeviceFigures,
     gradients: Gradients | None,
     needs: Sequence[bool],
 ) -> tuple[int, list[Work]]:
-    (_, il, jl, dl), (_, ic, jc, dr), (_, ir, jr, _) = parts
-    left, right = il * jl, ir * jr
-    has_left, has_right = left * dl > 1, right * dr > 1
-    # What one j_c takes of the panel, and of the product it is formed from.
-    slice_size = ic * max(left * right, dl * right if order == "CR" else left * dr)
-    limit = min(left * ic * jc * right // 2, PANEL_BYTES // itemsize)
-    block = min(jc, limit // slice_size)
-    panels = -(-jc // max(block, 1))
-    inner, columns, features = ic * -(-jc // panels), jl * -(-jc // panels) * jr, il * ic * ir
+    leading, features = parts[0][2], math.prod(p[1] for p in parts)
+    whole = features * math.prod(p[2] for p in parts)
+    # Elements of each product for one j of the first part: A_p, A_p · B, …, the panel.
+    sizes = [math.prod(merged_shape(parts[: k + 1])) // leading for k in range(len(parts))]
+    block = min(leading, min(whole // 2, figures.panel_bytes // itemsize) // max(sizes))
+    # One j is the floor, as long as it stays within half of W.
+    block = max(block, int(2 * max(sizes) <= whole))
+    panels = -(-leading // max(block, 1))
+    # Averaged over the panels, the last of which may be narrower.
+    sizes = [size * leading // panels for size in sizes]
+    columns = sizes[-1] // features
 
     def product(m: int, n: int, k: int) -> Work:
         return Work(m, n, k, count=panels)
 
-    def moved(elements: int) -> Work:
-        return Work(bytes=2 * elements * itemsize * panels, count=panels)
-
-    work = []
-    if has_left:
-        work.append(product(left, inner * (right if order == "CR" else dr), dl))
-    if has_right:
-        work.append(product((dl if order == "CR" else left) * inner, right, dr))
-    work.append(moved(left * inner * right))  # the panel is permuted
-    if jl > 1:
-        work.append(moved(rows * columns))  # its columns are scattered into y, gathered from dy
+    permuted = Work(bytes=2 * sizes[-1] * itemsize * panels, count=panels)
+    work = [
+        product(sizes[k - 1] // parts[k][0], math.prod(parts[k][1:]), parts[k][0])
+        for k in range(1, len(parts))
+    ]
+    work.append(permuted)
     if gradients is None:
         return block, [*work, product(rows, columns, features)]
     if gradients.x:
-        work += [product(rows, features, columns), moved(rows * features)]
+        moved = 2 * rows * features * itemsize * panels
+        work += [product(rows, features, columns), Work(bytes=moved, count=0)]
     if any(needs):
-        work += [product(features, columns, rows), moved(left * inner * right)]
-    if order == "CR":
-        passed_on, passing = needs[1] or needs[2], product(dl, inner * right, left)
-        projections = [
-            product(left, dl, inner * right),
-            product(dl * inner, dr, right),
-            product(dr, right, dl * inner),
-        ]
-        has_side = has_left
-    else:
-        passed_on, passing = needs[0] or needs[1], product(left * inner, dr, right)
-        projections = [
-            product(left, dl, inner * dr),
-            product(dl, inner * dr, left),
-            product(dr, right, left * inner),
-        ]
-        has_side = has_right
-    if passed_on and has_side:
-        work.append(passing)
-    work += [projection for projection, need in zip(projections, needs, strict=True) if need]
+        work += [product(features, columns, rows), permuted]
+    for k in range(len(parts) - 1, 0, -1):
+        if needs[k]:
+            work.append(product(parts[k][0], math.prod(parts[k][1:]), sizes[k - 1] // parts[k][0]))
+        if any(needs[:k]):
+            work.append(product(sizes[k - 1] // parts[k][0], parts[k][0], math.prod(parts[k][1:])))
     return block, work

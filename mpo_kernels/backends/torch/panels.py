@@ -1,179 +1,121 @@
-"""Streamed panels: L · C · R formed for a few values of j_c at a time, and used by one GEMM.
+"""Streamed panels: a few columns of W at a time, formed from the parts and used by one GEMM.
 
-Backward forms each panel again, and takes the gradient of a panel apart before the next one: W and
-dW never exist whole.
+A panel takes some j of the first part, A_p · B · C …, multiplied from the left: over all panels no
+product is repeated, and the columns of y it stands for are contiguous. Backward forms each panel
+again and takes its gradient apart before the next one: W and dW never exist whole.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mpo_kernels.backends.torch.merging import add_product, unmerge
-from mpo_kernels.decompose import merge_cores
-from mpo_kernels.plan import ROW_BLOCK, Gradients, Plan, groups
+from mpo_kernels.backends.torch.merging import add_product, merge, unmerge
+from mpo_kernels.plan import Gradients, Plan, groups
 
 
-class _Panels:
-    """L · C · R for a few values of j_c at a time.
+def _panels(
+    parts: Sequence[Tensor], block: int, out_features: int
+) -> Iterator[tuple[slice, slice]]:
+    """The j of the first part in each panel, and the true columns of y they stand for."""
+    leading = parts[0].shape[2]
+    width = math.prod(part.shape[2] for part in parts[1:])
+    for start in range(0, leading, block):
+        stop = min(start + block, leading)
+        if start * width < out_features:
+            yield slice(start, stop), slice(start * width, min(stop * width, out_features))
 
-    The columns of a panel are (j_L, j_c of the panel, j_R); those of y that they stand for are
-    contiguous where j_L is 1, and strided by j_c otherwise.
-    """
 
-    def __init__(self, cores: Sequence[Tensor], plan: Plan) -> None:
-        centre = plan.split[0]
-        self.left = merge_cores(cores[:centre]) if centre else None
-        self.centre = cores[centre]
-        self.right = merge_cores(cores[centre + 1 :]) if centre + 1 < len(cores) else None
-        self.order, self.block = plan.order, plan.block
-        self.dl, self.ic, self.jc, self.dr = self.centre.shape
-        self.il, self.jl = (1, 1) if self.left is None else self.left.shape[1:3]
-        self.ir, self.jr = (1, 1) if self.right is None else self.right.shape[1:3]
-        self.l = None if self.left is None else self.left.reshape(-1, self.dl)
-        self.r = None if self.right is None else self.right.reshape(self.dr, -1)
+def _products(parts: Sequence[Tensor], block: slice) -> list[Tensor]:
+    """A_p, A_p · B, A_p · B · C, …: product k is ``[(i_A p i_B j_B …), D_k]``."""
+    product = parts[0][:, :, block].reshape(-1, parts[0].shape[3])
+    products = [product]
+    for part in parts[1:]:
+        product = (product @ part.reshape(part.shape[0], -1)).view(-1, part.shape[3])
+        products.append(product)
+    return products
 
-    def ranges(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self.jc, self.block):
-            yield start, min(start + self.block, self.jc)
 
-    def centre_slice(self, start: int, stop: int) -> Tensor:
-        """C_p as ``[D_l, i_c, p, D_r]``, contiguous."""
-        return self.centre[:, :, start:stop].contiguous()
+def _interleaved_sizes(parts: Sequence[Tensor], block: slice) -> list[int]:
+    """``i_A, p, i_B, j_B, …``"""
+    sizes = [size for part in parts for size in part.shape[1:3]]
+    sizes[1] = block.stop - block.start
+    return sizes
 
-    def form(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """The panel ``[(i_L i_c i_R), (j_L p j_R)]``, and the product it was formed from."""
-        p = c.shape[2]
-        if self.order == "CR":
-            inner = c.view(-1, self.dr) if self.r is None else c.view(-1, self.dr) @ self.r
-            inner = inner.view(self.dl, -1)
-            w = inner if self.l is None else self.l @ inner
-        else:
-            inner = c.view(self.dl, -1) if self.l is None else self.l @ c.view(self.dl, -1)
-            inner = inner.view(-1, self.dr)
-            w = inner if self.r is None else inner @ self.r
-        w = w.view(self.il, self.jl, self.ic, p, self.ir, self.jr).permute(0, 2, 4, 1, 3, 5)
-        return w.reshape(self.il * self.ic * self.ir, -1), inner
 
-    def project(self, g: Tensor, c: Tensor, inner: Tensor, sums: list[Tensor | None]) -> None:
-        """Add to L's and R's gradient, and set C_p's, from ``g``, the gradient of a panel."""
-        p = c.shape[2]
-        g = g.view(self.il, self.ic, self.ir, self.jl, p, self.jr).permute(0, 3, 1, 4, 2, 5)
-        dl, dc, dr = sums
-        if self.order == "CR":
-            g = g.reshape(self.il * self.jl, -1)
-            if dl is not None:
-                add_product(dl, g, inner.t())
-            if dc is None and dr is None:
-                return
-            lg = (g if self.l is None else self.l.t() @ g).view(self.dl * self.ic * p, -1)
-            if dr is not None:
-                add_product(dr, c.view(-1, self.dr).t(), lg)
-            if dc is not None:
-                dc.copy_((lg if self.r is None else lg @ self.r.t()).view(c.shape))
-        else:
-            g = g.reshape(-1, self.ir * self.jr)
-            if dr is not None:
-                add_product(dr, inner.t(), g)
-            if dc is None and dl is None:
-                return
-            gr = (g if self.r is None else g @ self.r.t()).view(self.il * self.jl, -1)
-            if dl is not None:
-                add_product(dl, gr, c.view(self.dl, -1).t())
-            if dc is not None:
-                dc.copy_((gr if self.l is None else self.l.t() @ gr).view(c.shape))
+def _to_matrix(product: Tensor, parts: Sequence[Tensor], block: slice) -> Tensor:
+    """The panel ``[(i_A i_B …), (p j_B …)]`` of the last product."""
+    n = len(parts)
+    interleaved = product.view(_interleaved_sizes(parts, block))
+    rows = math.prod(part.shape[1] for part in parts)
+    return interleaved.permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).reshape(rows, -1)
 
-    def columns(self, y: Tensor, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
-        """The columns of ``y [rows, out]`` that a panel stands for: j_L, and a view for them.
 
-        Each view is ``[rows, count of j_L, up to p · j_R]``; padding can cut the last j_L short.
-        """
-        width, first, last = self.jc * self.jr, start * self.jr, stop * self.jr
-        whole, rest = divmod(y.shape[1], width)
-        if whole:
-            yield (
-                slice(0, whole),
-                y[:, : whole * width].unflatten(1, (whole, width))[:, :, first:last],
-            )
-        if rest > first:
-            cut = y[:, whole * width + first : whole * width + min(rest, last)]
-            yield slice(whole, whole + 1), cut.unsqueeze(1)
-
-    def gather(self, grad: Tensor, start: int, stop: int) -> Tensor:
-        """The columns of ``grad`` for a panel, ``[rows, (j_L p j_R)]``, zero where padded."""
-        views = list(self.columns(grad, start, stop))
-        shape = (grad.shape[0], self.jl, (stop - start) * self.jr)
-        if self.jl == 1 and views and views[0][1].shape == shape:
-            return views[0][1].squeeze(1)
-        padded = self.jl * self.jc * self.jr > grad.shape[1]
-        gathered = grad.new_zeros(shape) if padded else grad.new_empty(shape)
-        for j, view in views:
-            gathered[:, j, : view.shape[2]] = view
-        return gathered.view(shape[0], -1)
+def _from_matrix(panel: Tensor, parts: Sequence[Tensor], block: slice) -> Tensor:
+    """The reverse of :func:`_to_matrix`: ``[(i_A p i_B j_B …), 1]``."""
+    n = len(parts)
+    sizes = _interleaved_sizes(parts, block)
+    axes = [axis for k in range(n) for axis in (k, n + k)]
+    return panel.view(sizes[::2] + sizes[1::2]).permute(axes).reshape(-1, 1)
 
 
 def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan) -> None:
-    panels = _Panels(cores, plan)
-    for start, stop in panels.ranges():
-        w, _ = panels.form(panels.centre_slice(start, stop))
-        w = w[: x.shape[1]]
-        biases = (
-            [None, None]
-            if bias is None
-            else [b for _, b in panels.columns(bias[None], start, stop)]
-        )
-        if panels.jl == 1:
-            for (_, view), b in zip(panels.columns(y, start, stop), biases, strict=False):
-                columns = view.squeeze(1)
-                w = w[:, : columns.shape[1]]
-                if b is None:
-                    torch.mm(x, w, out=columns)
-                else:
-                    torch.addmm(b.view(-1), x, w, out=columns)
-            continue
-        # Blocks of rows, so that what is scattered into y is still in cache.
-        for first in range(0, x.shape[0], ROW_BLOCK):
-            rows = slice(first, first + ROW_BLOCK)
-            product = (x[rows] @ w).view(-1, panels.jl, (stop - start) * panels.jr)
-            for (j, view), b in zip(panels.columns(y[rows], start, stop), biases, strict=False):
-                values = product[:, j, : view.shape[2]]
-                view.copy_(values) if b is None else torch.add(values, b, out=view)
+    """Write ``y [rows, out]`` of ``x [rows, in]``."""
+    parts = merge(cores, plan)
+    for block, columns in _panels(parts, plan.block, y.shape[1]):
+        panel = _to_matrix(_products(parts, block)[-1], parts, block)
+        panel = panel[: x.shape[1], : columns.stop - columns.start]
+        if bias is None:
+            torch.mm(x, panel, out=y[:, columns])
+        else:
+            torch.addmm(bias[columns], x, panel, out=y[:, columns])
 
 
 def backward(
     grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients, plan: Plan
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    panels = _Panels(cores, plan)
+    """``dx`` and the cores' gradients, ``None`` where not asked for."""
+    parts = merge(cores, plan)
     needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
     accumulate = torch.promote_types(x.dtype, torch.float32)
     sums = [
-        torch.zeros_like(part, dtype=accumulate) if need and part is not None else None
-        for part, need in zip((panels.l, panels.centre, panels.r), needs, strict=True)
+        torch.zeros(part.shape, dtype=accumulate, device=x.device) if need else None
+        for part, need in zip(parts, needs, strict=True)
     ]
-    dx = torch.empty(x.shape, dtype=accumulate, device=x.device) if gradients.x else None
-    padding = panels.il * panels.ic * panels.ir - x.shape[1]
-    for start, stop in panels.ranges():
-        c = panels.centre_slice(start, stop)
-        w, inner = panels.form(c)
-        d = panels.gather(grad, start, stop)
+    dx = torch.zeros(x.shape, dtype=accumulate, device=x.device) if gradients.x else None
+    for block, columns in _panels(parts, plan.block, grad.shape[1]):
+        products, dy = _products(parts, block), grad[:, columns]
+        panel = _to_matrix(products[-1], parts, block)
         if dx is not None:
-            w = w[: x.shape[1]].t()
-            if dx.dtype == d.dtype:
-                dx.addmm_(d, w, beta=1 if start else 0)
-            else:
-                dx = dx + d @ w if start else (d @ w).to(accumulate)
+            add_product(dx, dy, panel[: x.shape[1], : dy.shape[1]].t())
         if any(needs):
-            del w
-            g = x.t() @ d
-            if padding:
-                g = torch.nn.functional.pad(g, (0, 0, 0, padding))
-            of_slice = None if sums[1] is None else sums[1][:, :, start:stop]
-            panels.project(g, c, inner, [sums[0], of_slice, sums[2]])
-    part_grads = [
-        total.view(part.shape) if total is not None and part is not None else None
-        for total, part in zip(sums, (panels.left, panels.centre, panels.right), strict=True)
-    ]
-    dx = None if dx is None else dx.to(x.dtype)
-    return dx, unmerge(cores, plan, part_grads, gradients)
+            # In place of the panel; what is padded has no gradient.
+            if panel.shape != (x.shape[1], dy.shape[1]):
+                panel.zero_()
+            torch.mm(x.t(), dy, out=panel[: x.shape[1], : dy.shape[1]])
+            _project(_from_matrix(panel, parts, block), parts, products, block, sums)
+    return None if dx is None else dx.to(x.dtype), unmerge(cores, plan, sums, gradients)
+
+
+def _project(
+    flow: Tensor,
+    parts: Sequence[Tensor],
+    products: Sequence[Tensor],
+    block: slice,
+    sums: Sequence[Tensor | None],
+) -> None:
+    """Add to the parts' gradients from that of a panel, last part first."""
+    for k in range(len(parts) - 1, 0, -1):
+        part, total = parts[k].reshape(parts[k].shape[0], -1), sums[k]
+        flow = flow.view(-1, part.shape[1])
+        if total is not None:
+            add_product(total.view(part.shape), products[k - 1].t(), flow)
+        if all(total is None for total in sums[:k]):
+            return
+        flow = flow @ part.t()
+    if sums[0] is not None:
+        of_block = sums[0][:, :, block]
+        of_block.copy_(flow.view(of_block.shape))
