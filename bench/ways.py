@@ -50,7 +50,12 @@ def einsum_cores(cores: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Layer(nn.Module):
-    """Holds the cores and pads x and crops y where the factors' products are larger."""
+    """Holds the cores and pads x and crops y where the factors' products are larger.
+
+    ``contract``: ``x [rows, i_1 … i_n] -> [rows, j_1 … j_n]``, or any view of that size.
+    """
+
+    contract: Callable[[Tensor], Tensor]
 
     def __init__(self, cores: Sequence[Tensor], bias: Tensor, shape: MPOShape) -> None:
         super().__init__()
@@ -64,10 +69,6 @@ class _Layer(nn.Module):
             x = F.pad(x, (0, self.padding))
         y = self.contract(x.view(-1, *self.shape.in_factors)).reshape(x.shape[0], -1)
         return y[:, : self.shape.out_features] + self.bias
-
-    def contract(self, x: Tensor) -> Tensor:
-        """``x [rows, i_1 … i_n] -> [rows, j_1 … j_n]``, or any view of that size."""
-        raise NotImplementedError
 
 
 class TensordotChain(_Layer):

@@ -39,10 +39,9 @@ def _apply(matrix: Tensor, state: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(matrix.expand(batch, m, k), state, out=out)
 
 
-def _reduce(a: Tensor, b: Tensor, total: Tensor) -> None:
-    """``total [m, k] += Σ_batch a [batch, m, n] × b [batch, k, n]ᵀ``."""
-    rows_a, rows_b = (t.transpose(1, 2).reshape(-1, t.shape[1]) for t in (a, b))
-    add_product(total, rows_a.t(), rows_b)
+def _rows(state: Tensor) -> Tensor:
+    """``[batch, m, n] -> [(batch n), m]``: a product of two of these sums over batch and n."""
+    return state.transpose(1, 2).reshape(-1, state.shape[1])
 
 
 def _padded(block: Tensor, features: int) -> Tensor:
@@ -76,18 +75,12 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     parts = merge(cores, plan)
     steps, matrices = plan.steps, _matrices(parts, plan.order)
-    needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
-    accumulate = torch.promote_types(x.dtype, torch.float32)
     left = plan.order == "left"
+    needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
     # In the layout of the part: [(D i), (j D')] from the left, [(D j), (i D')] from the right.
-    sums = [
-        x.new_zeros((step.k, step.m) if left else (step.m, step.k), dtype=accumulate)
-        if needs[step.part]
-        else None
-        for step in steps
-    ]
+    sums: list[Tensor | None] = [None] * len(parts)
     # Products below the first one that anything is asked of are not formed.
-    last = 0 if gradients.x else min(i for i, total in enumerate(sums) if total is not None)
+    last = 0 if gradients.x else min(i for i, step in enumerate(steps) if needs[step.part])
     features = math.prod(core.shape[1] for core in cores)
     out_features = math.prod(core.shape[2] for core in cores)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if gradients.x else None
@@ -98,22 +91,18 @@ def backward(
             states.append(_apply(matrix, states[-1].view(-1, step.k, step.n)))
         flow = _padded(grad[rows], out_features)
         for index in range(len(steps) - 1, last - 1, -1):
-            step, total = steps[index], sums[index]
+            step = steps[index]
             flow = flow.view(-1, step.m, step.n)
-            if total is not None:
-                state = states[index].view(-1, step.k, step.n)
-                _reduce(*((state, flow) if left else (flow, state)), total)
+            if needs[step.part]:
+                before, after = _rows(states[index].view(-1, step.k, step.n)), _rows(flow)
+                pair = (before.t(), after) if left else (after.t(), before)
+                sums[step.part] = add_product(sums[step.part], *pair)
             if index > last or dx is not None:
                 flow = _apply(matrices[index].t(), flow)
         if dx is not None:
             dx[rows] = flow.view(-1, features)[:, : x.shape[1]]
-    part_grads: list[Tensor | None] = [None] * len(parts)
-    for step, total in zip(steps, sums, strict=True):
+    for k, total in enumerate(sums):
         if total is not None:
-            d, i, j, r = parts[step.part].shape
-            part_grads[step.part] = (
-                total.view(d, i, j, r)
-                if left
-                else total.view(d, j, i, r).transpose(1, 2).contiguous()
-            )
-    return dx, unmerge(cores, plan, part_grads, gradients)
+            d, i, j, r = parts[k].shape
+            sums[k] = total.view(d, i, j, r) if left else total.view(d, j, i, r).transpose(1, 2)
+    return dx, unmerge(cores, plan, sums, gradients)

@@ -24,7 +24,7 @@ def unmerge(
     for (a, b), grad in zip(groups(plan.split, len(cores)), grads, strict=True):
         result += _merge_backward(cores[a:b], grad, gradients.cores[a:b])
     return [
-        None if grad is None else grad.to(core.dtype).contiguous()
+        None if grad is None else grad.reshape(core.shape).to(core.dtype).contiguous()
         for grad, core in zip(result, cores, strict=True)
     ]
 
@@ -42,7 +42,7 @@ def _merge_backward(
         left, core = lefts[k - 1], cores[k].to(grad.dtype)
         d, i, j, _ = left.shape
         _, ik, jk, rk = core.shape
-        split = grad.view(d, i, ik, j, jk, rk)
+        split = grad.reshape(d, i, ik, j, jk, rk)
         if needs[k]:
             grads[k] = torch.tensordot(left.to(grad.dtype), split, dims=([0, 1, 2], [0, 1, 3]))
         if not any(needs[:k]):
@@ -52,9 +52,10 @@ def _merge_backward(
     return grads
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total [m, n] += a [m, k] × b [k, n]``, where ``total`` may be of a wider dtype."""
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """``total [m, n] + a [m, k] × b [k, n]``, in place and summed in fp32 or better."""
+    if total is None:
+        return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+        return total.addmm_(a, b)
+    return total.add_(a @ b)

@@ -80,23 +80,23 @@ def backward(
     """``dx`` and the cores' gradients, ``None`` where not asked for."""
     parts = merge(cores, plan)
     needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
-    accumulate = torch.promote_types(x.dtype, torch.float32)
-    sums = [
-        torch.zeros(part.shape, dtype=accumulate, device=x.device) if need else None
-        for part, need in zip(parts, needs, strict=True)
-    ]
-    dx = torch.zeros(x.shape, dtype=accumulate, device=x.device) if gradients.x else None
+    sums: list[Tensor | None] = [None] * len(parts)
+    if needs[0]:
+        # Written panel by panel; the j that are all padding keep their zero.
+        sums[0] = torch.zeros_like(parts[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    dx = None
     for block, columns in _panels(parts, plan.block, grad.shape[1]):
         products, dy = _products(parts, block), grad[:, columns]
         panel = _to_matrix(products[-1], parts, block)
-        if dx is not None:
-            add_product(dx, dy, panel[: x.shape[1], : dy.shape[1]].t())
+        if gradients.x:
+            dx = add_product(dx, dy, panel[: x.shape[1], : dy.shape[1]].t())
         if any(needs):
             # In place of the panel; what is padded has no gradient.
             if panel.shape != (x.shape[1], dy.shape[1]):
                 panel.zero_()
             torch.mm(x.t(), dy, out=panel[: x.shape[1], : dy.shape[1]])
-            _project(_from_matrix(panel, parts, block), parts, products, block, sums)
+            flow = _from_matrix(panel, parts, block)
+            _project(flow, parts, products, block, needs, sums)
     return None if dx is None else dx.to(x.dtype), unmerge(cores, plan, sums, gradients)
 
 
@@ -105,15 +105,16 @@ def _project(
     parts: Sequence[Tensor],
     products: Sequence[Tensor],
     block: slice,
-    sums: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    sums: list[Tensor | None],
 ) -> None:
     """Add to the parts' gradients from that of a panel, last part first."""
     for k in range(len(parts) - 1, 0, -1):
-        part, total = parts[k].reshape(parts[k].shape[0], -1), sums[k]
+        part = parts[k].reshape(parts[k].shape[0], -1)
         flow = flow.view(-1, part.shape[1])
-        if total is not None:
-            add_product(total.view(part.shape), products[k - 1].t(), flow)
-        if all(total is None for total in sums[:k]):
+        if needs[k]:
+            sums[k] = add_product(sums[k], products[k - 1].t(), flow)
+        if not any(needs[:k]):
             return
         flow = flow @ part.t()
     if sums[0] is not None:
