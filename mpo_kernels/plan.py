@@ -263,11 +263,13 @@ def _candidates(
             for order in ("left", "right"):
                 steps = chain_steps(parts, order)
                 block, work = _chain_work(parts, steps, rows, itemsize, figures, gradients, needs)
-                if order == "right":
-                    # Each part is transposed first, in short runs; not one as large as W.
-                    turned = [math.prod(p) for p in parts if p[1] > 1 < p[2]]
-                    work += [Work(bytes=4 * size * itemsize) for size in turned]
-                    block = 0 if any(2 * size > dense for size in turned) else block
+                # Each part but the last of a chain from the left is transposed once, in short runs.
+                turned = [math.prod(p) for p in (parts[:-1] if order == "left" else parts)]
+                work += [Work(bytes=4 * size * itemsize) for size in turned]
+                if order == "right" and any(
+                    2 * math.prod(p) > dense and p[1] > 1 < p[2] for p in parts
+                ):
+                    block = 0  # a copy as large as W
                 yield priced("chain", order, split, block, work, steps)
             if len(parts) > 1:
                 block, work = _panels_work(parts, rows, itemsize, figures, gradients, needs)

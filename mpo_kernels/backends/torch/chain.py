@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpo_kernels.backends.torch.merging import add_product, merge, unmerge
-from mpo_kernels.plan import Gradients, Plan, folds, groups
+from mpo_kernels.plan import Gradients, Plan, Step, folds, groups
 
 
 def _matrices(parts: Sequence[Tensor], order: str) -> list[Tensor]:
@@ -22,6 +22,14 @@ def _matrices(parts: Sequence[Tensor], order: str) -> list[Tensor]:
         return [part.reshape(-1, math.prod(part.shape[2:])).t() for part in parts]
     return [
         part.transpose(1, 2).reshape(part.shape[0] * part.shape[2], -1) for part in reversed(parts)
+    ]
+
+
+def _ready(matrices: Sequence[Tensor], steps: Sequence[Step], limit: int) -> list[Tensor]:
+    """The matrices as batched products read them best: not transposed, unless too large to copy."""
+    return [
+        matrix.contiguous() if step.n > 1 and matrix.numel() <= limit else matrix
+        for matrix, step in zip(matrices, steps, strict=True)
     ]
 
 
@@ -55,9 +63,10 @@ def _padded(block: Tensor, features: int) -> Tensor:
 
 def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan) -> None:
     parts = merge(cores, plan)
-    steps, matrices = plan.steps, _matrices(parts, plan.order)
-    features = math.prod(core.shape[1] for core in cores)
-    exact = y.shape[1] == math.prod(core.shape[2] for core in cores)
+    features, out_features = (math.prod(core.shape[axis] for core in cores) for axis in (1, 2))
+    exact = y.shape[1] == out_features
+    steps = plan.steps
+    matrices = _ready(_matrices(parts, plan.order), steps, features * out_features // 2)
     for x_block, y_block in zip(x.split(plan.block), y.split(plan.block), strict=True):
         state = _padded(x_block, features)
         for step, matrix in zip(steps, matrices, strict=True):
@@ -79,15 +88,17 @@ def backward(
     needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
     # In the layout of the part: [(D i), (j D')] from the left, [(D j), (i D')] from the right.
     sums: list[Tensor | None] = [None] * len(parts)
+    features, out_features = (math.prod(core.shape[axis] for core in cores) for axis in (1, 2))
+    limit = features * out_features // 2
+    turned = _ready([matrix.t() for matrix in matrices], steps, limit)
+    matrices = _ready(matrices[:-1], steps[:-1], limit)
     # Products below the first one that anything is asked of are not formed.
     last = 0 if gradients.x else min(i for i, step in enumerate(steps) if needs[step.part])
-    features = math.prod(core.shape[1] for core in cores)
-    out_features = math.prod(core.shape[2] for core in cores)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if gradients.x else None
     for start in range(0, x.shape[0], plan.block):
         rows = slice(start, start + plan.block)
         states = [_padded(x[rows], features)]
-        for step, matrix in zip(steps[:-1], matrices, strict=False):
+        for step, matrix in zip(steps[:-1], matrices, strict=True):
             states.append(_apply(matrix, states[-1].view(-1, step.k, step.n)))
         flow = _padded(grad[rows], out_features)
         for index in range(len(steps) - 1, last - 1, -1):
@@ -98,7 +109,7 @@ def backward(
                 pair = (before.t(), after) if left else (after.t(), before)
                 sums[step.part] = add_product(sums[step.part], *pair)
             if index > last or dx is not None:
-                flow = _apply(matrices[index].t(), flow)
+                flow = _apply(turned[index], flow)
         if dx is not None:
             dx[rows] = flow.view(-1, features)[:, : x.shape[1]]
     for k, total in enumerate(sums):
