@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_glue import last_json, save_bert, write_glue
+from tiny_glue import last_json
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import mpop
@@ -22,16 +22,6 @@ KEYS = {
     *("train_seconds", "peak_memory_bytes", "seed"),
 }
 QUERY = "encoder.layer.0.attention.self.query"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_glue(tmp_path_factory.mktemp("glue"))
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")

@@ -37,16 +37,6 @@ PLAIN = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_glue(tmp_path_factory.mktemp("glue"))
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    return save_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
 def steady_bert(tmp_path_factory):
     return save_bert(tmp_path_factory.mktemp("steady"), dropout=0.0)
 
