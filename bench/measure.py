@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import statistics
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from mpo_kernels.figures import copy_rate, gemm_rate, seconds
 
 # Kineto announces every profile on stderr otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -35,17 +36,6 @@ class Timing:
     repeats: int
 
 
-def _seconds(call: Callable[[], Any], calls: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / calls
-
-
 def interleave(
     calls: Mapping[Key, Callable[[], Any]],
     budget: float,
@@ -60,7 +50,7 @@ def interleave(
     samples: dict[Key, list[float]] = {}
     loops, repeats = {}, {}
     for key, call in calls.items():
-        first = _seconds(call, 1, device)
+        first = seconds(call, 1, device)
         loops[key] = max(1, round(SAMPLE_SECONDS / first))
         # A call that fills its sample alone is a sample; a shorter one was only a probe.
         samples[key] = [first] if loops[key] == 1 else []
@@ -71,7 +61,7 @@ def interleave(
         shuffle.shuffle(keys)
         for key in keys:
             if (turn + 1) * repeats[key] // rounds > turn * repeats[key] // rounds:
-                samples[key].append(_seconds(calls[key], loops[key], device))
+                samples[key].append(seconds(calls[key], loops[key], device))
     return {key: _timing(samples[key]) for key in calls}
 
 
@@ -166,9 +156,4 @@ class Roofline:
 def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
     """Takes about two seconds on two cores."""
     size, nbytes = (2048, 2**28) if device.type == "cpu" else (8192, 2**30)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    gemm = min(_seconds(lambda: torch.mm(a, b), 1, device) for _ in range(8))
-    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = min(_seconds(lambda: target.copy_(source), 1, device) for _ in range(8))
-    return Roofline(size**3 / gemm, 2 * nbytes / copy, size, nbytes)
+    return Roofline(gemm_rate(device, dtype, size), copy_rate(device, nbytes), size, nbytes)

@@ -155,7 +155,11 @@ def _gradients(problem: Problem, name: str) -> Gradients:
 def _plans(problem: Problem, name: str) -> dict[str, Plan]:
     """The plans chosen: of the forward pass and, in training, of the backward pass."""
     plan = partial(
-        backends.selected().plan_for, problem.rows, problem.dtype, problem.device, problem.cores
+        backends.selected(problem.x).plan_for,
+        problem.rows,
+        problem.dtype,
+        problem.device,
+        problem.cores,
     )
     plans = {"forward": plan()}
     if name != "forward":
@@ -202,7 +206,7 @@ def _planner_check(
     All are screened once; the chosen and the fastest few are then timed against each other, since
     the least of many noisy figures says little.
     """
-    backend, gradients = backends.selected(), _gradients(problem, name)
+    backend, gradients = backends.selected(problem.x), _gradients(problem, name)
 
     def call(plan: Plan) -> Callable[[], Any]:
         if name == "forward":

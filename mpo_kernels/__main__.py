@@ -1,4 +1,4 @@
-"""``python -m mpo_kernels [--json]``: versions, devices, and back ends with reasons."""
+"""``python -m mpo_kernels``: what is usable here; ``… calibrate``: measure the device."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 
-from mpo_kernels import available_backends
+from mpo_kernels import available_backends, measured
+from mpo_kernels.backends.triton import validation
+from mpo_kernels.figures import calibrate
 from mpo_kernels.version import __version__
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def facts() -> dict[str, Any]:
@@ -28,23 +32,57 @@ def facts() -> dict[str, Any]:
             name: {"available": usable, "reason": reason}
             for name, (usable, reason) in available_backends().items()
         },
+        "kernels": {"sources": validation.source_hash(), "validated": validation.validations()},
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mpo_kernels", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    found = facts()
-    if parser.parse_args().json:
-        print(json.dumps(found))
-        return
+def _print_facts(found: dict[str, Any]) -> None:
     for name, value in found.items():
         if name == "backends":
             for backend, state in value.items():
                 usable = "yes" if state["available"] else "no"
                 print(f"{'back end ' + backend:<18} {usable}: {state['reason']}")
+        elif name == "kernels":
+            print(f"{'triton kernels':<18} {value['sources']}: {validation.summary()}")
         else:
             print(f"{name:<18} {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _calibrate(device: torch.device, names: list[str], as_json: bool) -> None:
+    found = {name: calibrate(device, DTYPES[name]) for name in names}
+    path = measured.path_of(measured.device_name(device))
+    if as_json:
+        rows = {name: figures.__dict__ for name, figures in found.items()}
+        print(json.dumps({"file": str(path), "figures": rows}))
+        return
+    for name, figures in found.items():
+        print(
+            f"{name:<10} {figures.macs_per_second / 1e9:10,.1f} GMAC/s  "
+            f"{figures.bytes_per_second / 1e9:8,.1f} GB/s  "
+            f"{figures.launch_seconds * 1e6:5.1f} µs a call"
+        )
+    print(f"the planner uses these from now on: {path}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mpo_kernels", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    commands = parser.add_subparsers(dest="command")
+    measure = commands.add_parser("calibrate", help="measure this device for the planner")
+    measure.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    measure.add_argument("--dtype", nargs="+", choices=DTYPES, help="(all that fit the device)")
+    measure.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.command is None:
+        found = facts()
+        print(json.dumps(found)) if options.json else _print_facts(found)
+        return
+    try:
+        device = torch.zeros(1, device=options.device).device
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"cannot use device {options.device!r}: {str(error).splitlines()[0]}")
+    default = ["float32"] if device.type == "cpu" else list(DTYPES)
+    _calibrate(device, options.dtype or default, options.json)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ class MPOLinear(MPOModule):
         """
         gradients = Gradients(True, tuple(core.requires_grad for core in self.cores))
         first, cores = self.cores[0], self._oriented_cores()
-        return backends.selected().plan_for(
+        return backends.selected(first).plan_for(
             rows, first.dtype, first.device, cores, gradients if backward else None
         )
 

@@ -33,14 +33,14 @@ def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: i
                 f"expected cores and bias like x, {x.dtype} on {x.device}, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
-    y = backends.selected().linear(x.reshape(-1, x.shape[-1]), cores, bias, out_features)
+    y = backends.selected(x).linear(x.reshape(-1, x.shape[-1]), cores, bias, out_features)
     return y.view(*x.shape[:-1], out_features)
 
 
 def _linear_backward(
     grad: Tensor, x: Tensor, cores: list[Tensor], need_x: bool, need_cores: list[bool]
 ) -> list[Tensor]:
-    dx, core_grads = backends.selected().linear_backward(
+    dx, core_grads = backends.selected(x).linear_backward(
         grad.reshape(-1, grad.shape[-1]),
         x.reshape(-1, x.shape[-1]),
         cores,
@@ -51,14 +51,14 @@ def _linear_backward(
 
 
 def _embedding(ids: Tensor, cores: list[Tensor], embedding_dim: int) -> Tensor:
-    rows = backends.selected().embedding(ids.reshape(-1), cores, embedding_dim)
+    rows = backends.selected(cores[0]).embedding(ids.reshape(-1), cores, embedding_dim)
     return rows.view(*ids.shape, embedding_dim)
 
 
 def _embedding_backward(
     grad: Tensor, ids: Tensor, cores: list[Tensor], need_cores: list[bool]
 ) -> list[Tensor]:
-    grads = backends.selected().embedding_backward(
+    grads = backends.selected(cores[0]).embedding_backward(
         grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), cores, tuple(need_cores)
     )
     return [g for g in grads if g is not None]

@@ -11,46 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
+from mpo_kernels.figures import DeviceFigures
+
 CoreShape: TypeAlias = tuple[int, int, int, int]
 CoreShapes: TypeAlias = Sequence[CoreShape]
-
-
-@dataclass(frozen=True)
-class DeviceFigures:
-    """What a device does in a second, as far as the choice between candidates needs it.
-
-    Attributes:
-        name: device type, for the reader.
-        macs_per_second: multiply-adds of a large GEMM.
-        bytes_per_second: of a large copy, read and write counted.
-        launch_seconds: host time of one library call.
-        block_bytes: intermediates of a chain that stay in cache together.
-        panel_bytes: workspace of a panel, which is also at most half of W; one j is the floor.
-    """
-
-    name: str
-    macs_per_second: float
-    bytes_per_second: float
-    launch_seconds: float
-    block_bytes: int
-    panel_bytes: int
-
-
-@cache
-def device_figures(device_type: str, dtype: torch.dtype, threads: int) -> DeviceFigures:
-    """Figures of this kind of device; only their ratios matter for the choice."""
-    if device_type == "cpu":
-        # One AVX-512 core: 30 G MAC/s in fp32, half in fp64.
-        rate = 30e9 * threads * (0.5 if dtype == torch.float64 else 1.0)
-        return DeviceFigures("cpu", rate, 20e9, 5e-6, 2**20 * threads, 8 * 2**20)
-    rate = 25e12 if dtype in (torch.float32, torch.float64) else 350e12
-    return DeviceFigures(device_type, rate, 3e12, 6e-6, 64 * 2**20, 64 * 2**20)
 
 
 def folds(n: int, matrix_bytes: int) -> bool:
@@ -112,6 +82,7 @@ class Plan:
         bytes: bytes of x, y and cores, and of what passes through memory between.
         predicted_us: predicted time in microseconds.
         steps: the products of a chain, in order.
+        launches: the kernels of a fused plan, with their tiles.
         candidates: every plan that was weighed, the fastest first.
     """
 
@@ -124,6 +95,7 @@ class Plan:
     bytes: int
     predicted_us: float
     steps: tuple[Step, ...] = ()
+    launches: tuple[Any, ...] = ()
     candidates: tuple[Plan, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -167,10 +139,18 @@ def plan_linear(
         figures: of the device.
         gradients: what the backward pass must form; ``None`` plans the forward pass.
     """
-    bucket = 1 << max(rows - 1, 0).bit_length()
-    return _plan(
-        tuple((d, i, j, r) for d, i, j, r in core_shapes), bucket, dtype, figures, gradients
-    )
+    shapes = tuple((d, i, j, r) for d, i, j, r in core_shapes)
+    return _plan(shapes, row_bucket(rows), dtype, figures, gradients)
+
+
+def shapes_of(cores: Sequence[torch.Tensor]) -> list[CoreShape]:
+    """``[D_k, i_k, j_k, D_{k+1}]`` of each core."""
+    return [(d, i, j, r) for d, i, j, r in (core.shape for core in cores)]
+
+
+def row_bucket(rows: int) -> int:
+    """The power of two that a plan for ``rows`` rows is made for."""
+    return 1 << max(rows - 1, 0).bit_length()
 
 
 @lru_cache(maxsize=4096)
@@ -186,8 +166,13 @@ def _plan(
     candidates = [plan for plan in candidates if plan.block] or [
         replace(plan, block=1) for plan in candidates
     ]
-    candidates.sort(key=lambda plan: plan.predicted_us)
-    return replace(candidates[0], candidates=tuple(candidates))
+    return best_of(candidates)
+
+
+def best_of(candidates: Sequence[Plan]) -> Plan:
+    """The fastest by prediction; it knows the others."""
+    ordered = sorted(candidates, key=lambda plan: plan.predicted_us)
+    return replace(ordered[0], candidates=tuple(ordered))
 
 
 def groups(split: Sequence[int], num_cores: int) -> list[tuple[int, int]]:
@@ -199,6 +184,14 @@ def merged_shape(shapes: CoreShapes) -> CoreShape:
     """Shape of neighbouring cores contracted into one."""
     ins, outs = math.prod(s[1] for s in shapes), math.prod(s[2] for s in shapes)
     return shapes[0][0], ins, outs, shapes[-1][3]
+
+
+def merged_parts(shapes: CoreShapes, split: Sequence[int]) -> list[CoreShape]:
+    """The shapes of the parts between the cuts, or none at all where one would pass half of W."""
+    dense = math.prod(s[1] for s in shapes) * math.prod(s[2] for s in shapes)
+    parts = [(merged_shape(shapes[a:b]), b - a) for a, b in groups(split, len(shapes))]
+    fits = all(count < 2 or 2 * math.prod(part) <= dense for part, count in parts)
+    return [part for part, _ in parts] if fits else []
 
 
 def chain_steps(parts: CoreShapes, order: str) -> list[Step]:
@@ -244,21 +237,15 @@ def _candidates(
         work: list[Work],
         steps: Sequence[Step] = (),
     ) -> Plan:
-        work = [x_y_cores, *_merge_work(shapes, split, itemsize, gradients), *work]
+        work = [x_y_cores, *merge_work(shapes, split, itemsize, gradients), *work]
         macs, moved = sum(w.macs for w in work), sum(w.bytes for w in work)
         seconds = sum(w.seconds(figures) for w in work)
         us = seconds * 1e6
         return Plan(algorithm, order, split, rows, block, macs, moved, us, tuple(steps))
 
-    def parts_of(split: tuple[int, ...]) -> list[CoreShape]:
-        """The merged shapes, or none at all where one would pass half of W."""
-        parts = [(merged_shape(shapes[a:b]), b - a) for a, b in groups(split, n)]
-        fits = all(count < 2 or 2 * math.prod(part) <= dense for part, count in parts)
-        return [part for part, _ in parts] if fits else []
-
     for cuts in range(2 ** (n - 1)):
         split = tuple(k for k in range(1, n) if cuts >> (k - 1) & 1)
-        if parts := parts_of(split):
+        if parts := merged_parts(shapes, split):
             needs = _part_needs(gradients, split, n)
             for order in ("left", "right"):
                 steps = chain_steps(parts, order)
@@ -282,9 +269,10 @@ def _part_needs(gradients: Gradients | None, split: tuple[int, ...], n: int) -> 
     return [any(gradients.cores[a:b]) for a, b in groups(split, n)]
 
 
-def _merge_work(
+def merge_work(
     shapes: CoreShapes, split: tuple[int, ...], itemsize: int, gradients: Gradients | None
 ) -> list[Work]:
+    """The products and copies that merge the cores between the cuts, and take gradients apart."""
     work = []
     for a, b in groups(split, len(shapes)):
         # A trained part is taken apart again: two products for each that merged it.

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from types import ModuleType
 
-from mpo_kernels.backends import torch as torch_backend
+from torch import Tensor
 
-BACKENDS: dict[str, ModuleType] = {"torch": torch_backend}
+from mpo_kernels.backends import torch as torch_backend
+from mpo_kernels.backends.triton import device as triton_device
+
+NAMES = ("torch", "triton")
+
+logger = logging.getLogger(__name__)
 
 _selected = os.environ.get("MPO_KERNELS_BACKEND", "auto")
 
 
 def available_backends() -> dict[str, tuple[bool, str]]:
     """``{name: (usable here, reason)}``."""
-    return {"torch": (True, "any device and dtype")}
+    reason = triton_device.unavailable()
+    return {
+        "torch": (True, "any device and dtype"),
+        "triton": (reason is None, reason or "fp16, bf16 and fp32 on CUDA and ROCm devices"),
+    }
 
 
 def _checked(name: str) -> str:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"expected a back end of {['auto', *BACKENDS]}, got {name!r}")
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"expected a back end of {['auto', *NAMES]}, got {name!r}")
     return name
 
 
@@ -32,17 +44,42 @@ def use_backend(name: str) -> Iterator[None]:
     The environment variable ``MPO_KERNELS_BACKEND`` sets the choice for a whole process.
 
     Raises:
-        ValueError: a back end that is not there.
+        ValueError: a back end that is not there, on entry; inside the block, a device or dtype
+            that the back end does not serve.
     """
     global _selected
-    before, _selected = _selected, _checked(name)
+    if _checked(name) == "triton" and (reason := triton_device.unavailable()):
+        raise ValueError(f"the triton back end cannot be used: {reason}")
+    before, _selected = _selected, name
     try:
         yield
     finally:
         _selected = before
 
 
-def selected() -> ModuleType:
-    """The back end that computes now."""
+def selected(like: Tensor) -> ModuleType:
+    """The back end that computes now, for operands of this device and dtype.
+
+    Raises:
+        ValueError: the back end asked for by name does not serve them.
+    """
     name = _checked(_selected)
-    return torch_backend if name == "auto" else BACKENDS[name]
+    if name == "torch" or (name == "auto" and like.device.type == "cpu"):
+        return torch_backend
+    if reason := triton_device.unsupported(like.device, like.dtype):
+        if name == "triton":
+            raise ValueError(f"the triton back end cannot compute this: {reason}")
+        _log_once(reason)
+        return torch_backend
+    return _triton()
+
+
+@cache
+def _triton() -> ModuleType:
+    """Imported when first used: importing the package needs no triton."""
+    return import_module("mpo_kernels.backends.triton.backend")
+
+
+@cache
+def _log_once(reason: str) -> None:
+    logger.warning("the torch back end is used: %s", reason)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from mpo_kernels import MPOLinear, MPOShape
-from mpo_kernels.plan import Gradients, device_figures, plan_linear
+from mpo_kernels.figures import default_figures
+from mpo_kernels.plan import Gradients, plan_linear
 
-FIGURES = device_figures("cpu", torch.float32, 2)
+FIGURES = default_figures("cpu", torch.float32, 2)
 
 
 def plan(shape, rows, gradients=None):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mpo_kernels.backends.torch import chain, panels
 from mpo_kernels.backends.torch.gather import embedding, embedding_backward
-from mpo_kernels.plan import Gradients, Plan, device_figures, plan_linear
+from mpo_kernels.figures import device_figures
+from mpo_kernels.plan import Gradients, Plan, plan_linear, shapes_of
 
 __all__ = ["embedding", "embedding_backward", "linear", "linear_backward", "plan_for"]
 
@@ -28,9 +29,8 @@ def plan_for(
     gradients: Gradients | None = None,
 ) -> Plan:
     """The plan for ``x [rows, in]``, forward or (with ``gradients``) backward."""
-    figures = device_figures(device.type, dtype, torch.get_num_threads())
-    shapes = [(d, i, j, r) for d, i, j, r in (core.shape for core in cores)]
-    return plan_linear(shapes, rows, dtype, figures, gradients)
+    figures = device_figures(device, dtype)
+    return plan_linear(shapes_of(cores), rows, dtype, figures, gradients)
 
 
 def linear(

@@ -62,7 +62,7 @@ def _padded(block: Tensor, features: int) -> Tensor:
 
 
 def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan) -> None:
-    parts = merge(cores, plan)
+    parts = merge(cores, plan.split)
     features, out_features = (math.prod(core.shape[axis] for core in cores) for axis in (1, 2))
     exact = y.shape[1] == out_features
     steps = plan.steps
@@ -82,7 +82,7 @@ def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, 
 def backward(
     grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients, plan: Plan
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    parts = merge(cores, plan)
+    parts = merge(cores, plan.split)
     steps, matrices = plan.steps, _matrices(parts, plan.order)
     left = plan.order == "left"
     needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
@@ -116,4 +116,4 @@ def backward(
         if total is not None:
             d, i, j, r = parts[k].shape
             sums[k] = total.view(d, i, j, r) if left else total.view(d, j, i, r).transpose(1, 2)
-    return dx, unmerge(cores, plan, sums, gradients)
+    return dx, unmerge(cores, plan.split, sums, gradients.cores)

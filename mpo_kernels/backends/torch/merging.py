@@ -8,21 +8,24 @@ import torch
 from torch import Tensor
 
 from mpo_kernels.decompose import merge_cores
-from mpo_kernels.plan import Gradients, Plan, groups
+from mpo_kernels.plan import groups
 
 
-def merge(cores: Sequence[Tensor], plan: Plan) -> list[Tensor]:
-    """The parts between the cuts of the plan."""
-    return [merge_cores(cores[a:b]) for a, b in groups(plan.split, len(cores))]
+def merge(cores: Sequence[Tensor], split: Sequence[int]) -> list[Tensor]:
+    """The parts between the cuts."""
+    return [merge_cores(cores[a:b]) for a, b in groups(split, len(cores))]
 
 
 def unmerge(
-    cores: Sequence[Tensor], plan: Plan, grads: Sequence[Tensor | None], gradients: Gradients
+    cores: Sequence[Tensor],
+    split: Sequence[int],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the cores from those of the merged parts."""
     result: list[Tensor | None] = []
-    for (a, b), grad in zip(groups(plan.split, len(cores)), grads, strict=True):
-        result += _merge_backward(cores[a:b], grad, gradients.cores[a:b])
+    for (a, b), grad in zip(groups(split, len(cores)), grads, strict=True):
+        result += _merge_backward(cores[a:b], grad, needs[a:b])
     return [
         None if grad is None else grad.reshape(core.shape).to(core.dtype).contiguous()
         for grad, core in zip(result, cores, strict=True)

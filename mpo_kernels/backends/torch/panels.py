@@ -64,7 +64,7 @@ def _from_matrix(panel: Tensor, parts: Sequence[Tensor], block: slice) -> Tensor
 
 def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan) -> None:
     """Write ``y [rows, out]`` of ``x [rows, in]``."""
-    parts = merge(cores, plan)
+    parts = merge(cores, plan.split)
     for block, columns in _panels(parts, plan.block, y.shape[1]):
         panel = _to_matrix(_products(parts, block)[-1], parts, block)
         panel = panel[: x.shape[1], : columns.stop - columns.start]
@@ -78,7 +78,7 @@ def backward(
     grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients, plan: Plan
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """``dx`` and the cores' gradients, ``None`` where not asked for."""
-    parts = merge(cores, plan)
+    parts = merge(cores, plan.split)
     needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
     sums: list[Tensor | None] = [None] * len(parts)
     if needs[0]:
@@ -97,7 +97,7 @@ def backward(
             torch.mm(x.t(), dy, out=panel[: x.shape[1], : dy.shape[1]])
             flow = _from_matrix(panel, parts, block)
             _project(flow, parts, products, block, needs, sums)
-    return None if dx is None else dx.to(x.dtype), unmerge(cores, plan, sums, gradients)
+    return None if dx is None else dx.to(x.dtype), unmerge(cores, plan.split, sums, gradients.cores)
 
 
 def _project(

@@ -1,0 +1,258 @@
+"""What the compiler says of the kernels, with no device: `python bench/static_report.py`.
+
+Each kernel is compiled with the tiles that ship as defaults for representative problems, for each
+architecture. The committed report holds registers, shared memory, spills and matrix instructions;
+`--check` compiles again and exits 1 where a figure got worse; with another version of triton it
+compares the matrix instructions only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mpo_kernels.backends.triton.chain import chain_kernel
+from mpo_kernels.backends.triton.chain_backward import chain_gradient_kernel
+from mpo_kernels.backends.triton.gather import gather_gradient_kernel, gather_kernel
+from mpo_kernels.backends.triton.implicit import implicit_kernel
+from mpo_kernels.backends.triton.tiles import LIMITS, Chain, Limits, Strides, TwoParts
+from mpo_kernels.backends.triton.tuning import TILES
+
+REPORT = Path(__file__).parent / "results" / "static.json"
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+SKEWED = Chain(256, 16, 16, 256, 64, 4096, 4096, True)
+BALANCED = Chain(64, 64, 64, 64, 64, 4096, 4096, False)
+LOW_RANK = Chain(4096, 1, 1, 4096, 128, 4096, 4096, True)
+PAPER = Chain(12, 16, 64, 192, 32, 768, 3072, False)
+ODD = Chain(48, 20, 6, 12, 5, 280, 239, True)
+SQUARE = TwoParts(64, 64, 64, 64, 64, 4096, 4096)
+PAPER_PARTS = TwoParts(12, 16, 64, 192, 96, 768, 3072)
+TABLE = TwoParts(200, 32, 153, 24, 64, 30522, 768)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, the problem and row bucket its default tile is for, and the operands' dtype."""
+
+    kernel: str
+    problem: Chain | TwoParts
+    rows: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kernel} {'x'.join(map(str, self.problem))} {self.rows} {dtype}"
+
+
+CASES = [
+    *(Case("chain", p, rows, BF16) for p in (SKEWED, BALANCED, LOW_RANK) for rows in (1, 16, 4096)),
+    *(Case("chain", p, 4096, BF16) for p in (PAPER, ODD)),
+    *(Case("chain", p, 4096, FP32) for p in (SKEWED, ODD)),
+    *(Case("chain_gradient", p, 4096, BF16) for p in (SKEWED, BALANCED, LOW_RANK, PAPER, ODD)),
+    Case("chain_gradient", SKEWED, 16, BF16),
+    Case("chain_gradient", SKEWED, 4096, FP32),
+    *(Case("implicit", p, rows, BF16) for p in (SQUARE, PAPER_PARTS) for rows in (16, 4096)),
+    Case("implicit", SQUARE, 4096, FP32),
+    *(Case(k, TABLE, 4096, dtype) for k in ("gather", "gather_gradient") for dtype in (BF16, FP32)),
+]
+
+
+def arguments(case: Case) -> tuple[Any, list[tuple[str, Any]]]:
+    """The kernel and its arguments before the constants: (name, type) in the kernel's order."""
+    pointer = TYPES[case.dtype]
+    row = [("rows", "i32"), ("stride_xm", "i64"), ("stride_xk", 1)]
+    if case.kernel == "chain":
+        names = ("p_x", "p_first", "p_second", "p_bias", "p_y")
+        return chain_kernel, [*((name, pointer) for name in names), *row]
+    if case.kernel == "implicit":
+        names = ("p_x", "p_left", "p_right", "p_bias", "p_y")
+        return implicit_kernel, [*((name, pointer) for name in names), *row]
+    if case.kernel == "chain_gradient":
+        pointers = [("p_x", pointer), ("p_dy", pointer), ("p_first", pointer), ("p_out", "*fp32")]
+        strides = [("stride_xm", "i64"), ("stride_xk", 1), ("stride_dym", "i64"), ("stride_dyk", 1)]
+        return chain_gradient_kernel, [
+            *pointers,
+            ("rows", "i32"),
+            ("rows_per_split", "i32"),
+            *strides,
+        ]
+    if case.kernel == "gather":
+        pointers = [("p_ids", "*i64"), *((n, pointer) for n in ("p_left", "p_right", "p_rows"))]
+        return gather_kernel, pointers
+    pointers = [("p_grad", pointer), ("p_ids", "*i64"), ("p_order", "*i64"), ("p_other", pointer)]
+    strides = [("p_out", "*fp32"), ("tokens", "i32"), ("stride_gm", "i64"), ("stride_gk", 1)]
+    return gather_gradient_kernel, [*pointers, *strides]
+
+
+def packed_strides(problem: Chain | TwoParts) -> Strides:
+    """Of parts ``[in, out, D]`` that are contiguous."""
+    _, a_out, _, b_out, rank = problem[:5]
+    return Strides(a_out * rank, rank, 1, b_out * rank, rank, 1)
+
+
+def compiled(case: Case, limits: Limits) -> tuple[Any, Any]:
+    """The default tile of a case, and what triton makes of it for that architecture."""
+    _, tile = TILES[case.kernel](case.problem, case.rows, case.dtype.itemsize, limits)[0]
+    kernel, given = arguments(case)
+    constants = {"S": case.problem, "P": packed_strides(case.problem), "T": tile}
+    constants |= {"PRECISION": "ieee"}
+    if case.kernel == "gather_gradient":
+        constants["OF_LEFT"] = True
+    return tile, build(kernel, given, constants, limits, tile)
+
+
+def build(
+    kernel: Any, given: list[tuple[str, Any]], constants: dict[str, Any], limits: Limits, tile: Any
+) -> Any:
+    """Compile for an architecture, as a call with aligned operands on it would."""
+    constants = constants | {name: kind for name, kind in given if not isinstance(kind, str)}
+    signature = {name: kind if isinstance(kind, str) else "constexpr" for name, kind in given}
+    signature |= {name: "constexpr" for name in constants}
+    signature = {name: signature[name] for name in kernel.arg_names}
+    aligned = {
+        (k,): [["tt.divisibility", 16]]
+        for k, name in enumerate(kernel.arg_names)
+        if name.startswith("p_") or (name.startswith("stride") and name not in constants)
+    }
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(
+        source,
+        target=target(limits),
+        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )
+
+
+def target(limits: Limits) -> GPUTarget:
+    """What triton compiles for."""
+    if limits.name.startswith("sm_"):
+        return GPUTarget("cuda", int(limits.name[3:]), limits.warp)
+    return GPUTarget("hip", limits.name, limits.warp)
+
+
+def figures(built: Any) -> dict[str, int]:
+    """Registers a thread, bytes spilled, bytes of shared memory, matrix instructions by kind."""
+    if "cubin" in built.asm:
+        usage, assembly = _cuobjdump(built.asm["cubin"])
+        registers, spilled = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
+        kinds = {"wgmma": "HGMMA", "tcgen05": "UTC[HQ]MMA", "mma": "HMMA"}
+    else:
+        assembly = built.asm["amdgcn"]
+        registers, spilled = (
+            int(re.findall(rf"\.vgpr_{field}:\s+(\d+)", assembly)[0])
+            for field in ("count", "spill_count")
+        )
+        kinds = {"mfma": "v_mfma_\\w+"}
+    found = {"registers": registers, "spilled": spilled, "shared": built.metadata.shared}
+    counts = {name: len(re.findall(rf"\b{code}\b", assembly)) for name, code in kinds.items()}
+    return found | {name: count for name, count in counts.items() if count}
+
+
+def _cuobjdump(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and SASS, by the tool that comes with triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+    return usage.stdout, sass.stdout
+
+
+def faults(case: Case, tile: Any, found: dict[str, int], limits: Limits) -> list[str]:
+    """What a shipped default must not do: spill, pass the memory, miss the matrix instructions."""
+    wrong = []
+    if found["spilled"]:
+        wrong.append(f"spills {found['spilled']} bytes")
+    if found["shared"] > limits.shared_memory:
+        wrong.append(f"{found['shared']} bytes of shared memory, there are {limits.shared_memory}")
+    if limits.name == "sm_90" and case.dtype.itemsize == 2 and _matrix_rows(case, tile) >= 64:
+        wrong += [] if "wgmma" in found else ["no wgmma"]
+        wrong += ["mma beside wgmma"] if "mma" in found else []
+    return wrong
+
+
+def _matrix_rows(case: Case, tile: Any) -> int:
+    """Rows of the smaller of a tile's two products."""
+    if case.kernel == "chain":
+        return tile.block_b * min(tile.group_in, tile.group_out)
+    if case.kernel == "chain_gradient":
+        return min(tile.block_b * tile.group_in, tile.block_n)
+    if case.kernel == "implicit":
+        return min(tile.block_b, tile.left_in * tile.left_out)
+    return tile.block_left
+
+
+def report(architectures: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The report, and a line for each fault."""
+    rows: dict[str, Any] = {}
+    wrong = []
+    for name in architectures:
+        rows[name] = {}
+        for case in CASES:
+            tile, built = compiled(case, LIMITS[name])
+            found = figures(built)
+            rows[name][case.name] = {"tile": list(tile), **found}
+            wrong += [
+                f"{name} {case.name}: {fault}" for fault in faults(case, tile, found, LIMITS[name])
+            ]
+        print(f"{name}: {len(CASES)} kernels compiled", file=sys.stderr)
+    return {"triton": triton.__version__, "architectures": rows}, wrong
+
+
+def regressions(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each figure that got worse since the committed report, by the same compiler."""
+    worse = []
+    for name, rows in now["architectures"].items():
+        for case, found in rows.items():
+            before = committed["architectures"].get(name, {}).get(case)
+            if before is None:
+                worse.append(f"{name} {case}: not in the committed report")
+                continue
+            for field in ("registers", "spilled", "shared"):
+                if found[field] > before[field] and committed["triton"] == now["triton"]:
+                    worse.append(f"{name} {case}: {field} {before[field]} -> {found[field]}")
+            lost = {"wgmma", "tcgen05", "mma", "mfma"} & (before.keys() - found.keys())
+            worse += [f"{name} {case}: no {kind} any more" for kind in sorted(lost)]
+    return worse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the report or compare with it; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python bench/static_report.py", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare, exit 1 on a regression")
+    parser.add_argument("--arch", nargs="+", choices=LIMITS, default=list(LIMITS), help="(all)")
+    options = parser.parse_args(argv)
+    now, wrong = report(options.arch)
+    if options.check:
+        committed = json.loads(REPORT.read_text(encoding="utf-8"))
+        if committed["triton"] != now["triton"]:
+            # Tiles are chosen for one compiler; another must build the same instructions.
+            wrong = [line for line in wrong if " spills " not in line]
+        wrong += regressions(committed, now)
+    else:
+        REPORT.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {REPORT.relative_to(Path.cwd())}")
+    for line in wrong:
+        print(line)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

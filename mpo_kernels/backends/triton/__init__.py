@@ -1,0 +1,1 @@
+"""Fused kernels in Triton; importing this package needs no triton, ``backend`` does."""

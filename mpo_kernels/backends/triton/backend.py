@@ -1,0 +1,162 @@
+"""The Triton back end: fused kernels where they win, the library's GEMMs elsewhere.
+
+Every function is that of ``backends/torch``; the plan says which kernels compute a call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpo_kernels.backends import torch as library
+from mpo_kernels.backends.torch.merging import merge, unmerge
+from mpo_kernels.backends.triton import tuning
+from mpo_kernels.backends.triton.chain import chain
+from mpo_kernels.backends.triton.chain_backward import chain_gradient
+from mpo_kernels.backends.triton.device import limits
+from mpo_kernels.backends.triton.gather import gather, gather_gradient
+from mpo_kernels.backends.triton.implicit import implicit
+from mpo_kernels.backends.triton.planning import Launch, plan_fused, two_parts
+from mpo_kernels.backends.triton.tiles import GatherTile, TwoParts
+from mpo_kernels.figures import device_figures
+from mpo_kernels.plan import Gradients, Plan, merge_work, merged_parts, row_bucket, shapes_of
+
+__all__ = ["embedding", "embedding_backward", "linear", "linear_backward", "plan_for"]
+
+
+def plan_for(
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cores: Sequence[Tensor],
+    gradients: Gradients | None = None,
+    features: tuple[int, int] | None = None,
+) -> Plan:
+    """The plan for ``x [rows, in]``, forward or (with ``gradients``) backward."""
+    shapes = shapes_of(cores)
+    features = features or (math.prod(s[1] for s in shapes), math.prod(s[2] for s in shapes))
+    figures = device_figures(device, dtype)
+    return plan_fused(shapes, features, rows, dtype, figures, limits(device), gradients)
+
+
+def _factors(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``left [1, i, j, D]`` and ``right [D, i, j, 1]`` as views ``[i, j, D]``."""
+    return parts[0][0], parts[1][..., 0].permute(1, 2, 0)
+
+
+def linear(
+    x: Tensor,
+    cores: Sequence[Tensor],
+    bias: Tensor | None,
+    out_features: int,
+    plan: Plan | None = None,
+) -> Tensor:
+    """``y [rows, out_features]`` of ``x [rows, in]``, all of one dtype."""
+    features = (x.shape[1], out_features)
+    plan = plan or plan_for(x.shape[0], x.dtype, x.device, cores, features=features)
+    if not plan.launches or x.shape[0] == 0:
+        return library.linear(x, cores, bias, out_features, plan)
+    return _product(x, *_factors(merge(cores, plan.split)), bias, plan.launches[0])
+
+
+def linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    cores: Sequence[Tensor],
+    gradients: Gradients,
+    plan: Plan | None = None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """``dx [rows, in]`` and each core's gradient, ``None`` (and not computed) where not asked."""
+    features = (x.shape[1], grad.shape[1])
+    plan = plan or plan_for(x.shape[0], x.dtype, x.device, cores, gradients, features)
+    if not plan.launches or x.shape[0] == 0:
+        return library.linear_backward(grad, x, cores, gradients, plan)
+    left, right = _factors(merge(cores, plan.split))
+    dx: Tensor | None = None
+    sums: dict[str, Tensor] = {}
+    for launch in plan.launches:
+        if launch.result == "dx":
+            dx = _product(grad, left, right, None, launch)
+        else:
+            sums[launch.result] = _part_gradient(grad, x, left, right, launch)
+    return dx, unmerge(cores, plan.split, [sums.get("left"), sums.get("right")], gradients.cores)
+
+
+def _product(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, launch: Launch) -> Tensor:
+    """y from x or, with in and out exchanged, dx from dy."""
+    if launch.result == "dx":
+        left, right = left.transpose(0, 1), right.transpose(0, 1)
+    if isinstance(launch.problem, TwoParts):
+        return implicit(x, left, right, bias, launch.problem, launch.tile)
+    first, second = (left, right) if launch.first == "left" else (right, left)
+    return chain(x, first, second, bias, launch.problem, launch.tile)
+
+
+def _part_gradient(grad: Tensor, x: Tensor, left: Tensor, right: Tensor, launch: Launch) -> Tensor:
+    """The gradient ``[1, i, j, D]`` or ``[D, i, j, 1]`` of one part, in fp32."""
+    of_left = launch.result == "left"
+    other = right if of_left else left
+    if launch.first == "x":
+        total = chain_gradient(x, grad, other, launch.problem, launch.tile)
+    else:
+        total = chain_gradient(grad, x, other.transpose(0, 1), launch.problem, launch.tile)
+        total = total.transpose(0, 1)
+    return total.unsqueeze(0) if of_left else total.permute(2, 0, 1).unsqueeze(3)
+
+
+def embedding(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
+    """Rows ``[len(ids), embedding_dim]`` of the table."""
+    split = _table_split(len(ids), cores)
+    if split is None:
+        return library.embedding(ids, cores, embedding_dim)
+    parts = merge(cores, (split,))
+    problem, tile = _table(len(ids), parts, embedding_dim, "gather")
+    return gather(ids, *_factors(parts), problem, tile)
+
+
+def embedding_backward(
+    grad: Tensor, ids: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the cores from ``grad [len(ids), embedding_dim]``.
+
+    The kernel adds atomically; where torch asks for deterministic algorithms the library sorts.
+    """
+    split = _table_split(len(ids), cores)
+    if split is None or torch.are_deterministic_algorithms_enabled():
+        return library.embedding_backward(grad, ids, cores, needs)
+    parts = merge(cores, (split,))
+    left, right = _factors(parts)
+    problem, tile = _table(len(ids), parts, grad.shape[1], "gather_gradient")
+    of_left = of_right = None
+    if any(needs[:split]):
+        of_left = gather_gradient(grad, ids, right, True, problem, tile).unsqueeze(0)
+    if any(needs[split:]):
+        total = gather_gradient(grad, ids, left, False, problem, tile)
+        of_right = total.permute(2, 0, 1).unsqueeze(3)
+    return unmerge(cores, (split,), [of_left, of_right], needs)
+
+
+def _table(
+    tokens: int, parts: Sequence[Tensor], embedding_dim: int, kernel: str
+) -> tuple[TwoParts, GatherTile]:
+    (left, right), like = shapes_of(parts), parts[0]
+    problem = two_parts(left, right, (left[1] * right[1], embedding_dim))
+    best = tuning.best(kernel, problem, row_bucket(tokens), like.dtype, limits(like.device))
+    if best is None:
+        raise RuntimeError(f"no tile of {kernel} fits {like.device}: {problem}")
+    return problem, best[1]
+
+
+def _table_split(tokens: int, cores: Sequence[Tensor]) -> int | None:
+    """Where two parts form rows with the fewest multiply-adds; None where no two parts fit."""
+    shapes = shapes_of(cores)
+    ways: list[tuple[int, int]] = []
+    for k in range(1, len(shapes)):
+        if tokens and (parts := merged_parts(shapes, (k,))):
+            left, right = parts
+            merging = sum(w.macs for w in merge_work(shapes, (k,), 1, None))
+            ways.append((merging + tokens * left[2] * left[3] * right[2], k))
+    return min(ways)[1] if ways else None

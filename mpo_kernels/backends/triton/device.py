@@ -1,0 +1,98 @@
+"""Which devices and dtypes the kernels serve, and what a device can hold."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import cache
+from importlib import metadata
+
+import torch
+
+from mpo_kernels import measured
+from mpo_kernels.backends.triton.tiles import LIMITS, Limits
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_TRITON = (3, 5)
+
+
+def interpreted() -> bool:
+    """Whether triton runs the kernels on the CPU, in numpy (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def installed() -> str | None:
+    """Why triton cannot be used, or None."""
+    for name in ("triton", "pytorch-triton-rocm"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if tuple(map(int, version.split(".")[:2])) < MIN_TRITON:
+            return f"triton {version} is older than {MIN_TRITON[0]}.{MIN_TRITON[1]}"
+        return None
+    return "triton is not installed; pip install triton"
+
+
+def unavailable() -> str | None:
+    """Why no kernel can run here, or None."""
+    if reason := installed():
+        return reason
+    if not interpreted() and not torch.cuda.is_available():
+        return "no CUDA or ROCm device"
+    return None
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot compute on this device in this dtype, or None."""
+    if reason := unavailable():
+        return reason
+    if dtype not in DTYPES:
+        return f"the kernels compute in fp16, bf16 and fp32, not in {dtype}"
+    if device.type == "cpu":
+        return None if interpreted() else "the kernels need a CUDA or ROCm device, not a CPU"
+    if device.type != "cuda":
+        return f"the kernels need a CUDA or ROCm device, not {device.type}"
+    return _unsupported_architecture(device.index)
+
+
+@cache
+def _unsupported_architecture(index: int) -> str | None:
+    name = architecture(index)
+    if name.startswith("sm_") and int(name[3:]) < 80:
+        return f"the kernels need compute capability 8.0, not that of {name}"
+    return None
+
+
+@cache
+def architecture(index: int) -> str:
+    """``"sm_90"``, ``"gfx942"``: what device ``index`` is compiled for."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def limits(device: torch.device) -> Limits:
+    """The device's limits; rates are those of the nearest architecture with figures."""
+    if device.type == "cpu":
+        return LIMITS["sm_90"]
+    name = architecture(device.index)
+    if name.startswith("sm_"):
+        known = [
+            arch for arch in LIMITS if arch.startswith("sm_") and int(arch[3:]) <= int(name[3:])
+        ]
+        nearest = max(known, key=lambda arch: int(arch[3:]))
+    else:
+        nearest = "gfx942"
+    properties = torch.cuda.get_device_properties(device.index)
+    return replace(
+        LIMITS[nearest],
+        name=measured.device_name(device),
+        multiprocessors=properties.multi_processor_count,
+        shared_memory=getattr(
+            properties, "shared_memory_per_block_optin", LIMITS[nearest].shared_memory
+        ),
+    )

@@ -1,0 +1,189 @@
+"""Candidates of this back end beside the library's own: the fused chain and the implicit weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from mpo_kernels.backends.triton import tuning
+from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts
+from mpo_kernels.plan import (
+    CoreShape,
+    CoreShapes,
+    DeviceFigures,
+    Gradients,
+    Plan,
+    best_of,
+    groups,
+    merge_work,
+    merged_parts,
+    plan_linear,
+    row_bucket,
+)
+
+
+class Launch(NamedTuple):
+    """One kernel of a plan.
+
+    Attributes:
+        result: ``"y"``, ``"dx"``, or the part whose gradient it is, ``"left"`` or ``"right"``.
+        first: what is contracted first: for y and dx the ``"left"`` or the ``"right"`` part, for a
+            gradient the other part with ``"x"`` or with ``"dy"``.
+        problem: sizes as the kernel sees them, a ``Chain`` or ``TwoParts``.
+        tile: the kernel's, of the same kind.
+    """
+
+    result: str
+    first: str
+    problem: Any
+    tile: Any
+
+
+def chain_problem(
+    left: CoreShape, right: CoreShape, features: tuple[int, int], result: str, first: str
+) -> Chain:
+    """What a launch of the chain's kernels computes over ``left [1, i, j, D], right [D, i, j, 1]``.
+
+    For a gradient the part asked for is the second one, and what is contracted first stands in
+    the place of x.
+    """
+    left_first = first == "left" if result in ("y", "dx") else result == "right"
+    a, b = (left, right) if left_first else (right, left)
+    p = Chain(*a[1:3], *b[1:3], left[3], *features, first_minor=not left_first)
+    return exchanged_chain(p) if result == "dx" or first == "dy" else p
+
+
+def exchanged_chain(p: Chain) -> Chain:
+    """The same chain with in and out exchanged."""
+    return Chain(
+        p.first_out,
+        p.first_in,
+        p.second_out,
+        p.second_in,
+        p.rank,
+        p.out_features,
+        p.in_features,
+        p.first_minor,
+    )
+
+
+def two_parts(
+    left: CoreShape, right: CoreShape, features: tuple[int, int], exchange: bool = False
+) -> TwoParts:
+    """The implicit weight's problem; with in and out exchanged it gives dx."""
+    _, left_in, left_out, rank = left
+    _, right_in, right_out, _ = right
+    if exchange:
+        return TwoParts(left_out, left_in, right_out, right_in, rank, *reversed(features))
+    return TwoParts(left_in, left_out, right_in, right_out, rank, *features)
+
+
+def plan_fused(
+    shapes: CoreShapes,
+    features: tuple[int, int],
+    rows: int,
+    dtype: torch.dtype,
+    figures: DeviceFigures,
+    limits: Limits,
+    gradients: Gradients | None,
+) -> Plan:
+    """The fastest of the library's plans and the kernels' own; as ``plan.plan_linear``.
+
+    Args:
+        shapes: of the cores.
+        features: true in and out.
+        rows: product of x's leading dimensions.
+        dtype: what is computed in.
+        figures, limits: of the device.
+        gradients: what a backward pass must form, ``None`` for forward.
+    """
+    return _plan(tuple(shapes), features, row_bucket(rows), dtype, figures, limits, gradients)
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    shapes: tuple[CoreShape, ...],
+    features: tuple[int, int],
+    rows: int,
+    dtype: torch.dtype,
+    figures: DeviceFigures,
+    limits: Limits,
+    gradients: Gradients | None,
+) -> Plan:
+    plans = list(plan_linear(shapes, rows, dtype, figures, gradients).candidates)
+    for k in range(1, len(shapes)):
+        if parts := merged_parts(shapes, (k,)):
+            needs = _results(gradients, k)
+            for algorithm, choices in _choices(
+                parts[0], parts[1], features, rows, dtype, limits, needs
+            ):
+                merging = merge_work(shapes, (k,), dtype.itemsize, gradients)
+                seconds = sum(w.seconds(figures) for w in merging) + sum(
+                    choice.seconds + figures.launch_seconds for choice in choices
+                )
+                moved = dtype.itemsize * (rows * sum(features) + sum(map(math.prod, parts)))
+                first = choices[0].launch
+                plans.append(
+                    Plan(
+                        algorithm=algorithm,
+                        order=first.first,
+                        split=(k,),
+                        rows=rows,
+                        block=first.tile.block_b,
+                        macs=sum(c.macs for c in choices) + sum(w.macs for w in merging),
+                        bytes=moved + sum(w.bytes for w in merging),
+                        predicted_us=seconds * 1e6,
+                        launches=tuple(choice.launch for choice in choices),
+                    )
+                )
+    return best_of(plans)
+
+
+def _results(gradients: Gradients | None, split: int) -> list[str]:
+    """What the launches of a plan must give."""
+    if gradients is None:
+        return ["y"]
+    left, right = (any(gradients.cores[a:b]) for a, b in groups((split,), len(gradients.cores)))
+    return ["dx"] * gradients.x + ["left"] * left + ["right"] * right
+
+
+class _Choice(NamedTuple):
+    seconds: float
+    macs: int
+    launch: Launch
+
+
+def _choices(
+    left: CoreShape,
+    right: CoreShape,
+    features: tuple[int, int],
+    rows: int,
+    dtype: torch.dtype,
+    limits: Limits,
+    results: list[str],
+) -> Iterator[tuple[str, list[_Choice]]]:
+    """The kernels' ways to form all the results: their names, and a launch for each result."""
+    fused = []
+    for result in results:
+        chain = result in ("y", "dx")
+        ways = []
+        for first in ("left", "right") if chain else ("x", "dy"):
+            p = chain_problem(left, right, features, result, first)
+            macs = rows * p.rank * p.second_in * p.first_out * (p.first_in + p.second_out)
+            kernel = "chain" if chain else "chain_gradient"
+            if best := tuning.best(kernel, p, rows, dtype, limits):
+                ways.append(_Choice(best[0], macs, Launch(result, first, p, best[1])))
+        fused += [min(ways)] if ways else []
+    if len(fused) == len(results):
+        yield "fused", fused
+    if results in (["y"], ["dx"]):
+        parts = two_parts(left, right, features, exchange=results == ["dx"])
+        if best := tuning.best("implicit", parts, rows, dtype, limits):
+            seconds, tile = best
+            dense = math.prod(parts[:4])
+            macs = dense * (rows + -(-rows // tile.block_b) * parts.rank)
+            yield "implicit", [_Choice(seconds, macs, Launch(results[0], "left", parts, tile))]

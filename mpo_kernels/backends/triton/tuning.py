@@ -1,0 +1,114 @@
+"""The best tile for a problem: what was measured on this device, else what the model says.
+
+With ``MPO_KERNELS_TUNE=1`` a problem met for the first time is measured on random data, and the
+fastest of the model's first candidates is kept (``mpo_kernels/measured.py``). The key names the
+row bucket, never the rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from mpo_kernels import measured
+from mpo_kernels.backends.triton import tiles
+from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts
+
+logger = logging.getLogger(__name__)
+
+TILES: dict[str, Callable[..., tuple[tuple[float, Any], ...]]] = {
+    "chain": tiles.chain_tiles,
+    "chain_gradient": partial(tiles.chain_tiles, gradient=True),
+    "implicit": tiles.implicit_tiles,
+    "gather": tiles.gather_tiles,
+    "gather_gradient": partial(tiles.gather_tiles, gradient=True),
+}
+# How many of the model's candidates are measured.
+CANDIDATES = 12
+
+
+def best(
+    kernel: str, problem: Chain | TwoParts, rows: int, dtype: torch.dtype, limits: Limits
+) -> tuple[float, Any] | None:
+    """``(seconds, tile)``, or None where no tile fits the device.
+
+    Args:
+        kernel: a key of ``TILES``.
+        problem: what is computed.
+        rows: a bucket, a power of two.
+        dtype: of the operands.
+        limits: of the device, and its name.
+    """
+    key = f"{kernel} {tuple(problem)} {rows} {dtype}".replace("torch.", "")
+    candidates = TILES[kernel](problem, rows, dtype.itemsize, limits)
+    if not candidates:
+        return None
+    if stored := measured.get(limits.name, "tiles", key):
+        return stored["seconds"], type(candidates[0][1])(**stored["tile"])
+    if not _may_measure():
+        return candidates[0]
+    seconds, tile = min(_measure(kernel, problem, rows, dtype, candidates[:CANDIDATES]))
+    measured.put(limits.name, "tiles", key, {"seconds": seconds, "tile": tile._asdict()})
+    return seconds, tile
+
+
+def _may_measure() -> bool:
+    return (
+        os.environ.get("MPO_KERNELS_TUNE") == "1"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _measure(
+    kernel: str,
+    problem: Any,
+    rows: int,
+    dtype: torch.dtype,
+    candidates: tuple[tuple[float, Any], ...],
+) -> list[tuple[float, Any]]:
+    from triton.testing import do_bench
+
+    run = runner(kernel, problem, rows, dtype, torch.device("cuda", torch.cuda.current_device()))
+    timed = []
+    for _, tile in candidates:
+        try:
+            milliseconds = do_bench(partial(run, tile), warmup=5, rep=20, return_mode="median")
+        except RuntimeError as error:  # a tile that the model thought would fit
+            logger.info("%s", error)
+            continue
+        timed.append((milliseconds / 1e3, tile))
+    return timed or list(candidates[:1])
+
+
+def runner(
+    kernel: str, problem: Any, rows: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[Any], Any]:
+    """A call of ``kernel`` on fresh random operands, for a tile."""
+    from mpo_kernels.backends.triton.chain import chain
+    from mpo_kernels.backends.triton.chain_backward import chain_gradient
+    from mpo_kernels.backends.triton.gather import gather, gather_gradient
+    from mpo_kernels.backends.triton.implicit import implicit
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, dtype=dtype, device=device)
+
+    p = problem
+    x, y = random(rows, p.in_features), random(rows, p.out_features)
+    a_in, a_out, b_in, b_out, rank = p[:5]
+    a, b = random(a_in, a_out, rank), random(b_in, b_out, rank)
+    if kernel == "chain":
+        return lambda tile: chain(x, a, b, None, p, tile)
+    if kernel == "chain_gradient":
+        return lambda tile: chain_gradient(x, y, a, p, tile)
+    if kernel == "implicit":
+        return lambda tile: implicit(x, a, b, None, p, tile)
+    ids = torch.randint(p.in_features, (rows,), device=device)
+    if kernel == "gather":
+        return lambda tile: gather(ids, a, b, p, tile)
+    return lambda tile: gather_gradient(y, ids, b, True, p, tile)

@@ -1,0 +1,98 @@
+"""What a device does in a second: data-sheet defaults, or what `calibrate` measured on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from mpo_kernels import measured
+
+
+@dataclass(frozen=True)
+class DeviceFigures:
+    """What a device does in a second, as far as the choice between candidates needs it.
+
+    Attributes:
+        name: device type, for the reader.
+        macs_per_second: multiply-adds of a large GEMM.
+        bytes_per_second: of a large copy, read and write counted.
+        launch_seconds: host time of one library call.
+        block_bytes: intermediates of a chain that stay in cache together.
+        panel_bytes: workspace of a panel, which is also at most half of W; one j is the floor.
+    """
+
+    name: str
+    macs_per_second: float
+    bytes_per_second: float
+    launch_seconds: float
+    block_bytes: int
+    panel_bytes: int
+
+
+def device_figures(device: torch.device, dtype: torch.dtype) -> DeviceFigures:
+    """Figures of this device; only their ratios matter for the choice."""
+    return _figures(device, dtype, torch.get_num_threads())
+
+
+@cache
+def _figures(device: torch.device, dtype: torch.dtype, threads: int) -> DeviceFigures:
+    stored = measured.get(measured.device_name(device), "figures", str(dtype))
+    return replace(default_figures(device.type, dtype, threads), **(stored or {}))
+
+
+def default_figures(device_type: str, dtype: torch.dtype, threads: int) -> DeviceFigures:
+    """Figures of this kind of device where none was calibrated."""
+    if device_type == "cpu":
+        # One AVX-512 core: 30 G MAC/s in fp32, half in fp64.
+        rate = 30e9 * threads * (0.5 if dtype == torch.float64 else 1.0)
+        return DeviceFigures("cpu", rate, 20e9, 5e-6, 2**20 * threads, 8 * 2**20)
+    rate = 25e12 if dtype in (torch.float32, torch.float64) else 350e12
+    return DeviceFigures(device_type, rate, 3e12, 6e-6, 64 * 2**20, 64 * 2**20)
+
+
+def calibrate(device: torch.device, dtype: torch.dtype) -> DeviceFigures:
+    """Measure this device and keep the figures for all later processes (`measured.py`)."""
+    gemm, copy = (2048, 2**28) if device.type == "cpu" else (8192, 2**30)
+    figures = {
+        "macs_per_second": gemm_rate(device, dtype, gemm),
+        "bytes_per_second": copy_rate(device, copy),
+        "launch_seconds": _launch_seconds(device),
+    }
+    measured.put(measured.device_name(device), "figures", str(dtype), figures)
+    _figures.cache_clear()
+    return device_figures(device, dtype)
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Multiply-adds a second of a square GEMM of random matrices, the best of eight."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return size**3 / min(seconds(lambda: torch.mm(a, b), 1, device) for _ in range(8))
+
+
+def copy_rate(device: torch.device, nbytes: int) -> float:
+    """Bytes a second of a copy, read and write counted, the best of eight."""
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / min(seconds(lambda: target.copy_(source), 1, device) for _ in range(8))
+
+
+def _launch_seconds(device: torch.device) -> float:
+    a = torch.ones(8, 8, device=device)
+    return min(seconds(lambda: torch.mm(a, a), 200, device) for _ in range(8))
+
+
+def seconds(call: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Wall-clock seconds a call, over ``calls`` of them, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls

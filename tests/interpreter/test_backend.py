@@ -1,0 +1,153 @@
+"""The back end as a whole: every plan it may choose, autograd, autocast, refusals."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import mpo_kernels as mk
+from mpo_kernels import MPOShape
+from mpo_kernels.backends.triton import backend
+from mpo_kernels.plan import Gradients
+from mpo_kernels.testing import ODD_SHAPES, dense_linear, random_cores, relative_error
+
+DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def triton_backend() -> object:
+    with mk.use_backend("triton"):
+        yield
+
+
+def problem(shape: MPOShape, rows: int, dtype: torch.dtype = torch.float32) -> tuple:
+    cores = random_cores(shape, dtype)
+    x = torch.randn(rows, shape.in_features).to(dtype)
+    return x, cores, torch.randn(shape.out_features).to(dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+def test_every_forward_plan_agrees_with_dense(shape: MPOShape, rows: int) -> None:
+    x, cores, bias = problem(shape, rows)
+    exact = dense_linear(x.double(), [c.double() for c in cores], bias.double(), shape)
+    features = (shape.in_features, shape.out_features)
+    plan = backend.plan_for(rows, x.dtype, DEVICE, cores, features=features)
+    for candidate in plan.candidates:
+        y = backend.linear(x, cores, bias, shape.out_features, candidate)
+        assert relative_error(y, exact) < 2e-6, candidate.algorithm
+
+
+@pytest.mark.parametrize("light", [False, True])
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+def test_every_backward_plan_agrees_with_dense(shape: MPOShape, light: bool) -> None:
+    x, cores, bias = problem(shape, 5)
+    dy = torch.randn(5, shape.out_features)
+    exact = [t.double().requires_grad_() for t in (x, *cores)]
+    y = dense_linear(exact[0], exact[1:], bias.double(), shape)
+    of_x, *of_cores = torch.autograd.grad(y, exact, dy.double())
+    needs = tuple(not light or k != shape.central for k in range(len(cores)))
+    gradients = Gradients(True, needs)
+    features = (shape.in_features, shape.out_features)
+    plan = backend.plan_for(5, x.dtype, DEVICE, cores, gradients, features)
+    for candidate in plan.candidates:
+        dx, found = backend.linear_backward(dy, x, cores, gradients, candidate)
+        assert relative_error(dx, of_x) < 3e-6, candidate
+        for need, got, core, expected in zip(needs, found, cores, of_cores, strict=True):
+            assert (got is not None) == need
+            if need:
+                assert got.shape == core.shape and got.dtype == core.dtype
+                assert relative_error(got, expected) < 3e-6, candidate
+
+
+def test_two_parts_have_kernels_for_all_there_is_to_form() -> None:
+    cores = random_cores(MPOShape((6, 7), (5, 8), 4))
+
+    def kinds(gradients: Gradients | None) -> set[str]:
+        plan = backend.plan_for(7, torch.float32, DEVICE, cores, gradients)
+        return {candidate.algorithm for candidate in plan.candidates}
+
+    assert {"fused", "implicit", "panels", "chain"} <= kinds(None)
+    assert "implicit" in kinds(Gradients(True, (False, False)))
+    assert "fused" in kinds(Gradients(True, (True, True)))
+    assert "implicit" not in kinds(Gradients(True, (True, True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layer_in_half_precision_trains(dtype: torch.dtype) -> None:
+    shape = MPOShape((5, 8), (6, 7), 4)
+    layer = mk.MPOLinear(40, 42, shape, dtype=dtype)
+    x = torch.randn(3, 4, 40, dtype=dtype, requires_grad=True)
+    exact = mk.MPOLinear(40, 42, shape, dtype=torch.float64)
+    exact.load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
+    x64 = x.detach().double().requires_grad_()
+    dy = torch.randn(3, 4, 42, dtype=dtype)
+    layer(x).backward(dy)
+    with mk.use_backend("torch"):
+        exact(x64).backward(dy.double())
+    bound = 4 * torch.finfo(dtype).eps
+    assert relative_error(x.grad, x64.grad) < bound
+    for got, expected in zip(layer.parameters(), exact.parameters(), strict=True):
+        assert got.grad.dtype == dtype
+        assert relative_error(got.grad, expected.grad) < bound
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    layer = mk.MPOLinear(40, 42, MPOShape((5, 8), (6, 7), 4))
+    x = torch.randn(9, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("size", [(0, 40), (3, 0, 40)])
+def test_no_rows(size: tuple[int, ...]) -> None:
+    layer = mk.MPOLinear(40, 42, MPOShape((5, 8), (6, 7), 4))
+    y = layer(torch.randn(size))
+    y.sum().backward()
+    assert y.shape == (*size[:-1], 42)
+    assert all(not p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("shape", [s for s in ODD_SHAPES if s.num_cores > 1], ids=str)
+def test_embedding_and_its_gradients(shape: MPOShape) -> None:
+    layer = mk.MPOEmbedding(shape.in_features, shape.out_features, shape)
+    exact = mk.MPOEmbedding(shape.in_features, shape.out_features, shape, dtype=torch.float64)
+    exact.load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
+    ids = torch.randint(shape.in_features, (4, 9))
+    dy = torch.randn(4, 9, shape.out_features)
+    rows = layer(ids)
+    rows.backward(dy)
+    with mk.use_backend("torch"):
+        expected = exact(ids)
+        expected.backward(dy.double())
+    assert relative_error(rows, expected) < 2e-6
+    for got, reference in zip(layer.parameters(), exact.parameters(), strict=True):
+        assert relative_error(got.grad, reference.grad) < 3e-6
+
+
+def test_gradients_do_not_change_from_run_to_run() -> None:
+    x, cores, _ = problem(MPOShape((6, 7), (5, 8), 4), 70)
+    dy = torch.randn(70, 40)
+    gradients = Gradients(True, (True, True))
+    plan = backend.plan_for(70, x.dtype, DEVICE, cores, gradients, (42, 40))
+    fused = next(p for p in plan.candidates if p.algorithm == "fused")
+    one, two = (backend.linear_backward(dy, x, cores, gradients, fused)[1] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_fp64_is_refused_by_name_and_left_to_torch_otherwise(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mpo_kernels import backends
+
+    layer = mk.MPOLinear(6, 6, MPOShape((2, 3), (2, 3)), dtype=torch.float64)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"triton back end cannot compute this.*float64"):
+        layer(x)
+    with mk.use_backend("auto"), caplog.at_level(logging.WARNING):
+        assert backends.selected(x).__name__ == "mpo_kernels.backends.torch"
