@@ -13,7 +13,7 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 lint: $(READY)
 	$(BIN)/ruff check .

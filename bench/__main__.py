@@ -32,7 +32,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m bench",
         description="Times ours against every other way to compute the same layer.",
         epilog="With no shapes, factorisations or rows: a selection that takes about 20 minutes "
-        "on two CPU cores. Naming any of them takes the whole product of the rest.",
+        "on two CPU cores, or five on a large GPU. Naming any of them takes the whole product of "
+        "the rest.",
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--shapes", nargs="+", default=(), metavar="IxJ")
@@ -43,6 +44,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--resume", action="store_true", help="keep the records already there")
+    parser.add_argument(
+        "--budget-minutes", type=float, default=float("inf"), metavar="N", help="stop after (none)"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -58,7 +62,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             options.shapes,
             options.factorisations,
             options.rows,
-            cases.QUICK if options.quick else cases.STANDARD,
+            cases.QUICK
+            if options.quick
+            else cases.GPU
+            if options.device == "cuda"
+            else cases.STANDARD,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -95,14 +103,15 @@ def main(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     points = [point for point in options.points if point[1] in options.passes]
-    run(points, settings, results)
-    print(report.goals_table(results.records))
-    missed = [verdict for verdict in goals.evaluate(results.records) if verdict.offenders]
+    run(points, settings, results, 60 * options.budget_minutes)
+    print(report.goals_table(results.records, options.device))
+    verdicts = goals.evaluate(results.records, options.device)
+    missed = [verdict for verdict in verdicts if verdict.offenders]
     print(f"\n{len(results.records)} points in {options.output}; {len(missed)} goals missed.")
     return 0
 
 
-def run(points: Sequence[cases.Point], settings: Settings, results: Results) -> None:
+def run(points: Sequence[cases.Point], settings: Settings, results: Results, limit: float) -> None:
     """Measure the points that ``results`` lacks, saying how far it is and how long it will take."""
     left = {
         (case, name): expected_seconds(case, name, settings)
@@ -114,6 +123,9 @@ def run(points: Sequence[cases.Point], settings: Settings, results: Results) -> 
     for case, of_case in groupby(list(left), key=lambda point: point[0]):
         problem = Problem(case.shape, case.rows, settings.device, settings.dtype)
         for point in of_case:
+            if time.perf_counter() - start > limit:
+                print(f"{len(left)} points left: out of time", file=sys.stderr)
+                return
             record = run_point(*point, problem, settings)
             results.add(record)
             del left[point]

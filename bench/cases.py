@@ -17,6 +17,8 @@ SHAPES: dict[str, tuple[int, int]] = {
     "3072x768": (3072, 768),
     "4096x4096": (4096, 4096),
     "4096x11008": (4096, 11008),
+    "4096x14336": (4096, 14336),
+    "8192x28672": (8192, 28672),
 }
 
 
@@ -122,6 +124,24 @@ STANDARD = (
 QUICK = (
     Block(("64x64",), ("n2-d16",), (1,)),
     Block(("768x768",), ("n5-full", "n2-d64"), (1, 256)),
+)
+
+# What fits five minutes on a large GPU, in the order of what is asked first.
+GPU_ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+GPU = (
+    Block(("768x3072",), ("n5-full",), (4096, 16384), ("forward", "light")),
+    Block(("4096x4096",), ("n2-d16", "skew-d64", "lowrank-64"), GPU_ROWS, ("forward",)),
+    Block(("4096x4096",), ("n2-d64",), (1, 16, 256, 4096), ("forward",)),
+    Block(("4096x4096",), ("skew-d64", "n2-d16"), (256, 4096), ("forward+backward",)),
+    Block(("768x3072",), ("skew-d16", "n2-d64", "n3-d64"), (1, 16, 256, 4096), ("forward",)),
+    Block(("768x3072",), ("skew-d16", "n2-d64"), (4096,), ("forward+backward",)),
+    Block(
+        ("4096x11008", "4096x14336", "8192x28672"),
+        ("n2-d16", "skew-d16"),
+        (1, 16, 4096),
+        ("forward",),
+    ),
+    Block(("768x768", "3072x768"), ("n5-half", "n2-d16"), (16, 4096), PASSES),
 )
 
 # Compiling takes seconds a graph, and a graph a pass: it is measured at these alone.

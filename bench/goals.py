@@ -49,6 +49,34 @@ def _light_step(record: Record) -> float | None:
     return ratio(record, "ours", "dense") if place == ("768x3072/n5-full/4096", "light") else None
 
 
+def _long_light_step(record: Record) -> float | None:
+    place = (record["case"], record["pass"])
+    return ratio(record, "ours", "dense") if place == ("768x3072/n5-full/16384", "light") else None
+
+
+def _fused_from_1024_rows(record: Record) -> float | None:
+    plans = record["plan"].values()
+    here = record["rows"] >= 1024 and all(plan["algorithm"] == "fused" for plan in plans)
+    return over_floor(record) if here else None
+
+
+def _small_rows(record: Record) -> float | None:
+    shape = record["shape"]
+    dense = shape["in_features"] * shape["out_features"]
+    here = record["rows"] <= 16 and min(shape["in_features"], shape["out_features"]) >= 4096
+    few = 16 * record["parameters"] <= dense
+    return ratio(record, "ours", "dense") if here and few else None
+
+
+def _half_the_work(record: Record) -> float | None:
+    shape, plans = record["shape"], record["plan"]
+    dense = record["rows"] * shape["in_features"] * shape["out_features"]
+    passes = {"forward": 1, "forward+backward": 3}.get(record["pass"])
+    if passes is None or 2 * sum(plan["macs"] for plan in plans.values()) > passes * dense:
+        return None
+    return ratio(record, "ours", "dense")
+
+
 def _decoding(record: Record) -> float | None:
     chains = {f"4096x4096/n2-d{rank}/1" for rank in (4, 8, 16, 32, 64)}
     here = record["case"] in chains and record["pass"] == "forward"
@@ -93,6 +121,17 @@ GOALS = (
     Goal("µs more than F.linear, 64x64 and 384x384, 1 row", 100.0, _overhead),
 )
 
+GPU_GOALS = (
+    Goal("time ÷ best other MPO way, everywhere", 1.05, over_best_other),
+    Goal("time ÷ floor, the fused chain from 1024 rows", 1 / 0.6, _fused_from_1024_rows),
+    Goal("time ÷ dense, 1–16 rows, 4096² and up, 16 × smaller", 1.00, _small_rows),
+    Goal("time ÷ dense, where the plan has half of dense's MACs", 1.00, _half_the_work),
+    Goal("light step ÷ dense step, 768x3072 n5-full, 4096 rows", 1.25, _light_step),
+    Goal("light step ÷ dense step, 768x3072 n5-full, 16384 rows", 1.10, _long_light_step),
+    Goal("bytes saved for backward ÷ (dense's + cores)", 1.00, _saved),
+    Goal("planner: chosen ÷ best of its candidates", 1.10, _planner),
+)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -106,11 +145,11 @@ class Verdict:
         return [point for point in self.points if point[0] > self.goal.limit]
 
 
-def evaluate(records: Iterable[Record]) -> list[Verdict]:
-    """Every goal against every record."""
+def evaluate(records: Iterable[Record], device: str) -> list[Verdict]:
+    """Every goal of this kind of device against every record."""
     records = list(records)
     verdicts = []
-    for goal in GOALS:
+    for goal in GPU_GOALS if device == "cuda" else GOALS:
         points = [(goal.figure(record), record) for record in records]
         known = [(figure, record) for figure, record in points if figure is not None]
         verdicts.append(Verdict(goal, sorted(known, key=lambda point: -point[0])))

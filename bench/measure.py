@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import statistics
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,24 +46,94 @@ def interleave(
     """Time some calls against each other, each warmed up already.
 
     Each gets samples for about ``budget`` seconds, at least ``min_repeats`` and at most 30, spread
-    evenly over the same rounds in shuffled order: a drift of the machine hits all alike.
+    evenly over the same rounds in shuffled order: a drift of the machine hits all alike. On CUDA a
+    sample is one replay of the call, captured, with a cold second-level cache.
     """
-    samples: dict[Key, list[float]] = {}
-    loops, repeats = {}, {}
+    if device.type == "cuda":
+        with _replays(calls, device) as sample:
+            return _rounds(sample, {key: [sample(key)] for key in calls}, budget, min_repeats)
+    loops, samples = {}, {}
     for key, call in calls.items():
         first = seconds(call, 1, device)
         loops[key] = max(1, round(SAMPLE_SECONDS / first))
         # A call that fills its sample alone is a sample; a shorter one was only a probe.
-        samples[key] = [first] if loops[key] == 1 else []
-        wanted = int(budget / (first * loops[key]))
-        repeats[key] = min(max(wanted, min_repeats), MAX_REPEATS) - len(samples[key])
-    rounds, shuffle, keys = max(repeats.values(), default=0), random.Random(0), list(calls)
+        samples[key] = [first if loops[key] == 1 else seconds(call, loops[key], device)]
+    return _rounds(
+        lambda key: seconds(calls[key], loops[key], device), samples, budget, min_repeats, loops
+    )
+
+
+def _rounds(
+    sample: Callable[[Key], float],
+    samples: dict[Key, list[float]],
+    budget: float,
+    min_repeats: int,
+    loops: Mapping[Key, int] | None = None,
+) -> dict[Key, Timing]:
+    """Add to the first samples until the budget is spent; a sample is so many ``loops``."""
+    repeats = {}
+    for key, (first,) in samples.items():
+        wanted = int(budget / (first * (loops[key] if loops else 1)))
+        repeats[key] = min(max(wanted, min_repeats), MAX_REPEATS) - 1
+    rounds, shuffle, keys = max(repeats.values(), default=0), random.Random(0), list(samples)
     for turn in range(rounds):
         shuffle.shuffle(keys)
         for key in keys:
             if (turn + 1) * repeats[key] // rounds > turn * repeats[key] // rounds:
-                samples[key].append(seconds(calls[key], loops[key], device))
-    return {key: _timing(samples[key]) for key in calls}
+                samples[key].append(sample(key))
+    return {key: _timing(found) for key, found in samples.items()}
+
+
+@contextmanager
+def _replays(
+    calls: Mapping[Key, Callable[[], Any]], device: torch.device
+) -> Iterator[Callable[[Key], float]]:
+    """Yields what times one call on the device, by events: a graph's replay where it can be one."""
+    # Larger than any second-level cache: writing it leaves nothing of the call's operands there.
+    flush = torch.empty(2**28, dtype=torch.uint8, device=device)
+    graphs: dict[Key, Callable[[], Any]] = {key: graphed(call) for key, call in calls.items()}
+
+    def sample(key: Key) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        graphs[key]()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    yield sample
+
+
+def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call captured in a CUDA graph; itself where it cannot be (it waits for the device)."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    try:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call
+    return graph.replay
+
+
+def host_microseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Of the host's time to start a call, the least of five times twenty calls."""
+
+    def one() -> float:
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(20):
+            call()
+        taken = time.perf_counter() - start
+        torch.cuda.synchronize(device)
+        return taken / 20
+
+    return 1e6 * min(one() for _ in range(5))
 
 
 def _timing(samples: list[float]) -> Timing:

@@ -75,10 +75,10 @@ def conditions_table(conditions: dict[str, Any]) -> str:
     )
 
 
-def goals_table(records: Sequence[Record]) -> str:
+def goals_table(records: Sequence[Record], device: str) -> str:
     """Every goal: its limit, how many points miss it, and the worst of all."""
     lines = []
-    for verdict in goals.evaluate(records):
+    for verdict in goals.evaluate(records, device):
         missed, points = len(verdict.offenders), verdict.points
         status = "not measured" if not points else "FAIL" if missed else "pass"
         # The worst point, or the worst few of those that miss.
@@ -189,7 +189,7 @@ def render(results: dict[str, Any], every_way: bool = False) -> str:
         "but is another matrix. Memory: the most that lived at once beyond the arguments, and "
         "what is saved for backward beside the parameters.",
         "## Goals",
-        goals_table(records),
+        goals_table(records, results["conditions"]["device"]),
         "## Where ours is slower than another MPO way",
         worst_table(records, OTHER_MPO_WAYS),
         "## Where ours is slower than dense",

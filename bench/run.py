@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.cases import COMPILED, Case
-from bench.measure import MAX_REPEATS, SAMPLE_SECONDS, Roofline, interleave
+from bench.measure import MAX_REPEATS, SAMPLE_SECONDS, Roofline, host_microseconds, interleave
 from bench.problem import TOLERANCE, Problem, Step
 from bench.ways import WAYS, Way, estimate
 from mpo_kernels import Plan, backends
@@ -76,6 +76,9 @@ def run_point(case: Case, name: str, problem: Problem, settings: Settings) -> Re
             calls[way.name] = step
     for way_name, timing in interleave(calls, settings.budget, settings.device).items():
         ways[way_name] |= asdict(timing)
+        if settings.device.type == "cuda":
+            host = host_microseconds(calls[way_name], settings.device)
+            ways[way_name]["host_us"] = round(host, 2)
     record: Record = {
         "case": case.name,
         "size": case.size,

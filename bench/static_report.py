@@ -55,8 +55,10 @@ class Case:
 
     @property
     def name(self) -> str:
+        a_in, a_out, b_in, b_out, rank = self.problem[:5]
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.kernel} {'x'.join(map(str, self.problem))} {self.rows} {dtype}"
+        sizes = f"({a_in}, {b_in}) -> ({a_out}, {b_out}), D {rank}"
+        return f"{self.kernel} {sizes}, {self.rows} rows, {dtype}"
 
 
 CASES = [

@@ -6,12 +6,13 @@ is ``[D_k, i_k, j_k, D_{k+1}]``; cores are the only 4-dimensional parameters, in
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
-import opt_einsum
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def dense_weight(cores: Sequence[Tensor], shape: MPOShape) -> Tensor:
 
 def equation(num_cores: int) -> str:
     """``x [z, i_1 … i_n]`` and cores to ``[z, j_1 … j_n]``; the outer bonds of 1 are dropped."""
-    names = iter(map(opt_einsum.get_symbol, range(3 * num_cores)))
+    names = iter(string.ascii_letters)
     z, ins, outs, bonds = (
         "".join(next(names) for _ in range(n)) for n in (1, num_cores, num_cores, num_cores - 1)
     )
@@ -98,6 +99,8 @@ class OptEinsum(_Layer):
     def contract(self, x: Tensor) -> Tensor:
         cores = einsum_cores(self.cores)
         if x.shape not in self.expressions:
+            import opt_einsum
+
             shapes = [x.shape, *(core.shape for core in cores)]
             self.expressions[x.shape] = opt_einsum.contract_expression(
                 equation(len(cores)), *shapes, optimize="optimal"
@@ -226,12 +229,17 @@ class Needs:
 
 @cache
 def estimate(way: Way, shape: MPOShape, rows: int, itemsize: int, training: bool) -> Needs:
-    """From the pairwise path: the two largest intermediates, or all of them and their gradients."""
+    """From the pairwise path: the two largest intermediates, or all of them and their gradients.
+
+    Without opt_einsum, which finds the path, every way counts as dense.
+    """
     dense = shape.in_features * shape.out_features
     times = 3 if training else 1
-    if way.path is None:
+    if way.path is None or not find_spec("opt_einsum"):
         features = shape.in_features + shape.out_features
         return Needs(times * rows * dense, 2 * itemsize * (rows * features + dense))
+    import opt_einsum
+
     cores = [list(size) for size in shape.core_shapes]
     cores[0], cores[-1] = cores[0][1:], cores[-1][:-1]
     _, path = opt_einsum.contract_path(

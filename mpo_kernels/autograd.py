@@ -62,17 +62,21 @@ class _Embedding(torch.autograd.Function):
         return None, None, *_scatter(grads, need_cores)
 
 
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 # Registered at the Autograd key by hand: torch.library.register_autograd flattens every call's
 # arguments in Python, which costs more than a small layer.
 def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
-    if torch.is_grad_enabled():
+    if _trains(x, bias, *cores):
         return _Linear.apply(x, bias, out_features, *cores)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.mpo_kernels.linear(x, cores, bias, out_features)
 
 
 def _embedding(ids: Tensor, cores: list[Tensor], embedding_dim: int) -> Tensor:
-    if torch.is_grad_enabled():
+    if _trains(*cores):
         return _Embedding.apply(ids, embedding_dim, *cores)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.mpo_kernels.embedding(ids, cores, embedding_dim)

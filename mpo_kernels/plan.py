@@ -72,7 +72,8 @@ class Plan:
     """A contraction for one shape and row bucket, and what was weighed against it.
 
     Attributes:
-        algorithm: ``"chain"`` or ``"panels"``.
+        algorithm: ``"chain"`` or ``"panels"`` of the library's products, ``"fused"`` (the chain in
+            one kernel) or ``"implicit"`` (a GEMM that makes its weight) where there are kernels.
         order: ``"left"`` or ``"right"``: from which end the parts are taken; panels: from the left.
         split: where the cores are cut into merged parts, n = 5: (2, 3) is T1T2 | T3 | T4T5.
         rows: the row bucket planned for, a power of two.
@@ -83,6 +84,7 @@ class Plan:
         predicted_us: predicted time in microseconds.
         steps: the products of a chain, in order.
         launches: the kernels of a fused plan, with their tiles.
+        measured_us: of those kernels, where their tiles were measured on this device.
         candidates: every plan that was weighed, the fastest first.
     """
 
@@ -96,22 +98,26 @@ class Plan:
     predicted_us: float
     steps: tuple[Step, ...] = ()
     launches: tuple[Any, ...] = ()
+    measured_us: float | None = None
     candidates: tuple[Plan, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [
             f"{'algorithm':<10} {'order':<6} {'split':<12} {'block':>6} {'MMAC':>10} {'MB':>8} "
-            f"{'predicted':>12}   rows ≤ {self.rows}"
+            f"{'predicted':>12} {'measured':>12}   rows ≤ {self.rows}"
         ]
         for plan in self.candidates[:8]:
             mark = "  <- chosen" if plan == self else ""
+            truth = "–" if plan.measured_us is None else f"{plan.measured_us:.0f} µs"
             lines.append(
                 f"{plan.algorithm:<10} {plan.order:<6} {plan.split!s:<12} {plan.block:>6} "
                 f"{plan.macs / 1e6:>10.2f} {plan.bytes / 1e6:>8.2f} "
-                f"{plan.predicted_us:>9.0f} µs{mark}"
+                f"{plan.predicted_us:>9.0f} µs {truth:>12}{mark}"
             )
         if len(self.candidates) > 8:
             lines.append(f"… and {len(self.candidates) - 8} slower candidates")
+        for launch in self.launches:
+            lines.append(f"{launch.result}: {launch.first} first, {launch.tile}")
         return "\n".join(lines)
 
 

@@ -137,12 +137,23 @@ def test_goals_find_the_worst_point() -> None:
         return place | {"pass": "light", "floor_us": 2.0, "core_bytes": 8, "ways": ways}
 
     records = [record(16, 1.0, 2.0), record(4096, 1.2, 1.0)]
-    verdicts = {verdict.goal.text: verdict for verdict in goals.evaluate(records)}
+    verdicts = {verdict.goal.text: verdict for verdict in goals.evaluate(records, "cpu")}
     best = next(v for text, v in verdicts.items() if "best other" in text)
     assert [r["rows"] for _, r in best.offenders] == [4096] and len(best.points) == 2
     light = next(v for text, v in verdicts.items() if "light step" in text)
     assert len(light.points) == 1 and not light.offenders
     assert set(OTHER_MPO_WAYS) == set(WAYS) - {"ours", "dense", "lowrank"}
+
+
+@pytest.mark.parametrize("rows, ours, missed", [(4096, 1.2, 2), (4096, 0.9, 1), (256, 1.2, 1)])
+def test_goals_of_a_gpu_speak_of_the_plan(rows: int, ours: float, missed: int) -> None:
+    shape = {"in_features": 4096, "out_features": 4096}
+    ways = {"ours": {"median_us": ours}, "dense": {"median_us": 1.0}}
+    plan = {"forward": {"algorithm": "fused", "macs": rows * 2**22}}
+    record = {"case": "", "size": "4096x4096", "rows": rows, "pass": "forward", "ways": ways}
+    record |= {"shape": shape, "plan": plan, "floor_us": 0.5, "parameters": 2**20}
+    verdicts = goals.evaluate([record], "cuda")
+    assert sum(bool(verdict.offenders) for verdict in verdicts) == missed
 
 
 @pytest.fixture

@@ -79,10 +79,10 @@ def test_a_measured_tile_comes_before_the_model() -> None:
     problem, limits = Chain(16, 8, 8, 16, 4, 128, 128, True), LIMITS["sm_90"]
     assumed = tuning.best("chain", problem, 64, torch.bfloat16, limits)
     slower = tuning.TILES["chain"](problem, 64, 2, limits)[5][1]
-    assert assumed is not None and assumed[1] != slower
+    assert assumed is not None and not assumed.measured and assumed.tile != slower
     key = f"chain {tuple(problem)} 64 bfloat16"
     measured.put("sm_90", "tiles", key, {"seconds": 1e-6, "tile": slower._asdict()})
-    assert tuning.best("chain", problem, 64, torch.bfloat16, limits) == (1e-6, slower)
+    assert tuning.best("chain", problem, 64, torch.bfloat16, limits) == (1e-6, slower, True)
 
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
@@ -106,4 +106,4 @@ def test_every_problem_has_a_tile_that_fits(limits: object, dtype: torch.dtype, 
         for kernel in tuning.TILES:
             problem = chain if kernel.startswith("chain") else parts
             best = tuning.best(kernel, problem, rows, dtype, limits)  # type: ignore[arg-type]
-            assert best is not None and best[0] > 0, (kernel, problem)
+            assert best is not None and best.seconds > 0, (kernel, problem)

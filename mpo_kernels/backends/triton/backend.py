@@ -147,7 +147,7 @@ def _table(
     best = tuning.best(kernel, problem, row_bucket(tokens), like.dtype, limits(like.device))
     if best is None:
         raise RuntimeError(f"no tile of {kernel} fits {like.device}: {problem}")
-    return problem, best[1]
+    return problem, best.tile
 
 
 def _table_split(tokens: int, cores: Sequence[Tensor]) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mpo_kernels.backends.triton import tuning
-from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts
+from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts, ceil_div
 from mpo_kernels.plan import (
     CoreShape,
     CoreShapes,
@@ -68,6 +68,7 @@ def exchanged_chain(p: Chain) -> Chain:
         p.out_features,
         p.in_features,
         p.first_minor,
+        not p.exchanged,
     )
 
 
@@ -137,6 +138,9 @@ def _plan(
                         macs=sum(c.macs for c in choices) + sum(w.macs for w in merging),
                         bytes=moved + sum(w.bytes for w in merging),
                         predicted_us=seconds * 1e6,
+                        measured_us=1e6 * sum(c.seconds for c in choices)
+                        if all(c.measured for c in choices)
+                        else None,
                         launches=tuple(choice.launch for choice in choices),
                     )
                 )
@@ -153,6 +157,7 @@ def _results(gradients: Gradients | None, split: int) -> list[str]:
 
 class _Choice(NamedTuple):
     seconds: float
+    measured: bool
     macs: int
     launch: Launch
 
@@ -176,14 +181,15 @@ def _choices(
             macs = rows * p.rank * p.second_in * p.first_out * (p.first_in + p.second_out)
             kernel = "chain" if chain else "chain_gradient"
             if best := tuning.best(kernel, p, rows, dtype, limits):
-                ways.append(_Choice(best[0], macs, Launch(result, first, p, best[1])))
+                launch = Launch(result, first, p, best.tile)
+                ways.append(_Choice(best.seconds, best.measured, macs, launch))
         fused += [min(ways)] if ways else []
     if len(fused) == len(results):
         yield "fused", fused
     if results in (["y"], ["dx"]):
         parts = two_parts(left, right, features, exchange=results == ["dx"])
         if best := tuning.best("implicit", parts, rows, dtype, limits):
-            seconds, tile = best
             dense = math.prod(parts[:4])
-            macs = dense * (rows + -(-rows // tile.block_b) * parts.rank)
-            yield "implicit", [_Choice(seconds, macs, Launch(results[0], "left", parts, tile))]
+            macs = dense * (rows + ceil_div(rows, best.tile.block_b) * parts.rank)
+            launch = Launch(results[0], "left", parts, best.tile)
+            yield "implicit", [_Choice(best.seconds, best.measured, macs, launch)]

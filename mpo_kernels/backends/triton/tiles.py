@@ -65,7 +65,8 @@ class Chain(NamedTuple):
     """Parts ``first [first_in, first_out, rank]`` and ``second [second_in, second_out, rank]``.
 
     The first part holds the minor digit of the columns of x and y where `first_minor`, else the
-    major one. `in_features` and `out_features` are the columns that are not padding.
+    major one. `in_features` and `out_features` are the columns that are not padding. `exchanged`:
+    in and out are those of the layer exchanged, so that parts are read transposed.
     """
 
     first_in: int
@@ -76,6 +77,7 @@ class Chain(NamedTuple):
     in_features: int
     out_features: int
     first_minor: bool
+    exchanged: bool = False
 
 
 class ChainTile(NamedTuple):
@@ -199,6 +201,22 @@ def _run_waste(run: int, itemsize: int) -> float:
     return max(1.0, 32 / (run * itemsize))
 
 
+def _copy_seconds(p: Chain, t: ChainTile, itemsize: int, limits: Limits, gradient: bool) -> float:
+    """Time to copy the part that holds the minor digit, where a tile would read short runs of it.
+
+    As cores and merged parts lie, that part is contiguous in its out digit; see `launch.readable`.
+    """
+    if p.first_minor:
+        run, size = t.block_k if p.exchanged else t.group_out, p.first_in * p.first_out * p.rank
+    else:
+        run, size = t.group_in if p.exchanged else t.block_n, p.second_in * p.second_out * p.rank
+        if gradient:
+            return 0.0
+    if run * itemsize >= 16:
+        return 0.0
+    return 2.5e-6 + 2 * size * itemsize / limits.cache_bytes_per_second
+
+
 def _chain_cost(
     problem: Chain, tile: ChainTile, rows: int, itemsize: int, limits: Limits, gradient: bool
 ) -> Cost:
@@ -251,6 +269,7 @@ def _chain_cost(
         )
         # The sum over splits is a kernel of its own.
         seconds += 2e-6 * (t.splits > 1)
+    seconds += _copy_seconds(p, t, itemsize, limits, gradient)
     return Cost(accumulators, shared, seconds)
 
 

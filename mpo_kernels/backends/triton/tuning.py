@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,10 +32,18 @@ TILES: dict[str, Callable[..., tuple[tuple[float, Any], ...]]] = {
 CANDIDATES = 12
 
 
+class Best(NamedTuple):
+    """A tile, the seconds it takes, and whether those were measured on the device."""
+
+    seconds: float
+    tile: Any
+    measured: bool
+
+
 def best(
     kernel: str, problem: Chain | TwoParts, rows: int, dtype: torch.dtype, limits: Limits
-) -> tuple[float, Any] | None:
-    """``(seconds, tile)``, or None where no tile fits the device.
+) -> Best | None:
+    """The best tile that is known, or None where no tile fits the device.
 
     Args:
         kernel: a key of ``TILES``.
@@ -49,12 +57,12 @@ def best(
     if not candidates:
         return None
     if stored := measured.get(limits.name, "tiles", key):
-        return stored["seconds"], type(candidates[0][1])(**stored["tile"])
+        return Best(stored["seconds"], type(candidates[0][1])(**stored["tile"]), True)
     if not _may_measure():
-        return candidates[0]
+        return Best(*candidates[0], False)
     seconds, tile = min(_measure(kernel, problem, rows, dtype, candidates[:CANDIDATES]))
     measured.put(limits.name, "tiles", key, {"seconds": seconds, "tile": tile._asdict()})
-    return seconds, tile
+    return Best(seconds, tile, True)
 
 
 def _may_measure() -> bool:

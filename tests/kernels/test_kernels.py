@@ -67,7 +67,7 @@ class Draw:
             values = torch.randn(rows, 2 * columns + 3)[:, 1 : 2 * columns + 1 : 2]
         elif kind == 2:
             values = torch.randn(1, columns).expand(rows, columns)
-            return values.to(self.dtype)
+            return values.to(self.guards.device, self.dtype)
         else:
             values = torch.randn(rows, columns)
         return self.guards.copy(values.to(self.dtype))
@@ -80,7 +80,7 @@ class Draw:
 
     def weight_gradient(self, of_w: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the parts from that of W."""
-        padded = torch.zeros(self.a_in * self.b_in, self.a_out * self.b_out, dtype=torch.float64)
+        padded = of_w.new_zeros(self.a_in * self.b_in, self.a_out * self.b_out)
         padded[: self.in_features, : self.out_features] = of_w
         g = padded.view(self.a_in, self.b_in, self.a_out, self.b_out)
         of_a = torch.einsum("ikjl,kld->ijd", g, self.b.double())
@@ -147,9 +147,9 @@ def test_implicit_weight(draw: Draw) -> None:
 def test_gather_and_its_gradients(draw: Draw, ids_dtype: torch.dtype) -> None:
     d = draw
     p = TwoParts(*d.a.shape[:2], *d.b.shape[:2], d.rank, d.in_features, d.out_features)
-    ids = torch.randint(d.in_features, (d.rows,)).to(ids_dtype)
+    ids = torch.randint(d.in_features, (d.rows,), device=d.x.device).to(ids_dtype)
     d.check(gather(ids, d.a, d.b, p, d.tile(tiles.gather_tiles, p)), d.weight()[ids.long()])
-    of_w = torch.zeros(d.in_features, d.out_features, dtype=torch.float64)
+    of_w = d.weight().new_zeros(d.in_features, d.out_features)
     of_w.index_add_(0, ids.long(), d.dy.double())
     for of_left, other, exact in zip(
         (True, False), (d.b, d.a), d.weight_gradient(of_w), strict=True
@@ -161,8 +161,7 @@ def test_gather_and_its_gradients(draw: Draw, ids_dtype: torch.dtype) -> None:
 def test_every_tile_of_a_problem_agrees(guards: Guards) -> None:
     d = Draw(5, torch.float32, guards)
     p = Chain(6, 5, 7, 9, 3, 42, 45, True)
-    x = torch.randn(9, 42)
-    first, second = torch.randn(6, 5, 3), torch.randn(7, 9, 3)
+    x, first, second = (guards.copy(torch.randn(size)) for size in ((9, 42), (6, 5, 3), (7, 9, 3)))
     exact = torch.einsum(
         "bsf,fjd,snd->bnj", x.view(9, 7, 6).double(), first.double(), second.double()
     )
@@ -172,10 +171,10 @@ def test_every_tile_of_a_problem_agrees(guards: Guards) -> None:
         d.check(chain(x, first, second, None, p, tile), exact.reshape(9, 45))
 
 
-def test_sum_of_splits_is_in_a_fixed_order() -> None:
-    splits, bias = torch.randn(5, 3, 700), torch.randn(700)
-    total = sum_splits(splits, bias, torch.empty(3, 700))
-    expected = torch.zeros(3, 700)
+def test_sum_of_splits_is_in_a_fixed_order(guards: Guards) -> None:
+    splits, bias = guards.copy(torch.randn(5, 3, 700)), guards.copy(torch.randn(700))
+    total = sum_splits(splits, bias, guards.empty((3, 700), torch.float32))
+    expected = torch.zeros_like(total)
     for split in splits:
         expected = expected + split
     assert torch.equal(total, expected + bias)

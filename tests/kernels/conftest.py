@@ -1,7 +1,8 @@
-"""The kernels on a CPU, in triton's interpreter; these tests need a process of their own.
+"""The kernels in triton's interpreter, on a CPU, or on a device: in a process of their own.
 
-The interpreter keeps bf16 as 16-bit integers and multiplies those, so products are made of fp32
-copies here. Every buffer lies between guard bands, NaN for reads, checked after writes.
+With ``TRITON_INTERPRET=1`` tensors are on the CPU. The interpreter multiplies bf16 as the 16-bit
+integers it keeps, so products are made of fp32 copies here. Every buffer lies between guard bands,
+NaN for reads, checked after writes.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from guards import Guards
 from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    raise pytest.UsageError("run tests/interpreter by itself, with TRITON_INTERPRET=1")
-
-import numpy as np
-import triton.language as tl
 from triton.runtime import interpreter
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    raise pytest.UsageError("run tests/kernels with TRITON_INTERPRET=1, or where there is a GPU")
 
 
 def _exact_bf16_dot(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,16 +37,29 @@ def _exact_bf16_dot(plain: Callable[..., Any]) -> Callable[..., Any]:
     return create_dot
 
 
-interpreter.InterpreterBuilder.create_dot = _exact_bf16_dot(
-    interpreter.InterpreterBuilder.create_dot
-)
+if INTERPRETED:
+    interpreter.InterpreterBuilder.create_dot = _exact_bf16_dot(
+        interpreter.InterpreterBuilder.create_dot
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What only a device can show says so where there is none."""
+    for item in items:
+        if INTERPRETED and item.path.name == "test_device.py":
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: bench/gpu_gate.sh runs it"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guards]:
+def guards(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[Guards]:
     """Every buffer that the code under test allocates is poisoned and guarded."""
     torch.manual_seed(0)
-    guards = Guards()
+    guards = Guards(device)
     new_empty = Tensor.new_empty
 
     def guarded(like: Tensor, *size: Any, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,17 +14,18 @@ from mpo_kernels.backends.triton import backend
 from mpo_kernels.plan import Gradients
 from mpo_kernels.testing import ODD_SHAPES, dense_linear, random_cores, relative_error
 
-DEVICE = torch.device("cpu")
-
 
 @pytest.fixture(autouse=True)
-def triton_backend() -> object:
+def triton_backend(device: torch.device) -> Iterator[None]:
+    """All of it on the device, by the back end under test."""
+    torch.set_default_device(device)
     with mk.use_backend("triton"):
         yield
+    torch.set_default_device(None)
 
 
 def problem(shape: MPOShape, rows: int, dtype: torch.dtype = torch.float32) -> tuple:
-    cores = random_cores(shape, dtype)
+    cores = random_cores(shape, dtype, torch.get_default_device())
     x = torch.randn(rows, shape.in_features).to(dtype)
     return x, cores, torch.randn(shape.out_features).to(dtype)
 
@@ -34,7 +36,7 @@ def test_every_forward_plan_agrees_with_dense(shape: MPOShape, rows: int) -> Non
     x, cores, bias = problem(shape, rows)
     exact = dense_linear(x.double(), [c.double() for c in cores], bias.double(), shape)
     features = (shape.in_features, shape.out_features)
-    plan = backend.plan_for(rows, x.dtype, DEVICE, cores, features=features)
+    plan = backend.plan_for(rows, x.dtype, x.device, cores, features=features)
     for candidate in plan.candidates:
         y = backend.linear(x, cores, bias, shape.out_features, candidate)
         assert relative_error(y, exact) < 2e-6, candidate.algorithm
@@ -51,7 +53,7 @@ def test_every_backward_plan_agrees_with_dense(shape: MPOShape, light: bool) -> 
     needs = tuple(not light or k != shape.central for k in range(len(cores)))
     gradients = Gradients(True, needs)
     features = (shape.in_features, shape.out_features)
-    plan = backend.plan_for(5, x.dtype, DEVICE, cores, gradients, features)
+    plan = backend.plan_for(5, x.dtype, x.device, cores, gradients, features)
     for candidate in plan.candidates:
         dx, found = backend.linear_backward(dy, x, cores, gradients, candidate)
         assert relative_error(dx, of_x) < 3e-6, candidate
@@ -63,10 +65,10 @@ def test_every_backward_plan_agrees_with_dense(shape: MPOShape, light: bool) -> 
 
 
 def test_two_parts_have_kernels_for_all_there_is_to_form() -> None:
-    cores = random_cores(MPOShape((6, 7), (5, 8), 4))
+    cores = random_cores(MPOShape((6, 7), (5, 8), 4), device=torch.get_default_device())
 
     def kinds(gradients: Gradients | None) -> set[str]:
-        plan = backend.plan_for(7, torch.float32, DEVICE, cores, gradients)
+        plan = backend.plan_for(7, torch.float32, cores[0].device, cores, gradients)
         return {candidate.algorithm for candidate in plan.candidates}
 
     assert {"fused", "implicit", "panels", "chain"} <= kinds(None)
@@ -97,7 +99,7 @@ def test_layer_in_half_precision_trains(dtype: torch.dtype) -> None:
 def test_autocast_computes_in_its_dtype() -> None:
     layer = mk.MPOLinear(40, 42, MPOShape((5, 8), (6, 7), 4))
     x = torch.randn(9, 40)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         y = layer(x)
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
@@ -134,7 +136,7 @@ def test_gradients_do_not_change_from_run_to_run() -> None:
     x, cores, _ = problem(MPOShape((6, 7), (5, 8), 4), 70)
     dy = torch.randn(70, 40)
     gradients = Gradients(True, (True, True))
-    plan = backend.plan_for(70, x.dtype, DEVICE, cores, gradients, (42, 40))
+    plan = backend.plan_for(70, x.dtype, x.device, cores, gradients, (42, 40))
     fused = next(p for p in plan.candidates if p.algorithm == "fused")
     one, two = (backend.linear_backward(dy, x, cores, gradients, fused)[1] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -1,0 +1,143 @@
+"""The steps of `bench/gpu_gate.sh`: what passed, how fast, and on what; a file after each step.
+
+`gate.json` says what each step gave and on which device, driver, versions, commit and kernel
+sources; `times.json` and `times.md` are the bench's. Where all checks pass, the package notes that
+these sources were validated (`--accept gate.json` notes it in another checkout of them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import facts
+from mpo_kernels.backends.triton import validation
+
+# Seconds of the whole, and of each check; timing has what is left.
+BUDGET = 540
+TESTS, SANITIZER, REPORT = 240, 75, 10
+# A few kernels of every kind: under the sanitizer a call takes seconds.
+SANITIZED = "test_kernels.py and (bfloat16-3 or bfloat16-7)"
+
+
+def step(name: str, command: list[str], limit: float, folder: Path) -> dict[str, Any]:
+    """Run one step; its output goes to a log, its last lines to the result."""
+    print(f"{name} (at most {limit:.0f} s)", file=sys.stderr, flush=True)
+    start, log = time.monotonic(), folder / f"{name}.log"
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, timeout=limit, cwd=facts.ROOT
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    lines = log.read_text(errors="replace").splitlines()
+    return {
+        "status": "out of time" if code is None else "failed" if code else "passed",
+        "seconds": round(time.monotonic() - start, 1),
+        "last": lines[-3:],
+    }
+
+
+def conditions() -> dict[str, Any]:
+    """Where this is: device, driver, versions, commit, kernel sources."""
+    import triton
+
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(0),
+        "driver": driver or "unknown",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "commit": facts.commit()["commit"] or "unknown",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def gate(folder: Path) -> int:
+    """Run the steps; returns the exit code."""
+    start = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {
+        "sources": validation.source_hash(),
+        "conditions": conditions(),
+        "steps": {},
+    }
+
+    def run(name: str, command: list[str], limit: float) -> str:
+        found["steps"][name] = step(name, command, limit, folder)
+        (folder / "gate.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return found["steps"][name]["status"]
+
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels"]
+    passed = run("tests", tests, TESTS) == "passed"
+    if sanitizer := shutil.which("compute-sanitizer"):
+        checked = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *tests]
+        # Out of time is no fault: what ran under it was clean.
+        status = run("sanitizer", [*checked, "-k", SANITIZED], SANITIZER)
+        passed = passed and status != "failed"
+    left = BUDGET - REPORT - (time.monotonic() - start)
+    times = folder / "times.json"
+    bench = [sys.executable, "-m", "bench", "--device", "cuda", "--dtype", "bfloat16"]
+    bench += ["--budget-minutes", f"{(left - 30) / 60:.2f}", "--output", str(times)]
+    run("times", bench, left)
+    if times.exists():
+        report = [sys.executable, "-m", "bench.report", str(times), "--output"]
+        run("report", [*report, str(folder / "times.md")], REPORT)
+    if passed:
+        accept(found)
+    for name, result in found["steps"].items():
+        print(f"{name:<10} {result['status']:<12} {result['seconds']:>6} s  {result['last'][-1:]}")
+    print(f"kernels {found['sources']} on {found['conditions']['device']}: ", end="")
+    print("validated" if passed else "NOT validated")
+    return 0 if passed else 1
+
+
+def accept(found: dict[str, Any]) -> None:
+    """Note in this checkout that its kernels passed.
+
+    Raises:
+        ValueError: The results are of other sources, or not of a gate that passed.
+    """
+    steps = {name: result["status"] for name, result in found["steps"].items()}
+    if found["sources"] != validation.source_hash():
+        raise ValueError("expected results of the kernels as they are here, got other sources")
+    if steps.get("tests") != "passed" or steps.get("sanitizer") == "failed":
+        raise ValueError(f"expected a gate that passed, got {steps}")
+    validation.add(found["conditions"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_gate", description=__doc__)
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--output", type=Path, help="folder for the results")
+    choice.add_argument("--accept", type=Path, metavar="gate.json", help="note a gate that passed")
+    options = parser.parse_args(argv)
+    if options.accept:
+        try:
+            accept(json.loads(options.accept.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"cannot accept {options.accept}: {error}")
+        return 0
+    if not torch.cuda.is_available():
+        parser.error("expected a GPU, found none")
+    return gate(options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The gate's own logic, without a GPU: what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import gpu_gate
+from mpo_kernels.backends.triton import validation
+
+
+@pytest.fixture(autouse=True)
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "validated.json"
+    path.write_text("[]")
+    monkeypatch.setattr(validation, "RECORDS", path)
+    return path
+
+
+CONDITIONS = {"device": "a device", "triton": "3.6.0", "commit": "0123456789abcdef"}
+
+
+def found(**steps: str) -> dict:
+    results = {name: {"status": status} for name, status in steps.items()}
+    return {"sources": validation.source_hash(), "conditions": CONDITIONS, "steps": results}
+
+
+def test_validation_holds_for_the_sources_that_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert validation.validations() == [] and "never run" in validation.summary()
+    gate = tmp_path / "gate.json"
+    gate.write_text(json.dumps(found(tests="passed", sanitizer="out of time")))
+    assert gpu_gate.main(["--accept", str(gate)]) == 0
+    assert [record["device"] for record in validation.validations()] == ["a device"]
+    assert "a device, triton 3.6.0, commit 0123456789ab" in validation.summary()
+    monkeypatch.setattr(validation, "source_hash", lambda: "another")
+    assert validation.validations() == []
+
+
+@pytest.mark.parametrize(
+    "steps", [{}, {"tests": "failed"}, {"tests": "passed", "sanitizer": "failed"}]
+)
+def test_a_gate_that_did_not_pass_is_refused(steps: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="expected a gate that passed"):
+        gpu_gate.accept(found(**steps))
+
+
+def test_other_sources_are_refused() -> None:
+    with pytest.raises(ValueError, match="other sources"):
+        gpu_gate.accept(found(tests="passed") | {"sources": "another"})
+
+
+@pytest.mark.parametrize(
+    "code, limit, status",
+    [
+        ("print('fine')", 30, "passed"),
+        ("1 / 0", 30, "failed"),
+        ("while True: pass", 1, "out of time"),
+    ],
+)
+def test_a_step_says_how_it_ended(code: str, limit: int, status: str, tmp_path: Path) -> None:
+    result = gpu_gate.step("one", [sys.executable, "-c", code], limit, tmp_path)
+    assert result["status"] == status
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    if gpu_gate.torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="2"):
+        gpu_gate.main(["--output", str(tmp_path)])
+    assert "expected a GPU" in capsys.readouterr().err
