@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mpo_kernels import backends, ops
-from mpo_kernels.decompose import Decomposition, decompose, reconstruct, round_cores
-from mpo_kernels.plan import Gradients, Plan
+from mpo_kernels.decompose import (
+    Decomposition,
+    decompose,
+    merge_cores,
+    reconstruct,
+    round_cores,
+)
+from mpo_kernels.plan import Gradients, Plan, groups
 from mpo_kernels.shape import MPOShape
 
 
@@ -232,6 +238,30 @@ class MPOLinear(MPOModule):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone())
         return linear
+
+    @torch.no_grad()
+    def merged(self, rows: int) -> MPOLinear:
+        """The same matrix held as the parts that the plan for ``rows`` rows merges, for serving.
+
+        Merging happens at every call, since cores may change; at few rows it is most of the time.
+        The new layer has fewer, larger cores of its own, and a copy of the bias.
+        """
+        split, cores = self.plan(rows).split, self._oriented_cores()
+        parts = [merge_cores(cores[a:b]) for a, b in groups(split, len(cores))]
+        shape = MPOShape(
+            [part.shape[1] for part in parts],
+            [part.shape[2] for part in parts],
+            [part.shape[3] for part in parts[:-1]],
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
+        layer = MPOLinear(self.in_features, self.out_features, shape, bias=False, device="meta")
+        layer.cores = nn.ParameterList(
+            nn.Parameter(part.clone(memory_format=torch.contiguous_format)) for part in parts
+        )
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().clone())
+        return layer
 
     def plan(self, rows: int, backward: bool = False) -> Plan:
         """How ``rows`` rows (the product of x's leading dimensions) are computed, and why.

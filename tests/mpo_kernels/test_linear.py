@@ -482,3 +482,17 @@ def test_bad_arguments_say_what_was_expected():
         mpo_linear(torch.ones(6), cores, torch.ones(2, 10))
     with pytest.raises(ValueError, match="out_features <= 20"):
         mpo_linear(torch.ones(6), cores, torch.ones(21))
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+def test_merged_is_the_same_matrix_in_fewer_cores(shape: MPOShape, rows: int):
+    layer = MPOLinear(shape.in_features, shape.out_features, shape)
+    layer.freeze_central()
+    merged = layer.merged(rows)
+    x = torch.randn(3, shape.in_features)
+    torch.testing.assert_close(merged(x), layer(x), atol=1e-5, rtol=1e-5)
+    assert merged.shape.num_cores == len(layer.plan(rows).split) + 1
+    assert merged.plan(rows).split == tuple(range(1, merged.shape.num_cores))
+    storages = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    assert not storages & {p.untyped_storage().data_ptr() for p in merged.parameters()}
