@@ -18,16 +18,15 @@ def _scatter(grads: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
     return [next(formed) if need else None for need in wanted]
 
 
+# forward with a context of its own: a separate setup_context inspects signatures at every call.
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, out_features: int, *cores: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, out_features: int, *cores: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, *cores)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.mpo_kernels.linear(x, cores, bias, out_features)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, _, _, *cores = inputs
-        ctx.save_for_backward(x, *cores)
 
     @staticmethod
     @once_differentiable
@@ -44,14 +43,10 @@ class _Linear(torch.autograd.Function):
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ids: Tensor, embedding_dim: int, *cores: Tensor) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, embedding_dim: int, *cores: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, *cores)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.mpo_kernels.embedding(ids, cores, embedding_dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ids, _, *cores = inputs
-        ctx.save_for_backward(ids, *cores)
 
     @staticmethod
     @once_differentiable
