@@ -1,0 +1,95 @@
+"""Calls as a device would see them, compiled and not run: what is compiled, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import mpo_kernels as mk
+from mpo_kernels import MPOShape
+from mpo_kernels.backends.triton import backend, device
+from mpo_kernels.plan import Gradients
+from mpo_kernels.testing import random_cores
+
+
+class Hopper:
+    """What triton asks of a driver before it launches."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the kernels compiled, in order; CPU tensors stand for a device's."""
+    names: list[str] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    def note(*, fn: Any, **_: Any) -> None:
+        names.append(fn.name.rpartition(".")[2])
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    monkeypatch.setattr(device, "unsupported", lambda *_: None)
+    monkeypatch.setattr(device, "unavailable", lambda: None)
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(Hopper())
+    with mk.use_backend("triton"):
+        yield names
+    triton.runtime.driver._active = before
+
+
+def test_fifty_row_counts_compile_few_kernels(compiled: list[str]) -> None:
+    layer = mk.MPOLinear(80, 120, MPOShape((8, 10), (10, 12), 5), dtype=torch.bfloat16)
+    layer.requires_grad_(False)
+    rows = list(range(1, 4000, 80))
+    for count in rows:
+        layer(torch.randn(count, 80, dtype=torch.bfloat16))
+    assert len(rows) == 50 and 1 <= len(compiled) <= 16, compiled
+    before = len(compiled)
+    for count in (2, 16, 17, 1000, 1024, 3333):
+        layer(torch.randn(count, 80, dtype=torch.bfloat16))
+    assert len(compiled) <= before + 2
+
+
+def test_a_training_step_launches_only_what_it_needs(compiled: list[str]) -> None:
+    cores = random_cores(MPOShape((16, 64), (64, 16), 16), torch.bfloat16)
+    x, dy = (torch.randn(4096, 1024, dtype=torch.bfloat16) for _ in range(2))
+
+    def kernels(*needs: bool) -> set[str]:
+        compiled.clear()
+        gradients = Gradients(needs[0], needs[1:])
+        plan = backend.plan_for(4096, x.dtype, x.device, cores, gradients, (1024, 1024))
+        fused = next(p for p in plan.candidates if p.algorithm == "fused")
+        assert len(fused.launches) == sum(needs)
+        backend.linear_backward(dy, x, cores, gradients, fused)
+        return set(compiled)
+
+    assert "chain_gradient_kernel" not in kernels(True, False, False)
+    assert "chain_kernel" not in kernels(False, True, True)
+
+
+def test_an_architecture_that_is_too_old_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "unavailable", lambda: None)
+    monkeypatch.setattr(device, "architecture", lambda index: f"sm_{index}")
+    assert device._unsupported_architecture(90) is None
+    reason = device.unsupported(torch.device("cuda", 75), torch.bfloat16)
+    assert reason is not None and "sm_75" in reason
+    assert "not in torch.float64" in str(
+        device.unsupported(torch.device("cuda", 90), torch.float64)
+    )
