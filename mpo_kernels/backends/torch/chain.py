@@ -25,10 +25,14 @@ def _matrices(parts: Sequence[Tensor], order: str) -> list[Tensor]:
     ]
 
 
-def _ready(matrices: Sequence[Tensor], steps: Sequence[Step], limit: int) -> list[Tensor]:
+def _ready(
+    matrices: Sequence[Tensor], steps: Sequence[Step], rows: int, limit: int
+) -> list[Tensor]:
     """The matrices as batched products read them best: not transposed, unless too large to copy."""
     return [
-        matrix.contiguous() if step.n > 1 and matrix.numel() <= limit else matrix
+        matrix.contiguous()
+        if step.n > 1 and rows * step.batch > 1 and matrix.numel() <= limit
+        else matrix
         for matrix, step in zip(matrices, steps, strict=True)
     ]
 
@@ -40,6 +44,9 @@ def _apply(matrix: Tensor, state: Tensor, out: Tensor | None = None) -> Tensor:
     if n == 1:
         out = None if out is None else out.view(batch, m)
         return torch.mm(state.view(batch, k), matrix.t(), out=out).view(batch, m, 1)
+    if batch == 1:
+        out = None if out is None else out.view(m, n)
+        return torch.mm(matrix, state.view(k, n), out=out).view(1, m, n)
     if folds(n, matrix.nbytes):
         folded = state.transpose(1, 2).reshape(batch * n, k) @ matrix.t()
         folded = folded.view(batch, n, m).transpose(1, 2)
@@ -66,7 +73,9 @@ def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, 
     features, out_features = (math.prod(core.shape[axis] for core in cores) for axis in (1, 2))
     exact = y.shape[1] == out_features
     steps = plan.steps
-    matrices = _ready(_matrices(parts, plan.order), steps, features * out_features // 2)
+    rows = min(plan.block, x.shape[0])
+    limit = features * out_features // 2
+    matrices = _ready(_matrices(parts, plan.order), steps, rows, limit)
     for x_block, y_block in zip(x.split(plan.block), y.split(plan.block), strict=True):
         state = _padded(x_block, features)
         for step, matrix in zip(steps, matrices, strict=True):
@@ -89,12 +98,13 @@ def backward(
     # In the layout of the part: [(D i), (j D')] from the left, [(D j), (i D')] from the right.
     sums: list[Tensor | None] = [None] * len(parts)
     features, out_features = (math.prod(core.shape[axis] for core in cores) for axis in (1, 2))
-    limit = features * out_features // 2
-    turned = _ready([matrix.t() for matrix in matrices], steps, limit)
-    matrices = _ready(matrices[:-1], steps[:-1], limit)
+    limit, size = features * out_features // 2, min(plan.block, x.shape[0])
+    turned = _ready([matrix.t() for matrix in matrices], steps, size, limit)
+    matrices = _ready(matrices[:-1], steps[:-1], size, limit)
     # Products below the first one that anything is asked of are not formed.
     last = 0 if gradients.x else min(i for i, step in enumerate(steps) if needs[step.part])
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if gradients.x else None
+    several = gradients.x and x.shape[0] > plan.block
+    dx = x.new_empty(x.shape) if several else None
     for start in range(0, x.shape[0], plan.block):
         rows = slice(start, start + plan.block)
         states = [_padded(x[rows], features)]
@@ -108,10 +118,14 @@ def backward(
                 before, after = _rows(states[index].view(-1, step.k, step.n)), _rows(flow)
                 pair = (before.t(), after) if left else (after.t(), before)
                 sums[step.part] = add_product(sums[step.part], *pair)
-            if index > last or dx is not None:
+            if index > last or gradients.x:
                 flow = _apply(turned[index], flow)
-        if dx is not None:
-            dx[rows] = flow.view(-1, features)[:, : x.shape[1]]
+        if gradients.x:
+            of_rows = flow.view(-1, features)[:, : x.shape[1]]
+            if dx is None:
+                dx = of_rows.contiguous()
+            else:
+                dx[rows] = of_rows
     for k, total in enumerate(sums):
         if total is not None:
             d, i, j, r = parts[k].shape
