@@ -35,7 +35,8 @@ class _Linear(torch.autograd.Function):
         x, *cores = ctx.saved_tensors
         grads: list[Tensor] = []
         if need_x or any(need_cores):
-            grads = torch.ops.mpo_kernels.linear_backward(grad, x, cores, need_x, need_cores)
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = torch.ops.mpo_kernels.linear_backward(grad, x, cores, need_x, need_cores)
         dx, *core_grads = _scatter(grads, [need_x, *need_cores])
         bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
         return dx, bias_grad, None, *core_grads
@@ -53,7 +54,8 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         _, _, *need_cores = ctx.needs_input_grad
         ids, *cores = ctx.saved_tensors
-        grads = torch.ops.mpo_kernels.embedding_backward(grad, ids, cores, need_cores)
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = torch.ops.mpo_kernels.embedding_backward(grad, ids, cores, need_cores)
         return None, None, *_scatter(grads, need_cores)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,6 @@ class GatherTile(NamedTuple):
     num_stages: int
 
 
-Tile = TypeVar("Tile", ChainTile, ImplicitTile, GatherTile)
-
-
 def power_of_two(n: int) -> int:
     """The smallest one that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
@@ -146,9 +143,10 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _powers(low: int, high: int) -> list[int]:
-    """Powers of two from `low` to the one that covers `high`, one at least."""
-    return [1 << k for k in range(low.bit_length() - 1, max(low, power_of_two(high)).bit_length())]
+def _sizes(low: int, high: int, limit: int) -> list[int]:
+    """Powers of two from `low` to `high`, none but `low` above the one that covers `limit`."""
+    sizes = [low << k for k in range((high // low).bit_length())]
+    return [size for size in sizes if size == low or size <= power_of_two(limit)]
 
 
 class Cost(NamedTuple):
@@ -161,10 +159,10 @@ class Cost(NamedTuple):
     shared_memory: int
     seconds: float
 
-    def fits(self, tile: Tile, limits: Limits, itemsize: int) -> bool:
+    def fits(self, num_warps: int, limits: Limits, itemsize: int) -> bool:
         # Without matrix instructions the operands of fp32 products are in registers as well.
         share = 4 if itemsize == 4 else 1
-        threads = tile.num_warps * limits.warp
+        threads = num_warps * limits.warp
         return (
             share * self.accumulators <= limits.accumulators * threads
             and self.shared_memory <= limits.shared_memory
@@ -278,15 +276,12 @@ def _chain_tiles(
 ) -> Iterator[ChainTile]:
     p = problem
     # Up to 16 rows or values of D are padding where nothing else fills a matrix instruction.
-    b_sizes = [b for b in (1, 2, 4, 8, 16, 32, 64, 128) if b <= max(16, power_of_two(rows))]
-    in_sizes = [g for g in (1, 2, 4, 8, 16, 32) if g <= power_of_two(p.second_in)] or [1]
-    out_sizes = [g for g in (1, 2, 4, 8, 16, 32) if g <= power_of_two(p.first_out)] or [1]
-    d_sizes = [d for d in (16, 32, 64, 128) if d <= max(16, power_of_two(p.rank))]
+    b_sizes = _sizes(1, 128, max(16, rows))
+    in_sizes, out_sizes = _sizes(1, 32, p.second_in), _sizes(1, 32, p.first_out)
+    d_sizes = _sizes(16, 128, p.rank)
     if p.rank <= 8:
         d_sizes = [power_of_two(p.rank), *d_sizes]
-    n_sizes = [n for n in (16, 32, 64, 128, 256) if n == 16 or n <= power_of_two(p.second_out)]
-    k_sizes = [k for k in (16, 32, 64, 128) if k == 16 or k <= power_of_two(p.first_in)][-2:]
-    steps = ceil_div(p.second_in, 1) * p.rank
+    n_sizes, k_sizes = _sizes(16, 256, p.second_out), _sizes(16, 128, p.first_in)[-2:]
     for b, g_in, g_out, d in product(b_sizes, in_sizes, out_sizes, d_sizes):
         m_first, m_second, k_second = b * g_in, b * g_out, g_in * d
         # Matrix instructions want 16 in each direction that is summed over or tall.
@@ -298,16 +293,15 @@ def _chain_tiles(
             warps = 8 if max(m_second * n, m_first * g_out * d) >= 2**14 else 4
             stages = 2 if itemsize == 4 else 3
             if gradient:
-                b_blocks = ceil_div(rows, b)
-                for splits in _powers(1, min(b_blocks, 64)):
+                for splits in _sizes(1, 64, ceil_div(rows, b)):
                     yield ChainTile(b, g_in, g_out, k, d, n, 1, splits, warps, stages)
                 continue
             in_blocks = ceil_div(p.second_in, g_in) * ceil_div(p.rank, d)
             if in_blocks == 1:
-                for columns in _powers(1, ceil_div(p.second_out, n)):
+                for columns in _sizes(1, 4096, ceil_div(p.second_out, n)):
                     yield ChainTile(b, g_in, g_out, k, d, n, columns, 1, warps, stages)
             else:
-                for splits in _powers(1, min(in_blocks, steps) if rows <= 64 else 1):
+                for splits in _sizes(1, 4096, in_blocks if rows <= 64 else 1):
                     yield ChainTile(b, g_in, g_out, k, d, n, 1, splits, warps, stages)
 
 
@@ -327,7 +321,7 @@ def chain_tiles(
     priced = []
     for tile in _chain_tiles(problem, rows, itemsize, limits, gradient):
         cost = _chain_cost(problem, tile, rows, itemsize, limits, gradient)
-        if cost.fits(tile, limits, itemsize):
+        if cost.fits(tile.num_warps, limits, itemsize):
             priced.append((cost.seconds, tile))
     return tuple(sorted(priced)[:64])
 
@@ -364,18 +358,14 @@ def implicit_tiles(
 ) -> tuple[tuple[float, ImplicitTile], ...]:
     """As :func:`chain_tiles`, for the GEMM whose weight is made on chip."""
     p, priced = problem, []
-    b_sizes = [b for b in (16, 32, 64, 128, 256) if b == 16 or b <= power_of_two(rows)]
-    d_sizes = [d for d in (16, 32, 64) if d == 16 or d <= power_of_two(p.rank)]
-
+    b_sizes, d_sizes = _sizes(16, 256, rows), _sizes(16, 64, p.rank)
     # Padding of right_in and left_out is enough to fill a matrix instruction in every direction.
-    def sizes(limit: int) -> list[int]:
-        return [s for s in (1, 2, 4, 8, 16, 32, 64) if s <= limit]
-
-    right_ins, left_outs = sizes(max(16, p.right_in)), sizes(max(16, p.left_out))
-    for left_in, right_in in product(sizes(power_of_two(p.left_in)), right_ins):
+    left_ins, right_ins = _sizes(1, 64, p.left_in), _sizes(1, 64, max(16, p.right_in))
+    left_outs, right_outs = _sizes(1, 64, max(16, p.left_out)), _sizes(1, 64, p.right_out)
+    for left_in, right_in in product(left_ins, right_ins):
         if not 16 <= left_in * right_in <= 128:
             continue
-        for left_out, right_out in product(left_outs, sizes(power_of_two(p.right_out))):
+        for left_out, right_out in product(left_outs, right_outs):
             n = left_out * right_out
             if not 16 <= n <= 256 or left_in * left_out < 16 or right_in * right_out < 16:
                 continue
@@ -384,7 +374,7 @@ def implicit_tiles(
                 stages = 2 if itemsize == 4 else 3
                 tile = ImplicitTile(b, left_in, right_in, left_out, right_out, d, warps, stages)
                 cost = _implicit_cost(p, tile, rows, itemsize, limits)
-                if cost.fits(tile, limits, itemsize):
+                if cost.fits(tile.num_warps, limits, itemsize):
                     priced.append((cost.seconds, tile))
     return tuple(sorted(priced)[:64])
 
@@ -396,9 +386,7 @@ def gather_tiles(
     """As :func:`chain_tiles`, for the rows of a table."""
     p, priced = problem, []
     # In the gradient's kernel either part is the one whose sums are held.
-    lefts = [n for n in (16, 32, 64) if n == 16 or n <= power_of_two(p.left_out)]
-    rights = [n for n in (16, 32, 64) if n == 16 or n <= power_of_two(p.right_out)]
-    ranks = [n for n in (16, 32, 64) if n == 16 or n <= power_of_two(p.rank)]
+    lefts, rights, ranks = (_sizes(16, 64, n) for n in (p.left_out, p.right_out, p.rank))
     for left, right, d, b in product(lefts, rights, ranks, (1, 8, 32) if gradient else (1,)):
         tile = GatherTile(b, left, right, d, 4, 2)
         d_loop = ceil_div(p.rank, d)
@@ -416,6 +404,6 @@ def gather_tiles(
             shared_memory=shared,
         )
         cost = Cost(left * right + (left + right) * d * gradient, shared, seconds)
-        if cost.fits(tile, limits, itemsize):
+        if cost.fits(tile.num_warps, limits, itemsize):
             priced.append((cost.seconds, tile))
     return tuple(sorted(priced))
