@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 import mpo_kernels as mk
 from mpo_kernels import MPOShape
 from mpo_kernels.backends.triton import backend, device
+from mpo_kernels.backends.triton.launch import precision
 from mpo_kernels.plan import Gradients
 from mpo_kernels.testing import random_cores
 
@@ -93,3 +94,14 @@ def test_an_architecture_that_is_too_old_is_left_to_torch(monkeypatch: pytest.Mo
     assert "not in torch.float64" in str(
         device.unsupported(torch.device("cuda", 90), torch.float64)
     )
+
+
+def test_tf32_only_where_torch_allows_it() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        assert precision(torch.float32) == "ieee"
+        matmul.fp32_precision = "tf32"
+        assert precision(torch.float32) == "tf32" and precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = before

@@ -14,8 +14,8 @@ from mpo_kernels.backends.triton.tiles import Strides, ceil_div
 
 def precision(dtype: torch.dtype) -> str:
     """``"tf32"`` for fp32 operands where torch's own products may use it, else ``"ieee"``."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def readable(part: Tensor, *block: int) -> Tensor:
