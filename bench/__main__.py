@@ -84,7 +84,8 @@ def main(arguments: Sequence[str]) -> int:
         ways=tuple(options.ways),
         budget=QUICK_BUDGET if options.quick else BUDGET,
         roofline=roofline,
-        memory_cap=facts.memory_bytes(device) // 2,
+        # On a GPU the graphs of all ways live at once, each with its memory.
+        memory_cap=facts.memory_bytes(device) // (len(WAYS) if options.device == "cuda" else 2),
     )
     conditions = {
         "machine": facts.machine(device),

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-_DISTRIBUTIONS = ("torch", "mpo-kernels", "numpy", "opt_einsum", "tensorly", "tensorly-torch")
+_DISTRIBUTIONS = (
+    *("torch", "triton", "mpo-kernels", "numpy"),
+    *("opt_einsum", "tensorly", "tensorly-torch"),
+)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

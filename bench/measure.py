@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -29,12 +29,17 @@ MAX_REPEATS = 30
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: the median and quartiles of ``repeats`` samples."""
+    """Microseconds a call: the median and quartiles of ``repeats`` samples.
+
+    ``captured``: on CUDA, whether replays of a graph were timed, or calls with the host's time in
+    them, since the way cannot be captured.
+    """
 
     median_us: float
     q1_us: float
     q3_us: float
     repeats: int
+    captured: bool | None = None
 
 
 def interleave(
@@ -50,8 +55,7 @@ def interleave(
     sample is one replay of the call, captured, with a cold second-level cache.
     """
     if device.type == "cuda":
-        with _replays(calls, device) as sample:
-            return _rounds(sample, {key: [sample(key)] for key in calls}, budget, min_repeats)
+        return _interleave_replays(calls, budget, min_repeats, device)
     loops, samples = {}, {}
     for key, call in calls.items():
         first = seconds(call, 1, device)
@@ -84,41 +88,43 @@ def _rounds(
     return {key: _timing(found) for key, found in samples.items()}
 
 
-@contextmanager
-def _replays(
-    calls: Mapping[Key, Callable[[], Any]], device: torch.device
-) -> Iterator[Callable[[Key], float]]:
-    """Yields what times one call on the device, by events: a graph's replay where it can be one."""
+def _interleave_replays(
+    calls: Mapping[Key, Callable[[], Any]], budget: float, min_repeats: int, device: torch.device
+) -> dict[Key, Timing]:
     # Larger than any second-level cache: writing it leaves nothing of the call's operands there.
     flush = torch.empty(2**28, dtype=torch.uint8, device=device)
-    graphs: dict[Key, Callable[[], Any]] = {key: graphed(call) for key, call in calls.items()}
+    graphs = {key: _captured(call) for key, call in calls.items()}
 
     def sample(key: Key) -> float:
+        graph = graphs[key]
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         start.record()
-        graphs[key]()
+        calls[key]() if graph is None else graph.replay()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    yield sample
+    timed = _rounds(sample, {key: [sample(key)] for key in calls}, budget, min_repeats)
+    return {key: replace(timing, captured=graphs[key] is not None) for key, timing in timed.items()}
 
 
-def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call captured in a CUDA graph; itself where it cannot be (it waits for the device)."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
+    """The call in a CUDA graph; None where it cannot be in one (it waits for the device)."""
+    graph, before, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
     try:
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(before)
         with torch.cuda.stream(stream):
             call()
-        torch.cuda.current_stream().wait_stream(stream)
+        before.wait_stream(stream)
         with torch.cuda.graph(graph):
             call()
     except RuntimeError:
+        # A capture that fails leaves its stream current.
+        torch.cuda.set_stream(before)
         torch.cuda.synchronize()
-        return call
-    return graph.replay
+        return None
+    return graph
 
 
 def host_microseconds(call: Callable[[], Any], device: torch.device) -> float:

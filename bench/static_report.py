@@ -239,8 +239,12 @@ def main(argv: list[str] | None = None) -> int:
     """Write the report or compare with it; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python bench/static_report.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare, exit 1 on a regression")
-    parser.add_argument("--arch", nargs="+", choices=LIMITS, default=list(LIMITS), help="(all)")
+    parser.add_argument(
+        "--arch", nargs="+", choices=LIMITS, default=list(LIMITS), help="with --check (all)"
+    )
     options = parser.parse_args(argv)
+    if not options.check and set(options.arch) != set(LIMITS):
+        parser.error("expected --check with --arch: the report is of every architecture")
     now, wrong = report(options.arch)
     if options.check:
         committed = json.loads(REPORT.read_text(encoding="utf-8"))
@@ -250,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         wrong += regressions(committed, now)
     else:
         REPORT.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        print(f"written: {REPORT.relative_to(Path.cwd())}")
+        print(f"written: {REPORT}")
     for line in wrong:
         print(line)
     return 1 if wrong else 0

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command")
     measure = commands.add_parser("calibrate", help="measure this device for the planner")
     measure.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    measure.add_argument("--dtype", nargs="+", choices=DTYPES, help="(all that fit the device)")
+    measure.add_argument("--dtype", nargs="+", choices=DTYPES, help="(float32 on a CPU, else all)")
     measure.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.command is None:
@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.zeros(1, device=options.device).device
     except (RuntimeError, AssertionError) as error:
         parser.error(f"cannot use device {options.device!r}: {str(error).splitlines()[0]}")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"expected a device of type cpu or cuda, got {options.device!r}")
     default = ["float32"] if device.type == "cpu" else list(DTYPES)
     _calibrate(device, options.dtype or default, options.json)
 

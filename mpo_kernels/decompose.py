@@ -56,6 +56,13 @@ def merge_cores(cores: Sequence[Tensor]) -> Tensor:
     return merged
 
 
+def check_finite(cores: Sequence[Tensor]) -> None:
+    """Raise a ValueError that names the first of ``cores`` with a NaN or an Inf in it."""
+    for k, core in enumerate(cores):
+        if not torch.isfinite(core).all():
+            raise ValueError(f"expected finite cores, got NaN or Inf in core {k}")
+
+
 def check_cores(cores: Sequence[Tensor]) -> None:
     """Raise a ValueError unless ``cores`` are 4-dimensional and chain from bond 1 to bond 1."""
     shapes = [tuple(core.shape) for core in cores]
@@ -171,8 +178,12 @@ def round_cores(
         ranks: exactly these n − 1 bonds, none larger than now.
         in_features: true input size where the factors are padded.
         out_features: true output size, likewise.
+
+    Raises:
+        ValueError: bounds or ranks that do not fit, or NaN or Inf in a core.
     """
     check_cores(cores)
+    check_finite(cores)
     _check_bounds(max_rank, rel_error, None)
     shape = MPOShape(
         [core.shape[1] for core in cores],

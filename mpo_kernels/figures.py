@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 
 from mpo_kernels import measured
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class DeviceFigures:
     panel_bytes: int
 
 
+# What calibration replaces; the two sizes are choices.
+_MEASURED = ("macs_per_second", "bytes_per_second", "launch_seconds")
+
+
 def device_figures(device: torch.device, dtype: torch.dtype) -> DeviceFigures:
     """Figures of this device; only their ratios matter for the choice."""
     return _figures(device, dtype, torch.get_num_threads())
@@ -41,8 +49,18 @@ def device_figures(device: torch.device, dtype: torch.dtype) -> DeviceFigures:
 
 @cache
 def _figures(device: torch.device, dtype: torch.dtype, threads: int) -> DeviceFigures:
+    default = default_figures(device.type, dtype, threads)
     stored = measured.get(measured.device_name(device), "figures", str(dtype))
-    return replace(default_figures(device.type, dtype, threads), **(stored or {}))
+    if stored is None:
+        return default
+    try:
+        rates: dict[str, Any] = {name: float(stored[name]) for name in _MEASURED}
+        if not all(0 < rate < math.inf for rate in rates.values()):
+            raise ValueError(f"expected positive figures, got {stored}")
+    except (TypeError, ValueError, KeyError) as error:
+        logger.warning("calibrated figures are not used: %r", error)
+        return default
+    return replace(default, **rates)
 
 
 def default_figures(device_type: str, dtype: torch.dtype, threads: int) -> DeviceFigures:

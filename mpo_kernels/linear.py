@@ -244,7 +244,8 @@ class MPOLinear(MPOModule):
         """The same matrix held as the parts that the plan for ``rows`` rows merges, for serving.
 
         Merging happens at every call, since cores may change; at few rows it is most of the time.
-        The new layer has fewer, larger cores of its own, and a copy of the bias.
+        The new layer has fewer, larger cores of its own, a copy of the bias, and this layer's
+        mode (training or not); all its parameters train.
         """
         split, cores = self.plan(rows).split, self._oriented_cores()
         parts = [merge_cores(cores[a:b]) for a, b in groups(split, len(cores))]
@@ -261,17 +262,22 @@ class MPOLinear(MPOModule):
         )
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().clone())
-        return layer
+        return layer.train(self.training)
 
     def plan(self, rows: int, backward: bool = False) -> Plan:
         """How ``rows`` rows (the product of x's leading dimensions) are computed, and why.
 
         ``backward`` plans the pass that forms dx and the gradients of the cores that train.
         """
+        if not isinstance(rows, int) or isinstance(rows, bool):
+            raise TypeError(f"expected a number of rows, got {type(rows).__name__}")
+        if rows < 1:
+            raise ValueError(f"expected at least one row, got {rows}")
         gradients = Gradients(True, tuple(core.requires_grad for core in self.cores))
         first, cores = self.cores[0], self._oriented_cores()
+        features = (self.in_features, self.out_features)
         return backends.selected(first).plan_for(
-            rows, first.dtype, first.device, cores, gradients if backward else None
+            rows, first.dtype, first.device, cores, gradients if backward else None, features
         )
 
     def extra_repr(self) -> str:

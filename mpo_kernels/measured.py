@@ -53,8 +53,17 @@ def get(name: str, section: str, key: str) -> Any:
 
 
 def put(name: str, section: str, key: str, value: Any) -> None:
-    """Store a JSON value for this device; what another process stored meanwhile stays."""
-    path = path_of(name)
+    """Store a JSON value for this device; what another process stored meanwhile stays.
+
+    Where the file cannot be written, that is logged and the value is gone with the process.
+    """
+    try:
+        _write(path_of(name), section, key, value)
+    except OSError as error:
+        logger.warning("what was measured is not kept: %s", error)
+
+
+def _write(path: Path, section: str, key: str, value: Any) -> None:
     _read.cache_clear()
     content = {**_read(path)}
     content[section] = {**content.get(section, {}), key: value}

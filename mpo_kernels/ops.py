@@ -51,6 +51,12 @@ def _linear_backward(
 
 
 def _embedding(ids: Tensor, cores: list[Tensor], embedding_dim: int) -> Tensor:
+    for core in cores:
+        if core.dtype != cores[0].dtype or core.device != ids.device:
+            raise TypeError(
+                f"expected cores of one dtype, {cores[0].dtype}, on {ids.device} like the ids, "
+                f"got {core.dtype} on {core.device}"
+            )
     rows = backends.selected(cores[0]).embedding(ids.reshape(-1), cores, embedding_dim)
     return rows.view(*ids.shape, embedding_dim)
 

@@ -19,7 +19,7 @@ NAMES = ("torch", "triton")
 
 logger = logging.getLogger(__name__)
 
-_selected = os.environ.get("MPO_KERNELS_BACKEND", "auto")
+_selected = os.environ.get("MPO_KERNELS_BACKEND") or "auto"
 
 
 def available_backends() -> dict[str, tuple[bool, str]]:

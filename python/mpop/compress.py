@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape, decompose
+from mpo_kernels.decompose import check_finite
 from mpop.checkpoint import MPOQuantizer, attach
 from mpop.config import CompressionConfig, MatrixConfig, MPOConfig, matches
 from mpop.light import count_parameters
@@ -299,11 +300,16 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
         The same model, which saves as a plain transformers checkpoint.
 
     Raises:
-        ValueError: a model without MPO modules.
+        ValueError: a model without MPO modules, or NaN or Inf in one; the model is as it was.
     """
     matrices = mpo_matrices(model)
     if not matrices:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+    for names in matrices:
+        try:
+            check_finite(list(module_at(model, names[0]).cores))
+        except ValueError as error:
+            raise ValueError(f"{names[0]}: {error}") from error
     for names in matrices:
         swap(model, names, to_dense(module_at(model, names[0])))
     update_ties(model)

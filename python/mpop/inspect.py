@@ -69,7 +69,10 @@ def _rows(model: PreTrainedModel, config: CompressionConfig) -> Iterator[Inspect
     modules = list(mpo_modules(model))
     for name, module in modules:
         sizes = {name: getattr(module.shape, name) for name in ("in_features", "out_features")}
-        yield _row(name, False, round_cores(list(module.cores), **sizes))
+        try:
+            yield _row(name, False, round_cores(list(module.cores), **sizes))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     if not modules:
         for matrix in plan(model, config):
             yield _row(matrix.names[0], True, decompose_matrix(model, matrix))

@@ -120,7 +120,10 @@ def _config(source: str | Path) -> PreTrainedConfig:
 
 def _from_pretrained(auto_class: Any, source: str | Path, **options: Any) -> Any:
     # With the hub out of reach transformers would retry for half a minute; a cached copy serves.
-    offline = Path(source).is_dir() or not hub_reachable()
+    folder = Path(source)
+    if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2):
+        raise ValueError(f"model {source} cannot be loaded: there is no such folder")
+    offline = folder.is_dir() or not hub_reachable()
     try:
         return auto_class.from_pretrained(source, local_files_only=offline, **options)
     except (OSError, ValueError, SafetensorError) as error:

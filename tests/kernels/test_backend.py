@@ -153,3 +153,44 @@ def test_fp64_is_refused_by_name_and_left_to_torch_otherwise(
         layer(x)
     with mk.use_backend("auto"), caplog.at_level(logging.WARNING):
         assert backends.selected(x).__name__ == "mpo_kernels.backends.torch"
+
+
+@pytest.mark.parametrize("stride", [2, 0])
+def test_bias_and_ids_of_any_stride(stride: int) -> None:
+    shape = MPOShape((3, 5), (4, 2), 3)
+    x, cores, _ = problem(shape, 7)
+    bias = torch.randn(16).as_strided((8,), (stride,))
+    exact = dense_linear(x.double(), [c.double() for c in cores], bias.double(), shape)
+    assert backend.plan_for(7, x.dtype, x.device, cores).algorithm == "fused"
+    assert relative_error(mk.mpo_linear(x, cores, bias), exact) < 2e-6
+    ids = torch.randint(15, (40,)).as_strided((20,), (stride,))
+    rows = mk.mpo_embedding(ids, [c.requires_grad_() for c in cores])
+    table = mk.reconstruct([c.detach() for c in cores]).t()
+    assert relative_error(rows, table[ids]) < 2e-6
+    dy = torch.randn(20, 8)
+    exact_cores = [c.detach().double().requires_grad_() for c in cores]
+    with mk.use_backend("torch"):
+        expected = mk.mpo_embedding(ids, exact_cores)
+        of_cores = torch.autograd.grad(expected, exact_cores, dy.double())
+    for got, reference in zip(torch.autograd.grad(rows, cores, dy), of_cores, strict=True):
+        assert relative_error(got, reference) < 3e-6
+
+
+def test_the_plan_of_a_padded_layer_can_be_run() -> None:
+    shape = MPOShape((5, 8), (6, 7), 4, in_features=37, out_features=40)
+    layer = mk.MPOLinear(37, 40, shape)
+    x = torch.randn(9, 37)
+    y = backend.linear(x, list(layer.cores), layer.bias, 40, layer.plan(9))
+    assert torch.equal(y, layer(x))
+
+
+def test_an_id_out_of_range_reads_nothing() -> None:
+    cores = random_cores(MPOShape((3, 5), (4, 2), 3), device=torch.get_default_device())
+    ids = torch.tensor([3, 15, -1, 10**6])
+    rows = backend.embedding(ids, cores, 8)
+    assert rows[0].any() and not rows[1:].any()
+    needs = (True, True)
+    all_ids = backend.embedding_backward(torch.ones(4, 8), ids, cores, needs)
+    first = backend.embedding_backward(torch.ones(1, 8), ids[:1], cores, needs)
+    for got, expected in zip(all_ids, first, strict=True):
+        torch.testing.assert_close(got, expected)

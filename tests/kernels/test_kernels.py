@@ -13,6 +13,7 @@ from torch import Tensor
 from mpo_kernels.backends.triton import tiles
 from mpo_kernels.backends.triton.chain import chain
 from mpo_kernels.backends.triton.chain_backward import chain_gradient
+from mpo_kernels.backends.triton.device import interpreted
 from mpo_kernels.backends.triton.gather import gather, gather_gradient
 from mpo_kernels.backends.triton.implicit import implicit
 from mpo_kernels.backends.triton.launch import launch, sum_splits
@@ -100,7 +101,8 @@ class Draw:
         assert relative_error(got, exact) <= 2 * eps + 1e-6
 
 
-@pytest.fixture(params=range(14))
+# On a device each draw compiles kernels of its own, at a quarter of a second each.
+@pytest.fixture(params=range(14 if interpreted() else 6))
 def seed(request: pytest.FixtureRequest) -> int:
     return request.param
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpo_kernels import MPOLinear, MPOShape, figures, measured
 from mpo_kernels import __main__ as command
-from mpo_kernels import figures, measured
 from mpo_kernels.backends.triton import tuning
 from mpo_kernels.backends.triton.tiles import LIMITS, Chain, TwoParts
 
@@ -81,8 +81,50 @@ def test_a_measured_tile_comes_before_the_model() -> None:
     slower = tuning.TILES["chain"](problem, 64, 2, limits)[5][1]
     assert assumed is not None and not assumed.measured and assumed.tile != slower
     key = f"chain {tuple(problem)} 64 bfloat16"
-    measured.put("sm_90", "tiles", key, {"seconds": 1e-6, "tile": slower._asdict()})
+    measured.put("sm_90", tuning._section(), key, {"seconds": 1e-6, "tile": slower._asdict()})
     assert tuning.best("chain", problem, 64, torch.bfloat16, limits) == (1e-6, slower, True)
+
+
+@pytest.mark.parametrize("stored", [3, {}, {"seconds": 1.0, "tile": {"block_b": 16}}])
+def test_a_tile_that_does_not_fit_the_kernels_is_not_used(
+    stored: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    problem, limits = Chain(16, 8, 8, 16, 4, 128, 128, True), LIMITS["sm_90"]
+    key = f"chain {tuple(problem)} 64 bfloat16"
+    measured.put("sm_90", tuning._section(), key, stored)
+    with caplog.at_level(logging.WARNING):
+        best = tuning.best("chain", problem, 64, torch.bfloat16, limits)
+    assert best is not None and not best.measured
+    assert "is not used" in caplog.text or not stored
+
+
+@pytest.mark.parametrize(
+    "stored", [{"bogus": 1}, {"macs_per_second": 0}, 3, dict.fromkeys(figures._MEASURED, "x")]
+)
+def test_broken_figures_are_not_used(stored: object, caplog: pytest.LogCaptureFixture) -> None:
+    measured.put(measured.device_name(CPU), "figures", "torch.float32", stored)
+    figures._figures.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        found = figures.device_figures(CPU, torch.float32)
+    assert found.macs_per_second > 1e9 and "not used" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MPO_KERNELS_CACHE", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        measured.put("a device", "tiles", "k", 1)
+    assert "not kept" in caplog.text
+
+
+@pytest.mark.parametrize("rows, error", [(0, ValueError), (-3, ValueError), (2.5, TypeError)])
+def test_a_number_of_rows_is_asked_for(rows: object, error: type[Exception]) -> None:
+    layer = MPOLinear(6, 8, MPOShape((2, 3), (4, 2), 2))
+    for method in (layer.plan, layer.merged):
+        with pytest.raises(error, match="row"):
+            method(rows)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_glue import last_json
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -278,3 +279,22 @@ def test_without_transformers_the_command_says_what_to_install():
         f"mpop compress: error: transformers is not installed; install it with: {remedy}"
     ]
     assert subprocess.run([sys.executable, "-c", f"{code}main(['--help'])"]).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "merge"])
+def test_a_checkpoint_with_nan_is_one_line(command, compressed, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(compressed, broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(f"{QUERY}.cores.1"))
+    tensors[name][0, 0, 0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    more = ("--output", tmp_path / "dense") if command == "merge" else ()
+    line = fails(capsys, command, "--model", broken, *more)
+    assert QUERY in line and "NaN or Inf in core 1" in line
+    assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize("model", ["/nonexistent/model", "a/b/c"])
+def test_a_folder_that_is_not_there_is_called_that(model, capsys):
+    assert "there is no such folder" in fails(capsys, "inspect", "--model", model)

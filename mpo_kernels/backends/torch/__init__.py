@@ -27,8 +27,12 @@ def plan_for(
     device: torch.device,
     cores: Sequence[Tensor],
     gradients: Gradients | None = None,
+    features: tuple[int, int] | None = None,
 ) -> Plan:
-    """The plan for ``x [rows, in]``, forward or (with ``gradients``) backward."""
+    """The plan for ``x [rows, in]``, forward or (with ``gradients``) backward.
+
+    ``features``, the true in and out of a padded layer, makes no difference here.
+    """
     figures = device_figures(device, dtype)
     return plan_linear(shapes_of(cores), rows, dtype, figures, gradients)
 

@@ -35,7 +35,10 @@ def plan_for(
     gradients: Gradients | None = None,
     features: tuple[int, int] | None = None,
 ) -> Plan:
-    """The plan for ``x [rows, in]``, forward or (with ``gradients``) backward."""
+    """The plan for ``x [rows, in]``, forward or (with ``gradients``) backward.
+
+    ``features`` are the true in and out of the layer, by default those of the factors.
+    """
     shapes = shapes_of(cores)
     features = features or (math.prod(s[1] for s in shapes), math.prod(s[2] for s in shapes))
     figures = device_figures(device, dtype)
@@ -59,6 +62,7 @@ def linear(
     plan = plan or plan_for(x.shape[0], x.dtype, x.device, cores, features=features)
     if not plan.launches or x.shape[0] == 0:
         return library.linear(x, cores, bias, out_features, plan)
+    bias = None if bias is None else bias.contiguous()
     return _product(x, *_factors(merge(cores, plan.split)), bias, plan.launches[0])
 
 
@@ -114,7 +118,7 @@ def embedding(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tenso
         return library.embedding(ids, cores, embedding_dim)
     parts = merge(cores, (split,))
     problem, tile = _table(len(ids), parts, embedding_dim, "gather")
-    return gather(ids, *_factors(parts), problem, tile)
+    return gather(ids.contiguous(), *_factors(parts), problem, tile)
 
 
 def embedding_backward(
@@ -130,7 +134,7 @@ def embedding_backward(
     parts = merge(cores, (split,))
     left, right = _factors(parts)
     problem, tile = _table(len(ids), parts, grad.shape[1], "gather_gradient")
-    of_left = of_right = None
+    ids, of_left, of_right = ids.contiguous(), None, None
     if any(needs[:split]):
         of_left = gather_gradient(grad, ids, right, True, problem, tile).unsqueeze(0)
     if any(needs[split:]):

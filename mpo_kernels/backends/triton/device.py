@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -29,7 +30,7 @@ def installed() -> str | None:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        if tuple(map(int, version.split(".")[:2])) < MIN_TRITON:
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < MIN_TRITON:
             return f"triton {version} is older than {MIN_TRITON[0]}.{MIN_TRITON[1]}"
         return None
     return "triton is not installed; pip install triton"
@@ -60,9 +61,10 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 @cache
 def _unsupported_architecture(index: int) -> str | None:
     name = architecture(index)
-    if name.startswith("sm_") and int(name[3:]) < 80:
-        return f"the kernels need compute capability 8.0, not that of {name}"
-    return None
+    if name.startswith("sm_"):
+        old = int(name[3:]) < 80
+        return f"the kernels need compute capability 8.0, not that of {name}" if old else None
+    return None if name in LIMITS else f"the kernels were never compiled for {name}"
 
 
 @cache

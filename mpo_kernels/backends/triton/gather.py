@@ -36,17 +36,19 @@ def gather_kernel(
     token = (i_program // (RIGHT_BLOCKS * LEFT_BLOCKS)).to(tl.int64)
     number = tl.load(p_ids + token)
     i_left, i_right = number // S.right_in, number % S.right_in
+    # An id out of range reads nothing: its row is zero.
+    valid = (number >= 0) & (i_left < S.left_in)
     row = tl.full((T.block_left, T.block_right), 0.0, tl.float32)
     for o_rank in range(0, S.rank, T.block_d):
         d = o_rank + tl.arange(0, T.block_d)
         left = tl.load(
             p_left + i_left * P.a_in + (j_left * P.a_out)[:, None] + (d * P.a_rank)[None, :],
-            mask=(j_left < S.left_out)[:, None] & (d < S.rank)[None, :],
+            mask=valid & (j_left < S.left_out)[:, None] & (d < S.rank)[None, :],
             other=0.0,
         )
         right = tl.load(
             p_right + i_right * P.b_in + (j_right * P.b_out)[None, :] + (d * P.b_rank)[:, None],
-            mask=(j_right < S.right_out)[None, :] & (d < S.rank)[:, None],
+            mask=valid & (j_right < S.right_out)[None, :] & (d < S.rank)[:, None],
             other=0.0,
         )
         row = tl.dot(left, right, row, input_precision=PRECISION)
@@ -77,6 +79,7 @@ def gather_gradient_kernel(
 ):
     """``out[i, j, d] += Σ grad · other`` over the tokens whose digit is i, for one of the parts."""
     # Digits: `own` of the part whose gradient this is, `other` of the other part.
+    OWN_IN: tl.constexpr = S.left_in if OF_LEFT else S.right_in
     OWN_OUT: tl.constexpr = S.left_out if OF_LEFT else S.right_out
     OTHER_OUT: tl.constexpr = S.right_out if OF_LEFT else S.left_out
     OWN_STRIDE: tl.constexpr = S.right_out if OF_LEFT else 1
@@ -99,8 +102,9 @@ def gather_gradient_kernel(
         number = tl.load(p_ids + token).to(tl.int64)
         own = number // S.right_in if OF_LEFT else number % S.right_in
         i_other = number % S.right_in if OF_LEFT else number // S.right_in
+        valid = (number >= 0) & (number < S.left_in * S.right_in)
         if own != current:
-            if current >= 0:
+            if current >= 0 and current < OWN_IN:
                 tl.atomic_add(b_out + current * (OWN_OUT * S.rank), acc, mask=m_out, sem="relaxed")
             acc = tl.full((BLOCK_OWN, T.block_d), 0.0, tl.float32)
             current = own
@@ -110,16 +114,16 @@ def gather_gradient_kernel(
             mask = (j_own < OWN_OUT)[:, None] & (j_other < OTHER_OUT)[None, :]
             grad = tl.load(
                 p_grad + token * stride_gm + column.to(tl.int64) * stride_gk,
-                mask=mask & (column < S.out_features),
+                mask=valid & mask & (column < S.out_features),
                 other=0.0,
             )
             other = tl.load(
                 p_other + i_other * P.a_in + (j_other * P.a_out)[:, None] + (d * P.a_rank)[None, :],
-                mask=(j_other < OTHER_OUT)[:, None] & (d < S.rank)[None, :],
+                mask=valid & (j_other < OTHER_OUT)[:, None] & (d < S.rank)[None, :],
                 other=0.0,
             )
             acc = tl.dot(grad, other, acc, input_precision=PRECISION)
-    if current >= 0:
+    if current >= 0 and current < OWN_IN:
         tl.atomic_add(b_out + current * (OWN_OUT * S.rank), acc, mask=m_out, sem="relaxed")
 
 
@@ -127,7 +131,7 @@ def gather(ids: Tensor, left: Tensor, right: Tensor, problem: TwoParts, tile: Ga
     """Rows ``[len(ids), out_features]``.
 
     Args:
-        ids: ``[tokens]``, int32 or int64, contiguous, all in range.
+        ids: ``[tokens]``, int32 or int64, contiguous; one out of range gives a row of zeros.
         left, right: ``[in, out, D]``, fp16, bf16 or fp32, any strides.
         problem: sizes of the parts.
         tile: see ``tiles.py``.

@@ -65,8 +65,9 @@ def sum_kernel(p_splits, p_bias, p_out, size, splits, width, T: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * T.block + tl.arange(0, T.block)
     mask = o < size
     total = tl.full((T.block,), 0.0, tl.float32)
-    for split in range(0, splits):
-        total += tl.load(p_splits + split * size + o, mask=mask, other=0.0)
+    for _ in range(0, splits):
+        total += tl.load(p_splits + o, mask=mask, other=0.0)
+        p_splits += size
     if p_bias is not None:
         total += tl.load(p_bias + o % width, mask=mask, other=0.0).to(tl.float32)
     tl.store(p_out + o, total.to(p_out.dtype.element_ty), mask=mask)

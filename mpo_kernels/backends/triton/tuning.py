@@ -18,6 +18,7 @@ import torch
 from mpo_kernels import measured
 from mpo_kernels.backends.triton import tiles
 from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts
+from mpo_kernels.backends.triton.validation import source_hash
 
 logger = logging.getLogger(__name__)
 
@@ -56,19 +57,38 @@ def best(
     candidates = TILES[kernel](problem, rows, dtype.itemsize, limits)
     if not candidates:
         return None
-    if stored := measured.get(limits.name, "tiles", key):
-        return Best(stored["seconds"], type(candidates[0][1])(**stored["tile"]), True)
-    if not _may_measure():
-        return Best(*candidates[0], False)
-    seconds, tile = min(_measure(kernel, problem, rows, dtype, candidates[:CANDIDATES]))
-    measured.put(limits.name, "tiles", key, {"seconds": seconds, "tile": tile._asdict()})
-    return Best(seconds, tile, True)
+    if known := _stored(limits.name, key, type(candidates[0][1])):
+        return known
+    if _may_measure(limits.name):
+        timed = _measure(kernel, problem, rows, dtype, candidates[:CANDIDATES])
+        if timed:
+            found = Best(*min(timed), True)
+            value = {"seconds": found.seconds, "tile": found.tile._asdict()}
+            measured.put(limits.name, _section(), key, value)
+            return found
+    return Best(*candidates[0], False)
 
 
-def _may_measure() -> bool:
+def _section() -> str:
+    """What was measured holds for the kernels as they are."""
+    return f"tiles {source_hash()}"
+
+
+def _stored(name: str, key: str, kind: type[Any]) -> Best | None:
+    stored = measured.get(name, _section(), key)
+    try:
+        return stored and Best(float(stored["seconds"]), kind(**stored["tile"]), True)
+    except (TypeError, ValueError, KeyError) as error:
+        logger.warning("what was measured for %s is not used: %s", key, error)
+        return None
+
+
+def _may_measure(name: str) -> bool:
+    """Asked for, on the device that computes, and not within a graph's capture."""
     return (
         os.environ.get("MPO_KERNELS_TUNE") == "1"
         and torch.cuda.is_available()
+        and measured.device_name(torch.device("cuda", torch.cuda.current_device())) == name
         and not torch.cuda.is_current_stream_capturing()
     )
 
@@ -80,18 +100,22 @@ def _measure(
     dtype: torch.dtype,
     candidates: tuple[tuple[float, Any], ...],
 ) -> list[tuple[float, Any]]:
+    """Seconds of the tiles that run, none where there is no memory for the operands."""
     from triton.testing import do_bench
 
-    run = runner(kernel, problem, rows, dtype, torch.device("cuda", torch.cuda.current_device()))
-    timed = []
-    for _, tile in candidates:
-        try:
-            milliseconds = do_bench(partial(run, tile), warmup=5, rep=20, return_mode="median")
-        except RuntimeError as error:  # a tile that the model thought would fit
-            logger.info("%s", error)
-            continue
-        timed.append((milliseconds / 1e3, tile))
-    return timed or list(candidates[:1])
+    device = torch.device("cuda", torch.cuda.current_device())
+    timed: list[tuple[float, Any]] = []
+    try:
+        run = runner(kernel, problem, rows, dtype, device)
+        for _, tile in candidates:
+            try:
+                milliseconds = do_bench(partial(run, tile), warmup=5, rep=20, return_mode="median")
+                timed.append((milliseconds / 1e3, tile))
+            except RuntimeError as error:  # a tile that the model thought would fit
+                logger.info("%s", error)
+    except torch.OutOfMemoryError as error:
+        logger.warning("%s is not tuned: %s", kernel, error)
+    return timed
 
 
 def runner(
@@ -103,8 +127,11 @@ def runner(
     from mpo_kernels.backends.triton.gather import gather, gather_gradient
     from mpo_kernels.backends.triton.implicit import implicit
 
+    # A generator of its own: tuning must not change what the caller draws next.
+    generator = torch.Generator(device).manual_seed(0)
+
     def random(*size: int) -> torch.Tensor:
-        return torch.randn(size, dtype=dtype, device=device)
+        return torch.randn(size, dtype=dtype, device=device, generator=generator)
 
     p = problem
     x, y = random(rows, p.in_features), random(rows, p.out_features)
@@ -116,7 +143,7 @@ def runner(
         return lambda tile: chain_gradient(x, y, a, p, tile)
     if kernel == "implicit":
         return lambda tile: implicit(x, a, b, None, p, tile)
-    ids = torch.randint(p.in_features, (rows,), device=device)
+    ids = torch.randint(p.in_features, (rows,), device=device, generator=generator)
     if kernel == "gather":
         return lambda tile: gather(ids, a, b, p, tile)
     return lambda tile: gather_gradient(y, ids, b, True, p, tile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ _FOLDER = Path(__file__).parent
 RECORDS = _FOLDER / "validated.json"
 
 
+@cache
 def source_hash() -> str:
     """Of this folder's Python files: the kernels, their tiles and the choice between them."""
     digest = hashlib.sha256()
@@ -28,7 +30,9 @@ def validations() -> list[dict[str, Any]]:
 def add(record: dict[str, Any]) -> None:
     """Keep that the gate passed for the sources as they are."""
     records = json.loads(RECORDS.read_text(encoding="utf-8"))
-    records.append({"sources": source_hash(), **record})
+    record = {"sources": source_hash(), **record}
+    if record not in records:
+        records.append(record)
     RECORDS.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
