@@ -38,6 +38,7 @@ def finetune(monkeypatch):
             "train_samples": 1200,
             "eval_samples": 300,
             "steps": 7,
+            "losses": [[k, 1 / k + (rate == 0.75)] for k in range(1, 20)],
         }
         return subprocess.CompletedProcess(command, 0, "log\n" + json.dumps(result), "")
 
@@ -84,3 +85,9 @@ def test_bad_options(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         glue_table.parse(["--output", str(tmp_path), "--model", "tiny", *arguments])
     assert end.value.code == 2
+
+
+def test_a_tie_goes_to_the_lower_loss(finetune, tmp_path):
+    # 0.25 and 0.75 are as far from the best; 0.75 has the higher loss at its end.
+    run(tmp_path, "--grid", "light=0.75,0.25")
+    assert {command["--learning-rate"] for command in finetune[2:]} == {"0.25"}
