@@ -259,7 +259,8 @@ def markdown(rows: Sequence[dict[str, Any]], conditions: dict[str, Any]) -> str:
         f"{conditions['seeds'][0]} on training rows held out (a tenth, at most 1000; ties by the "
         "last quarter of the training loss), trained on "
         f"at most {grid_rows} rows. #Pr trained "
-        f"and #To all parameters. Memory: {kinds}. Batch {conditions['batch_size']}, length "
+        "and #To all parameters. Train time is wall-clock, beside whatever else ran. "
+        f"Memory: {kinds}. Batch {conditions['batch_size']}, length "
         f"{conditions['max_length']}, {conditions['precision']}, {limit}. "
         f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads; torch "
         f"{versions['torch']}, transformers {versions['transformers']}; commit {commit}.",
