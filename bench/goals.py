@@ -44,14 +44,14 @@ def _at_4096_rows(record: Record) -> float | None:
     return over_floor(record) if record["rows"] == 4096 else None
 
 
-def _light_step(record: Record) -> float | None:
-    place = (record["case"], record["pass"])
-    return ratio(record, "ours", "dense") if place == ("768x3072/n5-full/4096", "light") else None
+def _light_step(rows: int) -> Callable[[Record], float | None]:
+    place = (f"768x3072/n5-full/{rows}", "light")
 
+    def figure(record: Record) -> float | None:
+        here = (record["case"], record["pass"]) == place
+        return ratio(record, "ours", "dense") if here else None
 
-def _long_light_step(record: Record) -> float | None:
-    place = (record["case"], record["pass"])
-    return ratio(record, "ours", "dense") if place == ("768x3072/n5-full/16384", "light") else None
+    return figure
 
 
 def _fused_from_1024_rows(record: Record) -> float | None:
@@ -114,7 +114,7 @@ class Goal:
 GOALS = (
     Goal("time ÷ best other MPO way, everywhere", 1.10, over_best_other),
     Goal("time ÷ floor, 4096 rows", 1.50, _at_4096_rows),
-    Goal("light step ÷ dense step, 768x3072 n5-full, 4096 rows", 1.25, _light_step),
+    Goal("light step ÷ dense step, 768x3072 n5-full, 4096 rows", 1.25, _light_step(4096)),
     Goal("time ÷ dense, 4096x4096, n2 chains, 1 row", 1.00, _decoding),
     Goal("bytes saved for backward ÷ (dense's + cores)", 1.00, _saved),
     Goal("planner: chosen ÷ best of its candidates", 1.10, _planner),
@@ -126,8 +126,8 @@ GPU_GOALS = (
     Goal("time ÷ floor, the fused chain from 1024 rows", 1 / 0.6, _fused_from_1024_rows),
     Goal("time ÷ dense, 1–16 rows, 4096² and up, 16 × smaller", 1.00, _small_rows),
     Goal("time ÷ dense, where the plan has half of dense's MACs", 1.00, _half_the_work),
-    Goal("light step ÷ dense step, 768x3072 n5-full, 4096 rows", 1.25, _light_step),
-    Goal("light step ÷ dense step, 768x3072 n5-full, 16384 rows", 1.10, _long_light_step),
+    Goal("light step ÷ dense step, 768x3072 n5-full, 4096 rows", 1.25, _light_step(4096)),
+    Goal("light step ÷ dense step, 768x3072 n5-full, 16384 rows", 1.10, _light_step(16384)),
     Goal("bytes saved for backward ÷ (dense's + cores)", 1.00, _saved),
     Goal("planner: chosen ÷ best of its candidates", 1.10, _planner),
 )
