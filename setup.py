@@ -1,5 +1,71 @@
-"""Everything is declared in pyproject.toml."""
+"""Everything is declared in pyproject.toml but the CUDA back end, built by CMake where nvcc is.
 
-from setuptools import setup
+``MPO_KERNELS_BUILD_CUDA``: ``1`` builds it or fails, ``0`` leaves it out, ``auto`` (the default)
+builds it where nvcc, CMake and ninja are found. ``MPO_KERNELS_CUDA_ARCHITECTURES``: ``native`` (the
+default: of the devices here, or sm_80 with PTX for all later ones where there is none), ``release``,
+or a list as CMake takes it.
+"""
 
-setup()
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path(__file__).parent / "csrc"
+RELEASE = "80-real;86-real;89-real;90a-real;100-real;120"
+
+
+def wanted() -> bool:
+    """Whether the extension is built; says so where it is not."""
+    choice = os.environ.get("MPO_KERNELS_BUILD_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"expected MPO_KERNELS_BUILD_CUDA of auto, 0, 1, got {choice!r}")
+    missing = [tool for tool in ("nvcc", "cmake", "ninja") if not shutil.which(tool)]
+    if choice == "1" and missing:
+        raise SystemExit(f"MPO_KERNELS_BUILD_CUDA=1 needs {', '.join(missing)} on PATH")
+    if choice == "auto" and missing:
+        print(f"mpo-kernels: no {', '.join(missing)}: built without CUDA kernels", file=sys.stderr)
+    return choice == "1" or (choice == "auto" and not missing)
+
+
+def architectures() -> str:
+    """As CMake takes them."""
+    choice = os.environ.get("MPO_KERNELS_CUDA_ARCHITECTURES", "native")
+    if choice == "native":
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        if not shutil.which(query[0]):
+            return "80"
+        found = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        return ";".join(sorted({f"{x.replace('.', '')}-real" for x in found})) or "80"
+    return RELEASE if choice == "release" else choice
+
+
+class CMakeBuild(build_ext):
+    """Builds ``mpo_kernels/_cuda`` from ``csrc``."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        folder = Path(self.build_temp).resolve()
+        configure = [
+            *("cmake", "-G", "Ninja", "-S", str(SOURCES), "-B", str(folder)),
+            f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(folder)], check=True)
+
+
+setup(
+    ext_modules=[Extension("mpo_kernels._cuda", [])] if wanted() else [],
+    cmdclass={"build_ext": CMakeBuild},
+)

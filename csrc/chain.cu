@@ -1,0 +1,91 @@
+// The kernels: an instance for each element type, stored type and number of column tiles.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <utility>
+
+#include "chain.cuh"
+#include "device.cuh"
+
+namespace mpo {
+namespace {
+
+template <class E, class S, int NT>
+__global__ void __launch_bounds__(kThreads, 1)
+    chain_kernel(const __grid_constant__ Arguments arguments) {
+  extern __shared__ __align__(16) char shared[];
+  chain<E, S, NT>(arguments, shared);
+}
+
+using Kernel = void (*)(Arguments);
+
+template <class E, class S>
+Kernel of_tiles(int tiles) {
+  return tiles == 1   ? chain_kernel<E, S, 1>
+         : tiles == 2 ? chain_kernel<E, S, 2>
+                      : chain_kernel<E, S, 4>;
+}
+
+template <class E>
+Kernel of_stored(Stored stored, int tiles) {
+  return stored == Stored::kSame     ? of_tiles<E, Same>(tiles)
+         : stored == Stored::kFloat8 ? of_tiles<E, Float8>(tiles)
+                                     : of_tiles<E, Int8>(tiles);
+}
+
+Kernel kernel_of(const Schedule& s) {
+  return s.element == Element::kFloat16 ? of_stored<Float16>(s.stored, s.column_tiles)
+                                        : of_stored<BFloat16>(s.stored, s.column_tiles);
+}
+
+Status failed(const char* what, cudaError_t error) {
+  (void)cudaGetLastError();  // not to be found by the next call of somebody else
+  Status status{Code::kFailed};
+  std::snprintf(status.message, sizeof status.message, "%s: %s", what, cudaGetErrorString(error));
+  return status;
+}
+
+}  // namespace
+
+Status limits_of_device(int device, Limits* limits) {
+  int major = 0, minor = 0;
+  for (const auto& [attribute, value] :
+       {std::pair{cudaDevAttrComputeCapabilityMajor, &major},
+        {cudaDevAttrComputeCapabilityMinor, &minor},
+        {cudaDevAttrMultiProcessorCount, &limits->multiprocessors},
+        {cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits->shared_memory}}) {
+    const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device);
+    if (error != cudaSuccess) return failed("cudaDeviceGetAttribute", error);
+  }
+  limits->architecture = 10 * major + minor;
+  return {};
+}
+
+Status launch(const Problem& problem, const Schedule& schedule, const Operands& operands,
+              void* stream) {
+  Arguments arguments;
+  const Status status = prepare(problem, schedule, operands, &arguments);
+  if (!status.ok()) return status;
+  const Kernel kernel = kernel_of(schedule);
+  // 48 KiB is what a block gets unasked.
+  if (schedule.shared_memory > 48 << 10) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, schedule.shared_memory);
+    if (error != cudaSuccess) return failed("shared memory of the decode chain", error);
+  }
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(schedule.cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = {static_cast<unsigned>(schedule.tiles), static_cast<unsigned>(schedule.splits),
+                    1};
+  config.blockDim = {kThreads, 1, 1};
+  config.dynamicSmemBytes = static_cast<size_t>(schedule.shared_memory);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = schedule.cluster > 1 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments);
+  return error == cudaSuccess ? Status{} : failed("launch of the decode chain", error);
+}
+
+}  // namespace mpo
