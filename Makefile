@@ -18,6 +18,7 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*.c* csrc/*.hpp tests/csrc/*pp
 	$(BIN)/mypy
 
 bench: $(READY)

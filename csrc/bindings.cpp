@@ -62,7 +62,7 @@ class Chain {
 
   void launch(uintptr_t x, int64_t x_row, int64_t x_column, const std::vector<uintptr_t>& cores,
               const std::vector<uintptr_t>& scales, uintptr_t bias, uintptr_t y, uintptr_t partials,
-              uintptr_t counters, uintptr_t stream) const {
+              uintptr_t counters, int device, uintptr_t stream) const {
     const size_t parts = static_cast<size_t>(schedule_.parts);
     if (cores.size() != parts || (!scales.empty() && scales.size() != parts - 1)) {
       throw py::value_error("cores, scales: expected " + std::to_string(parts) + " and " +
@@ -80,14 +80,16 @@ class Chain {
     operands.y = reinterpret_cast<void*>(y);
     operands.partials = reinterpret_cast<float*>(partials);
     operands.counters = reinterpret_cast<int*>(counters);
-    check(mpo::launch(problem_, schedule_, operands, reinterpret_cast<void*>(stream)));
+    check(mpo::launch(problem_, schedule_, operands, device, reinterpret_cast<void*>(stream)));
   }
 
   const Schedule& schedule() const { return schedule_; }
 
   std::string repr() const {
     const Schedule& s = schedule_;
-    std::string text = std::to_string(s.tiles) + " × " + std::to_string(s.splits) + " blocks of";
+    std::string text = std::to_string(s.tiles) + " × " + std::to_string(s.splits) + " blocks";
+    if (s.cluster > 1) text += " in clusters of " + std::to_string(s.cluster);
+    text += ":";
     for (int level = 0; level < s.parts; ++level) {
       const Level& l = s.levels[level];
       constexpr const char* kAccess[] = {"m", "k", "one at a time"};
@@ -121,7 +123,7 @@ PYBIND11_MODULE(MPO_KERNELS_MODULE, module) {
            py::arg("from_left"), py::arg("element"), py::arg("stored"), py::arg("limits"))
       .def("launch", &Chain::launch, py::arg("x"), py::arg("x_row"), py::arg("x_column"),
            py::arg("cores"), py::arg("scales"), py::arg("bias"), py::arg("y"), py::arg("partials"),
-           py::arg("counters"), py::arg("stream"))
+           py::arg("counters"), py::arg("device"), py::arg("stream"))
       .def("__repr__", &Chain::repr)
       .def_property_readonly("seconds", [](const Chain& c) { return c.schedule().seconds; })
       .def_property_readonly("tiles", [](const Chain& c) { return c.schedule().tiles; })

@@ -4,8 +4,8 @@
 #include <cstdio>
 #include <utility>
 
-#include "chain.cuh"
 #include "device.cuh"
+#include "chain.cuh"
 
 namespace mpo {
 namespace {
@@ -45,6 +45,29 @@ Status failed(const char* what, cudaError_t error) {
   return status;
 }
 
+// The caller's current device comes back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+  cudaError_t error_;
+};
+
 }  // namespace
 
 Status limits_of_device(int device, Limits* limits) {
@@ -62,10 +85,12 @@ Status limits_of_device(int device, Limits* limits) {
 }
 
 Status launch(const Problem& problem, const Schedule& schedule, const Operands& operands,
-              void* stream) {
+              int device, void* stream) {
   Arguments arguments;
   const Status status = prepare(problem, schedule, operands, &arguments);
   if (!status.ok()) return status;
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return failed("cudaSetDevice", guard.error());
   const Kernel kernel = kernel_of(schedule);
   // 48 KiB is what a block gets unasked.
   if (schedule.shared_memory > 48 << 10) {

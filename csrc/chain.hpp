@@ -143,8 +143,8 @@ Status prepare(const Problem& problem, const Schedule& schedule, const Operands&
 // Of the current device.
 Status limits_of_device(int device, Limits* limits);
 
-// Enqueues the kernel; `stream` is a cudaStream_t of the current device.
+// Enqueues the kernel; `stream` is a cudaStream_t of that device.
 Status launch(const Problem& problem, const Schedule& schedule, const Operands& operands,
-              void* stream);
+              int device, void* stream);
 
 }  // namespace mpo

@@ -13,9 +13,10 @@ from types import ModuleType
 from torch import Tensor
 
 from mpo_kernels.backends import torch as torch_backend
+from mpo_kernels.backends.cuda import extension
 from mpo_kernels.backends.triton import device as triton_device
 
-NAMES = ("torch", "triton")
+NAMES = ("torch", "triton", "cuda")
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,11 @@ _selected = os.environ.get("MPO_KERNELS_BACKEND") or "auto"
 
 def available_backends() -> dict[str, tuple[bool, str]]:
     """``{name: (usable here, reason)}``."""
-    reason = triton_device.unavailable()
+    triton, cuda = triton_device.unavailable(), extension.unavailable()
     return {
         "torch": (True, "any device and dtype"),
-        "triton": (reason is None, reason or "fp16, bf16 and fp32 on CUDA and ROCm devices"),
+        "triton": (triton is None, triton or "fp16, bf16 and fp32 on CUDA and ROCm devices"),
+        "cuda": (cuda is None, cuda or "fp16 and bf16 at up to 16 rows, the rest as triton"),
     }
 
 
@@ -48,8 +50,9 @@ def use_backend(name: str) -> Iterator[None]:
             that the back end does not serve.
     """
     global _selected
-    if _checked(name) == "triton" and (reason := triton_device.unavailable()):
-        raise ValueError(f"the triton back end cannot be used: {reason}")
+    usable, reason = available_backends().get(_checked(name), (True, ""))
+    if not usable:
+        raise ValueError(f"the {name} back end cannot be used: {reason}")
     before, _selected = _selected, name
     try:
         yield
@@ -66,20 +69,27 @@ def selected(like: Tensor) -> ModuleType:
     name = _checked(_selected)
     if name == "torch" or (name == "auto" and like.device.type == "cpu"):
         return torch_backend
+    if name != "triton":
+        reason = extension.unsupported(like.device)
+        if reason is None:
+            return _kernels("cuda")
+        if name == "cuda":
+            raise ValueError(f"the cuda back end cannot compute this: {reason}")
+        _log_once("the cuda back end", reason)
     if reason := triton_device.unsupported(like.device, like.dtype):
         if name == "triton":
             raise ValueError(f"the triton back end cannot compute this: {reason}")
-        _log_once(reason)
+        _log_once("the triton back end", reason)
         return torch_backend
-    return _triton()
+    return _kernels("triton")
 
 
 @cache
-def _triton() -> ModuleType:
-    """Imported when first used: importing the package needs no triton."""
-    return import_module("mpo_kernels.backends.triton.backend")
+def _kernels(name: str) -> ModuleType:
+    """Imported when first used: importing the package needs neither triton nor the extension."""
+    return import_module(f"mpo_kernels.backends.{name}.backend")
 
 
 @cache
-def _log_once(reason: str) -> None:
-    logger.warning("the torch back end is used: %s", reason)
+def _log_once(what: str, reason: str) -> None:
+    logger.warning("%s is not used: %s", what, reason)

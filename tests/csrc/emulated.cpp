@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <numeric>
 
-#include "chain.cuh"
 #include "emulation.hpp"
+#include "chain.cuh"
 
 namespace mpo {
 namespace {
@@ -36,7 +36,7 @@ Status limits_of_device(int, Limits* limits) {
   return {};
 }
 
-Status launch(const Problem& p, const Schedule& s, const Operands& o, void*) {
+Status launch(const Problem& p, const Schedule& s, const Operands& o, int, void*) {
   Arguments arguments;
   const Status status = prepare(p, s, o, &arguments);
   if (!status.ok()) return status;

@@ -1,0 +1,128 @@
+"""One launch of the decode chain: what torch has, as the addresses that ``csrc`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mpo_kernels.backends.cuda import extension
+
+if TYPE_CHECKING:
+    from mpo_kernels._cuda import Chain
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+# Sizes and strides [D_in, i, j, D_out] of a core, and whether its address is divisible by 16.
+Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], bool]
+
+
+def layout_of(core: Tensor) -> Layout:
+    """What a schedule depends on."""
+    return core.shape, core.stride(), core.data_ptr() % 16 == 0
+
+
+@lru_cache(maxsize=4096)
+def chain_of(
+    layouts: tuple[Layout, ...],
+    rows: int,
+    features: tuple[int, int],
+    from_left: bool,
+    element: torch.dtype,
+    stored: torch.dtype,
+    limits: tuple[int, int, int],
+) -> Chain | None:
+    """The schedule for one problem, None where no block of it fits the device."""
+    names = (str(dtype).removeprefix("torch.") for dtype in (element, stored))
+    try:
+        return extension.load().Chain(layouts, rows, *features, from_left, *names, limits)
+    except RuntimeError:
+        return None
+
+
+class Counters:
+    """Zeros that a launch finds and leaves, never shared by two launches that may overlap.
+
+    Launches on one stream follow each other. A graph may be replayed beside anything else, so what
+    is captured takes places that nothing takes again.
+    """
+
+    SIZE = 1 << 16
+
+    def __init__(self) -> None:
+        self._of_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self._captured: dict[torch.device, tuple[Tensor, int]] = {}
+
+    def take(self, count: int, device: torch.device, stream: int) -> Tensor:
+        """``count`` int32 zeros or more."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self._take_for_graph(count, device)
+        found = self._of_stream.get((device, stream))
+        if found is None or len(found) < count:
+            size = max(count, self.SIZE)
+            found = torch.zeros(size, dtype=torch.int32, device=device)
+            self._of_stream[device, stream] = found
+            # A capture cannot make zeros without clearing them at every replay.
+            if device not in self._captured:
+                self._captured[device] = (torch.zeros_like(found), 0)
+        return found
+
+    def _take_for_graph(self, count: int, device: torch.device) -> Tensor:
+        zeros, used = self._captured.get(device, (None, 0))
+        if zeros is None or used + count > len(zeros):
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        self._captured[device] = (zeros, used + count)
+        return zeros[used : used + count]
+
+
+counters = Counters()
+
+
+def stream_of(device: torch.device) -> int:
+    """The address of the current stream."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def decode(
+    x: Tensor,
+    cores: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Tensor | None,
+    out_features: int,
+    chain: Chain,
+) -> Tensor:
+    """``y [rows, out_features]`` of ``x [rows, in_features]``, fp16 or bf16.
+
+    Args:
+        x: any strides.
+        cores: two or three, laid out as ``chain`` was made for.
+        scales: fp32 ``[D]`` of each bond where cores are quantised, else none.
+        bias: ``[out_features]`` of x's dtype.
+        chain: the schedule, for these rows.
+    """
+    y = x.new_empty((x.shape[0], out_features))
+    stream, bias_address, partials, zeros = stream_of(x.device), 0, 0, 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_address = bias.data_ptr()
+    if chain.counters:
+        space = x.new_empty(chain.partials, dtype=torch.float32)
+        partials = space.data_ptr()
+        zeros = counters.take(chain.counters, x.device, stream).data_ptr()
+    chain.launch(
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        [core.data_ptr() for core in cores],
+        [scale.data_ptr() for scale in scales],
+        bias_address,
+        y.data_ptr(),
+        partials,
+        zeros,
+        x.device.index or 0,
+        stream,
+    )
+    return y

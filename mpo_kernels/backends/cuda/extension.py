@@ -1,0 +1,71 @@
+"""The compiled kernels, ``mpo_kernels._cuda``: loaded when first asked for, or why they are not."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+# What this package speaks; mpo::kInterface of the library must be the same.
+INTERFACE = 1
+
+REMEDY = "install the package with MPO_KERNELS_BUILD_CUDA=1 where nvcc, CMake and ninja are on PATH"
+
+
+@cache
+def _loaded() -> tuple[ModuleType | None, str]:
+    """The module, or None and why."""
+    try:
+        module = import_module("mpo_kernels._cuda")
+    except ModuleNotFoundError:
+        return None, f"the CUDA kernels were not built; {REMEDY}"
+    except ImportError as error:
+        return None, f"the CUDA kernels cannot be loaded ({error}); {REMEDY}"
+    if module.INTERFACE != INTERFACE:
+        found = f"interface {module.INTERFACE}, expected {INTERFACE}"
+        return None, f"the CUDA kernels are of another version of the package ({found}); {REMEDY}"
+    return module, ""
+
+
+def load() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it is not there, with the remedy.
+    """
+    module, reason = _loaded()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.version.hip:
+        return "the CUDA kernels do not run on ROCm devices"
+    module, reason = _loaded()
+    return reason if module is None else None
+
+
+@cache
+def unsupported(device: torch.device) -> str | None:
+    """Why the kernels cannot compute on this device, or None."""
+    if device.type != "cuda":
+        return f"the kernels need a CUDA device, not {device.type}"
+    if reason := unavailable():
+        return reason
+    architecture = limits(device)[0]
+    if architecture < 80:
+        return f"the kernels need compute capability 8.0, not that of sm_{architecture}"
+    return None
+
+
+@cache
+def limits(device: torch.device) -> tuple[int, int, int]:
+    """Architecture (80 for 8.0), multiprocessors, bytes of shared memory a block may have."""
+    return load().limits(device.index)

@@ -1,0 +1,65 @@
+"""The extension with an emulated device under it, built by CMake with the host's compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from mpo_kernels.backends.cuda import backend, decode, extension
+
+FOLDER = Path(__file__).parent
+BUILD = FOLDER.parents[1] / "build" / "emulated"
+
+
+@pytest.fixture(scope="session")
+def build() -> Path:
+    """The folder with what CMake builds of this one."""
+    if missing := [tool for tool in ("cmake", "ninja", "c++") if not shutil.which(tool)]:
+        pytest.skip(f"the kernels are emulated where there is {', '.join(missing)}")
+    import pybind11
+
+    configure = ["cmake", "-G", "Ninja", "-S", str(FOLDER), "-B", str(BUILD)]
+    configure += [
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    for command in (configure, ["cmake", "--build", str(BUILD)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return BUILD
+
+
+@pytest.fixture(scope="session")
+def emulated(build: Path) -> ModuleType:
+    """The extension on the emulated device, which takes addresses of CPU tensors."""
+    (path,) = build.glob("emulated*.so")
+    spec = importlib.util.spec_from_file_location("emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cuda_backend(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The back end as a whole on CPU tensors."""
+    monkeypatch.setattr(extension, "_loaded", lambda: (emulated, ""))
+    monkeypatch.setattr(extension, "unsupported", lambda device: None)
+    monkeypatch.setattr(extension, "unavailable", lambda: None)
+    monkeypatch.setattr(extension, "limits", lambda device: (90, 132, 227 << 10))
+    monkeypatch.setattr(decode, "stream_of", lambda device: 0)
+    yield backend
+    decode.chain_of.cache_clear()
+    backend._plan.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
