@@ -1,9 +1,9 @@
 """Everything is declared in pyproject.toml but the CUDA back end, built by CMake where nvcc is.
 
 ``MPO_KERNELS_BUILD_CUDA``: ``1`` builds it or fails, ``0`` leaves it out, ``auto`` (the default)
-builds it where nvcc, CMake and ninja are found. ``MPO_KERNELS_CUDA_ARCHITECTURES``: ``native`` (the
-default: of the devices here, or sm_80 with PTX for all later ones where there is none), ``release``,
-or a list as CMake takes it.
+builds it where nvcc, CMake and ninja are found. ``MPO_KERNELS_CUDA_ARCHITECTURES``: ``release``, a
+list as CMake takes it, or ``native`` (the default): of the devices here, or sm_80 and its PTX
+where there is none.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from mpo_kernels.embedding import MPOEmbedding
 from mpo_kernels.linear import MPOLinear
 from mpo_kernels.ops import mpo_embedding, mpo_linear
 from mpo_kernels.plan import Plan
+from mpo_kernels.quantized import QuantizedMPOLinear
 from mpo_kernels.shape import MPOShape
 from mpo_kernels.version import __version__
 
@@ -16,6 +17,7 @@ __all__ = [
     "MPOLinear",
     "MPOShape",
     "Plan",
+    "QuantizedMPOLinear",
     "__version__",
     "available_backends",
     "decompose",

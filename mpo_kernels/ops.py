@@ -20,6 +20,10 @@ LIBRARY.define(
     "linear_backward(Tensor grad, Tensor x, Tensor[] cores, bool need_x, bool[] need_cores)"
     " -> Tensor[]"
 )
+LIBRARY.define(
+    "quantized_linear(Tensor x, Tensor[] cores, Tensor[] scales, Tensor? bias, SymInt out_features)"
+    " -> Tensor"
+)
 LIBRARY.define("embedding(Tensor ids, Tensor[] cores, SymInt embedding_dim) -> Tensor")
 LIBRARY.define(
     "embedding_backward(Tensor grad, Tensor ids, Tensor[] cores, bool[] need_cores) -> Tensor[]"
@@ -27,13 +31,28 @@ LIBRARY.define(
 
 
 def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+    dtype, device = x.dtype, x.device
     for tensor in cores if bias is None else (*cores, bias):
-        if tensor.dtype != x.dtype or tensor.device != x.device:
+        if tensor.dtype != dtype or tensor.device != device:
             raise TypeError(
-                f"expected cores and bias like x, {x.dtype} on {x.device}, "
+                f"expected cores and bias like x, {dtype} on {device}, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
-    y = backends.selected(x).linear(x.reshape(-1, x.shape[-1]), cores, bias, out_features)
+    backend = backends.selected(x)
+    if x.dim() == 2:
+        return backend.linear(x, cores, bias, out_features)
+    y = backend.linear(x.reshape(-1, x.shape[-1]), cores, bias, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _quantized_linear(
+    x: Tensor, cores: list[Tensor], scales: list[Tensor], bias: Tensor | None, out_features: int
+) -> Tensor:
+    for tensor in cores:
+        if tensor.device != x.device:
+            raise TypeError(f"expected cores on {x.device} like x, got them on {tensor.device}")
+    rows = x.reshape(-1, x.shape[-1])
+    y = backends.selected(x).quantized_linear(rows, cores, scales, bias, out_features)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -76,6 +95,11 @@ def _empty_like_wanted(tensors: list[Tensor], wanted: list[bool]) -> list[Tensor
 
 for name, implementation, fake in (
     ("linear", _linear, lambda x, cores, bias, out: x.new_empty(*x.shape[:-1], out)),
+    (
+        "quantized_linear",
+        _quantized_linear,
+        lambda x, cores, scales, bias, out: x.new_empty(*x.shape[:-1], out),
+    ),
     (
         "linear_backward",
         _linear_backward,
@@ -140,6 +164,34 @@ def check_input(x: Tensor, in_features: int) -> None:
         raise ValueError(f"expected x [..., {in_features}], got {list(x.shape)}")
 
 
+def _unobserved(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None) -> bool:
+    """Whether nothing would see the operator: no gradient, autocast, tracer, mode or subclass."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._is_any_autocast_enabled() or torch.autograd._profiler_enabled():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    tensors = (x, *cores) if bias is None else (x, *cores, bias)
+    trains = torch.is_grad_enabled()
+    return all(
+        (type(t) is Tensor or type(t) is torch.nn.Parameter) and not (trains and t.requires_grad)
+        for t in tensors
+    )
+
+
+def linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+    """The operator after its checks of shape; at once where only its result can be seen.
+
+    Dispatching to Python and back costs as much as a small layer.
+    """
+    if _unobserved(x, cores, bias):
+        return _linear(x, cores, bias, out_features)
+    return torch.ops.mpo_kernels.linear(x, cores, bias, out_features)
+
+
 def mpo_linear(
     x: Tensor,
     cores: Sequence[Tensor],
@@ -172,7 +224,7 @@ def mpo_linear(
     check_input(x, checked_features("in_features", in_features, ins))
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"expected a bias [{out_features}], got {list(bias.shape)}")
-    return torch.ops.mpo_kernels.linear(x, cores, bias, out_features)
+    return linear(x, list(cores), bias, out_features)
 
 
 def mpo_embedding(

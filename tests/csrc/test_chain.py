@@ -1,7 +1,7 @@
 """The kernel's own source on an emulated device, against fp64.
 
-The emulation stops at accesses outside a buffer, misaligned ones, missing barriers and elements of y
-stored twice; shared memory and workspaces start as NaN.
+The emulation stops at accesses outside a buffer, misaligned ones, missing barriers and elements of
+y stored twice; shared memory and workspaces start as NaN.
 """
 
 from __future__ import annotations

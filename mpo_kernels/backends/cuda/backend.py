@@ -37,7 +37,14 @@ from mpo_kernels.plan import (
 if TYPE_CHECKING:
     from mpo_kernels._cuda import Chain
 
-__all__ = ["embedding", "embedding_backward", "linear", "linear_backward", "plan_for"]
+__all__ = [
+    "embedding",
+    "embedding_backward",
+    "linear",
+    "linear_backward",
+    "plan_for",
+    "quantized_linear",
+]
 
 
 class Launch(NamedTuple):
@@ -155,8 +162,56 @@ def linear(
         return _rest(x.device, x.dtype).linear(x, cores, bias, out_features, plan)
     if plan.rows != rows:
         raise ValueError(f"expected the {plan.rows} rows of the plan, got {rows}")
-    parts = cores if len(plan.split) + 1 == len(cores) else merge(cores, plan.split)
+    parts = cores
+    if len(plan.split) + 1 < len(cores):
+        # As the schedule takes them to lie; a core that is a part by itself stays as it is.
+        parts = [
+            part.contiguous() if b - a > 1 else part
+            for (a, b), part in zip(
+                groups(plan.split, len(cores)), merge(cores, plan.split), strict=True
+            )
+        ]
     return decode(x, parts, (), bias, out_features, plan.launches[0].tile)
+
+
+def quantized_linear(
+    x: Tensor,
+    cores: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """:func:`linear` with cores of one byte an element; see ``quantize.py``.
+
+    Bytes are read as they are at up to sixteen rows of fp16 or bf16, else cores are widened.
+    """
+    rows, module = x.shape[0], extension.load()
+    parts, features = len(cores), (x.shape[1], out_features)
+    if x.dtype in DTYPES and 1 <= rows <= module.MAX_ROWS and 2 <= parts <= module.MAX_PARTS:
+        layouts = tuple(layout_of(core) for core in cores)
+        chain = quantized_chain(layouts, rows, features, x.dtype, cores[0].dtype, x.device)
+        if chain is not None:
+            return decode(x, cores, scales, bias, out_features, chain)
+    rest = _rest(x.device, x.dtype)
+    return rest.quantized_linear(x, cores, scales, bias, out_features)
+
+
+@lru_cache(maxsize=4096)
+def quantized_chain(
+    layouts: tuple[Layout, ...],
+    rows: int,
+    features: tuple[int, int],
+    element: torch.dtype,
+    stored: torch.dtype,
+    device: torch.device,
+) -> Chain | None:
+    """The faster of the two orders, None where neither fits the device."""
+    limits = extension.limits(device)
+    chains = [
+        chain_of(layouts, rows, features, from_left, element, stored, limits)
+        for from_left in (True, False)
+    ]
+    return min((c for c in chains if c is not None), key=lambda c: c.seconds, default=None)
 
 
 def linear_backward(

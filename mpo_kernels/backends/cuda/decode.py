@@ -43,6 +43,11 @@ def chain_of(
         return None
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Counters:
     """Zeros that a launch finds and leaves, never shared by two launches that may overlap.
 
@@ -58,7 +63,7 @@ class Counters:
 
     def take(self, count: int, device: torch.device, stream: int) -> Tensor:
         """``count`` int32 zeros or more."""
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(device):
             return self._take_for_graph(count, device)
         found = self._of_stream.get((device, stream))
         if found is None or len(found) < count:
@@ -103,26 +108,28 @@ def decode(
         bias: ``[out_features]`` of x's dtype.
         chain: the schedule, for these rows.
     """
+    device = x.device
+    x_row, x_column = x.stride()
     y = x.new_empty((x.shape[0], out_features))
-    stream, bias_address, partials, zeros = stream_of(x.device), 0, 0, 0
+    stream, bias_address, partials, zeros = stream_of(device), 0, 0, 0
     if bias is not None:
         bias = bias.contiguous()
         bias_address = bias.data_ptr()
     if chain.counters:
         space = x.new_empty(chain.partials, dtype=torch.float32)
         partials = space.data_ptr()
-        zeros = counters.take(chain.counters, x.device, stream).data_ptr()
+        zeros = counters.take(chain.counters, device, stream).data_ptr()
     chain.launch(
         x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
+        x_row,
+        x_column,
         [core.data_ptr() for core in cores],
         [scale.data_ptr() for scale in scales],
         bias_address,
         y.data_ptr(),
         partials,
         zeros,
-        x.device.index or 0,
+        device.index or 0,
         stream,
     )
     return y

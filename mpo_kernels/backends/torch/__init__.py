@@ -15,8 +15,16 @@ from mpo_kernels.backends.torch import chain, panels
 from mpo_kernels.backends.torch.gather import embedding, embedding_backward
 from mpo_kernels.figures import device_figures
 from mpo_kernels.plan import Gradients, Plan, plan_linear, shapes_of
+from mpo_kernels.quantize import dequantize
 
-__all__ = ["embedding", "embedding_backward", "linear", "linear_backward", "plan_for"]
+__all__ = [
+    "embedding",
+    "embedding_backward",
+    "linear",
+    "linear_backward",
+    "plan_for",
+    "quantized_linear",
+]
 
 ALGORITHMS = {"chain": chain, "panels": panels}
 
@@ -51,6 +59,17 @@ def linear(
     plan = plan or plan_for(x.shape[0], x.dtype, x.device, cores)
     ALGORITHMS[plan.algorithm].forward(x, cores, bias, y, plan)
     return y
+
+
+def quantized_linear(
+    x: Tensor,
+    cores: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """:func:`linear` with cores of one byte an element, widened; see ``quantize.py``."""
+    return linear(x, dequantize(cores, scales, x.dtype), bias, out_features)
 
 
 def linear_backward(

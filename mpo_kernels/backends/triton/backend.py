@@ -23,8 +23,16 @@ from mpo_kernels.backends.triton.planning import Launch, plan_fused, two_parts
 from mpo_kernels.backends.triton.tiles import GatherTile, TwoParts
 from mpo_kernels.figures import device_figures
 from mpo_kernels.plan import Gradients, Plan, merge_work, merged_parts, row_bucket, shapes_of
+from mpo_kernels.quantize import dequantize
 
-__all__ = ["embedding", "embedding_backward", "linear", "linear_backward", "plan_for"]
+__all__ = [
+    "embedding",
+    "embedding_backward",
+    "linear",
+    "linear_backward",
+    "plan_for",
+    "quantized_linear",
+]
 
 
 def plan_for(
@@ -64,6 +72,17 @@ def linear(
         return library.linear(x, cores, bias, out_features, plan)
     bias = None if bias is None else bias.contiguous()
     return _product(x, *_factors(merge(cores, plan.split)), bias, plan.launches[0])
+
+
+def quantized_linear(
+    x: Tensor,
+    cores: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """:func:`linear` with cores of one byte an element, widened; see ``quantize.py``."""
+    return linear(x, dequantize(cores, scales, x.dtype), bias, out_features)
 
 
 def linear_backward(

@@ -1,0 +1,204 @@
+"""The cuda back end as a whole on the emulated device: plans, layers, bytes, refusals."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+import mpo_kernels as mk
+from mpo_kernels import MPOShape
+from mpo_kernels.backends.cuda import decode, extension
+from mpo_kernels.plan import Gradients
+from mpo_kernels.testing import ODD_SHAPES, dense_linear, random_cores, relative_error
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("shape", [s for s in ODD_SHAPES if s.num_cores > 1], ids=str)
+def test_every_plan_agrees_with_dense(cuda_backend: ModuleType, shape: MPOShape, rows: int) -> None:
+    cores = random_cores(shape, BF16, torch.device("cpu"))
+    x, bias = (
+        torch.randn(rows, shape.in_features).to(BF16),
+        torch.randn(shape.out_features).to(BF16),
+    )
+    exact = dense_linear(x.double(), [c.double() for c in cores], bias.double(), shape)
+    features = (shape.in_features, shape.out_features)
+    plan = cuda_backend.plan_for(rows, BF16, x.device, cores, features=features)
+    own = [p for p in plan.candidates if p.algorithm == "decode"]
+    assert {p.order for p in own} == {"left", "right"}
+    assert {len(p.split) + 1 for p in own} <= {2, 3}
+    assert len(own) < len(plan.candidates)
+    for candidate in own:
+        y = cuda_backend.linear(x, cores, bias, shape.out_features, candidate)
+        # Merged parts are rounded as well.
+        assert relative_error(y, exact) < 2 * torch.finfo(BF16).eps, candidate
+
+
+def test_a_layer_decodes_few_rows_and_leaves_the_rest(cuda_backend: ModuleType) -> None:
+    torch.manual_seed(1)
+    layer = mk.MPOLinear.from_linear(torch.nn.Linear(64, 96), MPOShape((8, 8), (8, 12), 8)).to(BF16)
+    exact = copy.deepcopy(layer).double().to_linear()
+    with mk.use_backend("cuda"):
+        assert layer.plan(1).algorithm == "decode"
+        assert "decode" in str(layer.plan(1)) and "blocks:" in str(layer.plan(1))
+        assert layer.plan(17).algorithm != "decode"
+        assert layer.plan(1, backward=True).algorithm != "decode"
+        for size in [(64,), (1, 64), (2, 3, 64), (17, 64), (0, 64), (2, 0, 64)]:
+            x = torch.randn(size, dtype=BF16, requires_grad=True)
+            y = layer(x)
+            assert y.shape == (*size[:-1], 96) and y.dtype == BF16
+            y.sum().backward()
+            assert x.grad.shape == x.shape
+            if x.numel():
+                assert relative_error(y, exact(x.double())) < 2 * torch.finfo(BF16).eps
+        full = copy.deepcopy(layer).float()
+        x = torch.randn(1, 64)
+        assert relative_error(full(x), exact(x.double())) < 1e-6
+        with pytest.raises(ValueError, match="expected the 2 rows of the plan, got 3"):
+            cuda_backend.linear(
+                torch.randn(3, 64).to(BF16), list(layer.cores), layer.bias, 96, layer.plan(2)
+            )
+
+
+def test_serving_merges_nothing_at_a_call(cuda_backend: ModuleType) -> None:
+    shape = MPOShape((2, 4, 4, 4), (4, 4, 4, 2), 8)
+    layer = mk.MPOLinear(128, 128, shape, dtype=BF16)
+    with mk.use_backend("cuda"), torch.no_grad():
+        served = layer.merged(1)
+        assert served.plan(1).algorithm == "decode"
+        assert len(served.plan(1).split) + 1 == len(served.cores)
+        x = torch.randn(1, 128).to(BF16)
+        exact = copy.deepcopy(layer).double().to_linear()(x.double())
+        assert relative_error(served(x), exact) < 2 * torch.finfo(BF16).eps
+
+
+def test_compiled_and_traced_calls_see_an_operator(cuda_backend: ModuleType) -> None:
+    layer = mk.MPOLinear(64, 64, MPOShape((8, 8), (8, 8), 8), dtype=BF16).requires_grad_(False)
+    x = torch.randn(2, 64).to(BF16)
+    with mk.use_backend("cuda"):
+        eager = layer(x)
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        program = torch.export.export(layer, (x,))
+        assert torch.equal(eager, compiled) and torch.equal(eager, program.module()(x))
+        assert any("mpo_kernels.linear" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("shape", [MPOShape((8, 9), (6, 8), 8), MPOShape((4, 3, 4), (3, 4, 5), 6)])
+def test_a_quantised_layer(
+    cuda_backend: ModuleType,
+    shape: MPOShape,
+    stored: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = mk.MPOLinear(shape.in_features, shape.out_features, shape, dtype=BF16)
+    served = layer.quantized(stored)
+    widened = mk.MPOLinear(shape.in_features, shape.out_features, shape)
+    for core, bytes_, scale in zip(
+        widened.cores, served.cores, [*served.scales, torch.ones(1)], strict=True
+    ):
+        core.data = bytes_.float() * scale
+    widened.bias.data = layer.bias.float().detach()
+    calls = []
+    monkeypatch.setattr(
+        cuda_backend, "decode", lambda *a: calls.append(len(a[0])) or decode.decode(*a)
+    )
+    for rows in (1, 3, 17):
+        x = torch.randn(rows, shape.in_features).to(BF16)
+        with mk.use_backend("cuda"):
+            y = served(x)
+        exact = widened.to_linear().double()(x.double())
+        # At seventeen rows the cores are rounded to bf16 first.
+        assert relative_error(y, exact) < 3 * torch.finfo(BF16).eps
+    assert calls == [1, 3]
+
+
+def test_gradients_are_left_to_the_others(cuda_backend: ModuleType) -> None:
+    shape = MPOShape((4, 8), (8, 4), 8)
+    cores = random_cores(shape, BF16, torch.device("cpu"))
+    x, grad = torch.randn(2, 32).to(BF16), torch.randn(2, 32).to(BF16)
+    dx, _ = cuda_backend.linear_backward(grad, x, cores, Gradients(True, (True, True)))
+    weight = mk.reconstruct([c.double() for c in cores])
+    assert relative_error(dx, grad.double() @ weight) < 2 * torch.finfo(BF16).eps
+    ids = torch.tensor([0, 31, 7])
+    rows = cuda_backend.embedding(ids, cores, 32)
+    assert relative_error(rows, weight.t()[ids]) < 2 * torch.finfo(BF16).eps
+    needs = (True, True)
+    grads = cuda_backend.embedding_backward(torch.ones(3, 32).to(BF16), ids, cores, needs)
+    assert all(g.shape == c.shape for g, c in zip(grads, cores, strict=True))
+
+
+class TestCounters:
+    def test_a_stream_has_its_own(self) -> None:
+        counters, device = decode.Counters(), torch.device("cpu")
+        one = counters.take(8, device, 1)
+        assert counters.take(8, device, 1) is one and not one.any()
+        assert counters.take(8, device, 2).data_ptr() != one.data_ptr()
+        grown = counters.take(2 * decode.Counters.SIZE, device, 1)
+        assert len(grown) == 2 * decode.Counters.SIZE and not grown.any()
+
+    def test_a_graph_takes_places_for_good(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        counters, device = decode.Counters(), torch.device("cpu")
+        counters.take(1, device, 0)
+        monkeypatch.setattr(decode, "is_capturing", lambda device: True)
+        taken = [counters.take(30_000, device, 0) for _ in range(3)]
+        addresses = sorted(t.data_ptr() for t in taken)
+        assert all(b - a >= 4 * 30_000 for a, b in pairwise(addresses))
+        assert all(len(t) == 30_000 and not t.any() for t in taken)
+
+
+class TestAbsent:
+    @pytest.fixture(autouse=True)
+    def fresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for function in (extension.unavailable, extension.unsupported, extension._loaded):
+            function.cache_clear()
+
+    @pytest.fixture(autouse=True)
+    def forgotten(self) -> object:
+        yield
+        for function in (extension.unavailable, extension.unsupported, extension._loaded):
+            function.cache_clear()
+
+    def importing(self, monkeypatch: pytest.MonkeyPatch, result: object) -> None:
+        def found(name: str) -> object:
+            assert name == "mpo_kernels._cuda"
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        monkeypatch.setattr(extension, "import_module", found)
+
+    @pytest.mark.parametrize(
+        ("result", "message"),
+        [
+            (ModuleNotFoundError(), "were not built; install .*MPO_KERNELS_BUILD_CUDA=1"),
+            (ImportError("undefined symbol"), "cannot be loaded .undefined symbol.; install"),
+            (SimpleNamespace(INTERFACE=99), "another version .*interface 99, expected 1.; install"),
+        ],
+    )
+    def test_it_says_why_and_what_to_do(
+        self, monkeypatch: pytest.MonkeyPatch, result: object, message: str
+    ) -> None:
+        self.importing(monkeypatch, result)
+        with pytest.raises(RuntimeError, match=message):
+            extension.load()
+        with pytest.raises(ValueError, match=f"cuda back end cannot be used: .*{message}"):
+            mk.use_backend("cuda").__enter__()
+        assert not mk.available_backends()["cuda"][0]
+
+    def test_old_devices_and_others_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = SimpleNamespace(INTERFACE=extension.INTERFACE, limits=lambda index: (75, 40, 1))
+        self.importing(monkeypatch, module)
+        extension.limits.cache_clear()
+        reason = extension.unsupported(torch.device("cuda", 0))
+        assert reason == "the kernels need compute capability 8.0, not that of sm_75"
+        assert (
+            extension.unsupported(torch.device("cpu")) == "the kernels need a CUDA device, not cpu"
+        )
+        extension.limits.cache_clear()
