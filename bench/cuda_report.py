@@ -1,0 +1,131 @@
+"""What the compiler made of csrc: registers, spills, instructions, for every architecture.
+
+``python -m bench.cuda_report LIBRARY`` writes ``results/cuda_static.json`` from a library, or a
+wheel that holds one, built for a release; with ``--check`` it compares, and fails where something
+got worse. Needs no device; reads with the ``cuobjdump`` that comes with triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import triton
+
+REPORT = Path(__file__).parent / "results" / "cuda_static.json"
+ELEMENTS = {"7Float16": "float16", "8BFloat16": "bfloat16"}
+STORED = {"4Same": "same", "6Float8": "float8", "4Int8": "int8"}
+# What a kernel is made of, by the names of instructions.
+KINDS = {
+    "HMMA.16816": "mma",
+    "LDG.E.128": "loads of 128 bits",
+    "LDL": "spills",
+    "STL": "spills",
+}
+OF_INTEREST = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in KINDS))
+
+
+def _cuobjdump(library: Path, *flags: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, *flags, library], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _name(function: str) -> str:
+    """``bfloat16/int8/2``: element, stored type, column tiles."""
+    found = re.search(r"INS_(\d+B?Float16)ENS_(4Same|6Float8|4Int8)ELi(\d)E", function)
+    if found is None:
+        raise ValueError(f"expected an instance of the chain's kernel, got {function}")
+    return f"{ELEMENTS[found[1]]}/{STORED[found[2]]}/{found[3]}"
+
+
+def report(library: Path) -> dict[str, Any]:
+    """``{architecture: {kernel: figures}}`` and the architectures of the PTX."""
+    rows: dict[str, dict[str, Any]] = {}
+    architecture, name = "", ""
+    for line in _cuobjdump(library, "--dump-resource-usage").splitlines():
+        if found := re.search(r"arch = (sm_\w+)", line):
+            architecture = found[1]
+        elif found := re.search(r"Function (\S*chain_kernel\S*):", line):
+            name = _name(found[1])
+        elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, _, local = map(int, found.groups())
+            row = {"registers": registers, "stack": stack + local}
+            rows.setdefault(architecture, {})[name] = row
+    row = dict.fromkeys(KINDS.values(), 0)
+    for line in _cuobjdump(library, "-sass").splitlines():
+        if found := re.search(r"arch = (sm_\w+)", line):
+            architecture = found[1]
+        elif found := re.search(r"Function : (\S*chain_kernel\S*)", line):
+            row = rows[architecture][_name(found[1])]
+            row.update(dict.fromkeys(KINDS.values(), 0))
+        elif found := OF_INTEREST.search(line):
+            row[KINDS[found[0]]] += 1
+    ptx = re.findall(r"\.(sm_\w+)\.ptx", _cuobjdump(library, "--list-ptx"))
+    return {"architectures": rows, "ptx": sorted(ptx)}
+
+
+def faults(found: dict[str, Any]) -> list[str]:
+    """What no kernel may do: spill, miss the matrix instruction, read elements one by one only."""
+    wrong = []
+    for architecture, rows in found["architectures"].items():
+        for name, row in rows.items():
+            place = f"{architecture} {name}"
+            if row["stack"] or row["spills"]:
+                wrong.append(f"{place}: spills {row['stack']} bytes")
+            if not row["mma"]:
+                wrong.append(f"{place}: no matrix instruction")
+            if not row["loads of 128 bits"] and "same" in name:
+                wrong.append(f"{place}: no load of 128 bits")
+    return wrong
+
+
+def regressions(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs from the committed report for the worse."""
+    worse = []
+    for architecture, rows in committed["architectures"].items():
+        for name, before in rows.items():
+            row = now["architectures"].get(architecture, {}).get(name)
+            if row is None:
+                worse.append(f"{architecture} {name}: not in the library")
+            elif row["registers"] > before["registers"]:
+                worse.append(
+                    f"{architecture} {name}: registers {before['registers']} -> {row['registers']}"
+                )
+    if now["ptx"] != committed["ptx"]:
+        worse.append(f"PTX for {now['ptx']}, expected {committed['ptx']}")
+    return worse
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.cuda_report", description=__doc__)
+    parser.add_argument("library", type=Path, help="mpo_kernels/_cuda*.so, or a wheel")
+    parser.add_argument("--check", action="store_true", help="compare, exit 1 on a regression")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        library = options.library
+        if library.suffix == ".whl":
+            with zipfile.ZipFile(library) as wheel:
+                (name,) = (n for n in wheel.namelist() if re.match(r"mpo_kernels/_cuda.*\.so", n))
+                library = Path(wheel.extract(name, folder))
+        now = report(library)
+    wrong = faults(now)
+    if options.check:
+        wrong += regressions(json.loads(REPORT.read_text(encoding="utf-8")), now)
+    else:
+        REPORT.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {REPORT}")
+    for line in wrong:
+        print(line)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

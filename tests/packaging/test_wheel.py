@@ -1,0 +1,124 @@
+"""An sdist, the wheel of it for every architecture, and that wheel where there is nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import cuda_report
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ("nvcc", "cmake", "ninja")
+
+
+def run(*command: str | Path, **changed: Any) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **changed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    environment = {**os.environ, "MPO_KERNELS_BUILD_CUDA": "0"}
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT, env=environment)
+    (found,) = folder.iterdir()
+    return found
+
+
+def wheel_of(sdist: Path, folder: Path, **environment: str) -> Path:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, sdist]
+    run(*command, env={**os.environ, **environment})
+    (found,) = folder.iterdir()
+    return found
+
+
+@pytest.fixture(scope="session")
+def release(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
+        pytest.skip(f"the CUDA kernels are compiled where there is {', '.join(missing)}")
+    settings = {"MPO_KERNELS_BUILD_CUDA": "1", "MPO_KERNELS_CUDA_ARCHITECTURES": "release"}
+    return wheel_of(sdist, tmp_path_factory.mktemp("release"), **settings)
+
+
+def clean_environment(folder: Path, wheel: Path) -> Path:
+    """Python of a new environment with the wheel; torch is seen, our checkout is not."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python*/site-packages")
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel)
+    # A folder named in a .pth file is searched, its own .pth files (our checkout) are not.
+    (site / "torch.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+USE = """
+import json, mpo_kernels, torch
+found = {"file": mpo_kernels.__file__, "started": torch.cuda.is_initialized()}
+found["reason"] = mpo_kernels.available_backends()["cuda"][1]
+layer = mpo_kernels.MPOLinear(12, 6, mpo_kernels.MPOShape((3, 4), (2, 3), 2))
+found["shape"] = list(layer(torch.ones(2, 12)).shape)
+try:
+    from mpo_kernels import _cuda
+except ImportError:
+    found["extension"] = None
+else:
+    core = ((1, 64, 64, 8), (32768, 512, 8, 1), True), ((8, 1, 1, 1), (1, 1, 1, 1), True)
+    chain = _cuda.Chain(core, 1, 64, 64, True, "float16", "float16", (90, 132, 232448))
+    found["extension"] = [_cuda.INTERFACE, chain.tiles]
+    try:
+        _cuda.limits(0)
+    except RuntimeError as error:
+        found["no device"] = str(error)
+print(json.dumps(found))
+"""
+
+
+def used(python: Path) -> dict[str, Any]:
+    return json.loads(run(python, "-c", USE, env={"PATH": "/usr/bin:/bin"}, cwd=python.parent))
+
+
+def test_a_release_serves_every_architecture_and_imports_anywhere(
+    release: Path, tmp_path: Path
+) -> None:
+    assert cuda_report.main([str(release), "--check"]) == 0
+    found = used(clean_environment(tmp_path / "clean", release))
+    assert found["file"].startswith(str(tmp_path)) and not found["started"]
+    assert found["shape"] == [2, 6]
+    assert found["extension"][0] == 1 and found["extension"][1] >= 1
+    assert found["reason"] == "no CUDA device"
+    assert found["no device"].startswith("cudaDeviceGetAttribute: ")
+
+
+def test_a_wheel_without_kernels_is_whole(sdist: Path, tmp_path: Path) -> None:
+    wheel = wheel_of(sdist, tmp_path / "wheel", MPO_KERNELS_BUILD_CUDA="0")
+    assert wheel.name.endswith("-none-any.whl")
+    found = used(clean_environment(tmp_path / "clean", wheel))
+    assert found["extension"] is None and found["shape"] == [2, 6]
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "message"),
+    [
+        ("auto", 0, "mpo-kernels: no nvcc, cmake, ninja: built without CUDA kernels"),
+        ("1", 1, "MPO_KERNELS_BUILD_CUDA=1 needs nvcc, cmake, ninja on PATH"),
+        ("yes", 1, "expected MPO_KERNELS_BUILD_CUDA of auto, 0, 1, got 'yes'"),
+    ],
+)
+def test_what_is_missing_is_said(tmp_path: Path, setting: str, code: int, message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "setup.py", "--name"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PATH": str(tmp_path), "MPO_KERNELS_BUILD_CUDA": setting},
+    )
+    assert done.returncode == code and message in done.stderr
