@@ -1,4 +1,8 @@
-"""The extension with an emulated device under it, built by CMake with the host's compiler."""
+"""The kernels on a device, where the extension is built and there is one, else on an emulated one.
+
+The emulated device is the extension with another machine under it, built by CMake with the host's
+compiler; it takes addresses of CPU tensors.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +41,20 @@ def build() -> Path:
     return BUILD
 
 
+ON_DEVICE = extension.unavailable() is None
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", 0) if ON_DEVICE else torch.device("cpu")
+
+
 @pytest.fixture(scope="session")
-def emulated(build: Path) -> ModuleType:
-    """The extension on the emulated device, which takes addresses of CPU tensors."""
-    (path,) = build.glob("emulated*.so")
+def kernels(request: pytest.FixtureRequest) -> ModuleType:
+    """The extension, on whatever device there is."""
+    if ON_DEVICE:
+        return extension.load()
+    (path,) = request.getfixturevalue("build").glob("emulated*.so")
     spec = importlib.util.spec_from_file_location("emulated", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -48,16 +62,22 @@ def emulated(build: Path) -> ModuleType:
 
 
 @pytest.fixture
-def cuda_backend(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The back end as a whole on CPU tensors."""
-    monkeypatch.setattr(extension, "_loaded", lambda: (emulated, ""))
-    monkeypatch.setattr(extension, "unsupported", lambda device: None)
-    monkeypatch.setattr(extension, "unavailable", lambda: None)
-    monkeypatch.setattr(extension, "limits", lambda device: (90, 132, 227 << 10))
-    monkeypatch.setattr(decode, "stream_of", lambda device: 0)
+def cuda_backend(
+    kernels: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ModuleType]:
+    """The back end as a whole; what tests make lies on its device."""
+    if not ON_DEVICE:
+        monkeypatch.setattr(extension, "_loaded", lambda: (kernels, ""))
+        monkeypatch.setattr(extension, "unsupported", lambda device: None)
+        monkeypatch.setattr(extension, "unavailable", lambda: None)
+        monkeypatch.setattr(extension, "limits", lambda device: (90, 132, 227 << 10))
+        monkeypatch.setattr(decode, "stream_of", lambda device: 0)
+    torch.set_default_device(device)
     yield backend
+    torch.set_default_device(None)
     decode.chain_of.cache_clear()
     backend._plan.cache_clear()
+    backend.quantized_chain.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The kernel's own source on an emulated device, against fp64.
+"""The kernel on a device or, its own source, on an emulated one, against fp64.
 
 The emulation stops at accesses outside a buffer, misaligned ones, missing barriers and elements of
 y stored twice; shared memory and workspaces start as NaN.
@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import ON_DEVICE
 from mpo_kernels import MPOShape
 from mpo_kernels.testing import dense_linear, random_cores, relative_error
 
+DEVICE = torch.device("cuda", 0) if ON_DEVICE else torch.device("cpu")
 H200 = (90, 132, 227 << 10)
 A100 = (80, 108, 163 << 10)
 SMALL = (86, 84, 99 << 10)
@@ -45,6 +47,12 @@ def operands(shape: MPOShape, rows: int, dtype: torch.dtype) -> tuple[Tensor, li
     return x, cores, torch.randn(shape.out_features).to(dtype)
 
 
+def moved(tensor: Tensor) -> Tensor:
+    """On the device, with the strides and the alignment that it has."""
+    whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
+    return whole.to(DEVICE).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 class Call:
     """One launch, its workspaces poisoned."""
 
@@ -63,10 +71,12 @@ class Call:
         element, stored = (str(t.dtype).removeprefix("torch.") for t in (x, cores[0]))
         features = (shape.in_features, shape.out_features)
         self.chain = module.Chain(layouts, len(x), *features, from_left, element, stored, limits)
-        self.x, self.cores, self.scales = x, cores, scales
-        self.y = torch.full((len(x), shape.out_features), torch.nan, dtype=x.dtype)
-        self.partials = torch.full((self.chain.partials + 4,), torch.nan)
-        self.counters = torch.zeros(self.chain.counters, dtype=torch.int32)
+        # To another device without a change of strides or alignment.
+        self.x, self.cores = moved(x), [moved(core) for core in cores]
+        self.scales = [scale.to(DEVICE) for scale in scales]
+        self.y = torch.full((len(x), shape.out_features), torch.nan, dtype=x.dtype, device=DEVICE)
+        self.partials = torch.full((self.chain.partials + 4,), torch.nan, device=DEVICE)
+        self.counters = torch.zeros(self.chain.counters, dtype=torch.int32, device=DEVICE)
 
     def __call__(self, bias: Tensor | None, **changed: int | list[int]) -> Tensor:
         arguments = {
@@ -75,7 +85,7 @@ class Call:
             "x_column": self.x.stride(1),
             "cores": [core.data_ptr() for core in self.cores],
             "scales": [scale.data_ptr() for scale in self.scales],
-            "bias": 0 if bias is None else bias.data_ptr(),
+            "bias": 0 if bias is None else (bias := bias.to(DEVICE)).data_ptr(),
             "y": self.y.data_ptr(),
             "partials": self.partials.data_ptr(),
             "counters": self.counters.data_ptr(),
@@ -84,7 +94,7 @@ class Call:
         }
         self.chain.launch(**{**arguments, **changed})
         assert not self.counters.any(), "the next launch finds no zeros"
-        return self.y
+        return self.y.cpu()
 
 
 def exact(x: Tensor, cores: list[Tensor], bias: Tensor | None, shape: MPOShape) -> Tensor:
@@ -100,60 +110,60 @@ def bound(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("from_left", [True, False], ids=["left", "right"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_chain(emulated: ModuleType, name: str, from_left: bool, rows: int) -> None:
+def test_chain(kernels: ModuleType, name: str, from_left: bool, rows: int) -> None:
     shape, dtype = SHAPES[name], torch.bfloat16 if rows == 3 else torch.float16
     x, cores, bias = operands(shape, rows, dtype)
-    y = Call(emulated, x, cores, shape, from_left=from_left)(bias)
+    y = Call(kernels, x, cores, shape, from_left=from_left)(bias)
     assert relative_error(y, exact(x, cores, bias, shape)) < bound(dtype)
 
 
 @pytest.mark.parametrize("limits", [A100, SMALL], ids=["sm_80", "sm_86"])
 @pytest.mark.parametrize("name", ["balanced", "low rank", "three"])
-def test_other_devices(emulated: ModuleType, name: str, limits: tuple[int, int, int]) -> None:
+def test_other_devices(kernels: ModuleType, name: str, limits: tuple[int, int, int]) -> None:
     shape = SHAPES[name]
     x, cores, bias = operands(shape, 5, torch.bfloat16)
-    y = Call(emulated, x, cores, shape, limits=limits)(bias)
+    y = Call(kernels, x, cores, shape, limits=limits)(bias)
     assert relative_error(y, exact(x, cores, bias, shape)) < bound(torch.bfloat16)
 
 
 @pytest.mark.parametrize(("outs", "rank"), [(1000, 40), (1000, 37), (1152, 320)])
-def test_clusters(emulated: ModuleType, outs: int, rank: int) -> None:
+def test_clusters(kernels: ModuleType, outs: int, rank: int) -> None:
     """Blocks that share the first product, the last ones with nothing of y."""
     shape = MPOShape.low_rank(1024, outs, rank)
     x, cores, bias = operands(shape, 2, torch.bfloat16)
-    call = Call(emulated, x, cores, shape, from_left=False)
+    call = Call(kernels, x, cores, shape, from_left=False)
     assert "clusters of" in repr(call.chain) and (rank < 320 or call.chain.splits > 1)
     assert relative_error(call(bias), exact(x, cores, bias, shape)) < bound(torch.bfloat16)
 
 
-def test_every_way_to_read_a_core_is_among_the_shapes(emulated: ModuleType) -> None:
+def test_every_way_to_read_a_core_is_among_the_shapes(kernels: ModuleType) -> None:
     found = set()
     for shape in SHAPES.values():
         x, cores, _ = operands(shape, 1, torch.float16)
         for from_left in (True, False):
-            text = repr(Call(emulated, x, cores, shape, from_left=from_left).chain)
+            text = repr(Call(kernels, x, cores, shape, from_left=from_left).chain)
             found |= {way for way in ("along m", "along k", "one at a time") if way in text}
     assert len(found) == 3
 
 
 @pytest.mark.parametrize("from_left", [True, False], ids=["left", "right"])
 @pytest.mark.parametrize("name", ["aligned", "primes", "three"])
-def test_strides(emulated: ModuleType, name: str, from_left: bool) -> None:
+def test_strides(kernels: ModuleType, name: str, from_left: bool) -> None:
     """In and out exchanged, as a tied head has them; every second column of wider rows of x."""
     shape = SHAPES[name]
     x, cores, _ = operands(shape, 3, torch.float16)
     cores = [core.transpose(1, 2).contiguous().transpose(1, 2) for core in cores]
     x = torch.randn(3, 2 * shape.in_features + 3).half()[:, 1 : 2 * shape.in_features : 2]
-    y = Call(emulated, x, cores, shape, from_left=from_left)(None)
+    y = Call(kernels, x, cores, shape, from_left=from_left)(None)
     assert relative_error(y, exact(x, cores, None, shape)) < bound(torch.float16)
 
 
-def test_cores_at_any_address(emulated: ModuleType) -> None:
+def test_cores_at_any_address(kernels: ModuleType) -> None:
     shape = SHAPES["aligned"]
     x, cores, bias = operands(shape, 4, torch.bfloat16)
     cores = [torch.cat([c.new_zeros(1), c.flatten()])[1:].view(c.shape) for c in cores]
     assert all(core.data_ptr() % 16 for core in cores)
-    y = Call(emulated, x, cores, shape)(bias)
+    y = Call(kernels, x, cores, shape)(bias)
     assert relative_error(y, exact(x, cores, bias, shape)) < bound(torch.bfloat16)
 
 
@@ -162,7 +172,7 @@ def test_cores_at_any_address(emulated: ModuleType) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["aligned", "odd", "low rank", "three, odd"])
 def test_bytes(
-    emulated: ModuleType, name: str, dtype: torch.dtype, stored: torch.dtype, from_left: bool
+    kernels: ModuleType, name: str, dtype: torch.dtype, stored: torch.dtype, from_left: bool
 ) -> None:
     """Every value that a byte has, NaN aside, and a scale for each slice of a bond."""
     shape = SHAPES[name]
@@ -176,29 +186,29 @@ def test_bytes(
         for core, scale in zip(quantised, (*scales, torch.full((1,), 1e-2)), strict=True)
     ]
     values[-1] = quantised[-1].double()
-    call = Call(emulated, x, quantised, shape, scales=scales, from_left=from_left)
+    call = Call(kernels, x, quantised, shape, scales=scales, from_left=from_left)
     assert relative_error(call(bias), exact(x, values, bias, shape)) < bound(dtype)
 
 
-def test_sums_do_not_depend_on_the_order_of_blocks(emulated: ModuleType) -> None:
+def test_sums_do_not_depend_on_the_order_of_blocks(kernels: ModuleType) -> None:
     shape = SHAPES["balanced"]
     x, cores, bias = operands(shape, 2, torch.bfloat16)
-    call = Call(emulated, x, cores, shape)
+    call = Call(kernels, x, cores, shape)
     assert call.chain.splits > 1
     # The emulation takes blocks in another order at every launch.
     first = call(bias).clone()
     assert all(torch.equal(call(bias), first) for _ in range(3))
 
 
-def test_nothing_is_written_where_an_argument_is_wrong(emulated: ModuleType) -> None:
+def test_nothing_is_written_where_an_argument_is_wrong(kernels: ModuleType) -> None:
     shape = SHAPES["aligned"]
     x, cores, bias = operands(shape, 2, torch.bfloat16)
-    call = Call(emulated, x, cores, shape)
-    address = cores[0].data_ptr()
+    call = Call(kernels, x, cores, shape)
+    address, other = (core.data_ptr() for core in call.cores)
     for changed, message in (
-        ({"x": x.data_ptr() + 1}, r"^x: expected an address divisible by 2, got 0x"),
+        ({"x": call.x.data_ptr() + 1}, r"^x: expected an address divisible by 2, got 0x"),
         ({"y": 0}, r"^y: expected an address, got null"),
-        ({"cores": [address + 2, cores[1].data_ptr()]}, r"^core 0: expected an address divisible"),
+        ({"cores": [address + 2, other]}, r"^core 0: expected an address divisible"),
         ({"cores": [address]}, r"^cores, scales: expected 2 and 1 or 0, got 1 and 0"),
         ({"x_row": -1}, r"^x: expected strides from 0"),
     ):
@@ -225,9 +235,7 @@ def test_nothing_is_written_where_an_argument_is_wrong(emulated: ModuleType) -> 
         ({"digit": 1 << 30}, ValueError, r"2\^31"),
     ],
 )
-def test_refusals(
-    emulated: ModuleType, changed: dict, error: type[Exception], message: str
-) -> None:
+def test_refusals(kernels: ModuleType, changed: dict, error: type[Exception], message: str) -> None:
     digit, bond = changed.pop("digit", 8), changed.pop("bond", 4)
     stride = changed.pop("stride", 32)
     left = ((1, 8, 8, 4), (0, stride, 4, 1), True)
@@ -246,7 +254,7 @@ def test_refusals(
         "limits": H200,
     }
     with pytest.raises(error, match=message):
-        emulated.Chain(cores, **{**arguments, **changed})
+        kernels.Chain(cores, **{**arguments, **changed})
 
 
 def test_every_schedule_covers_its_problem_once(build: Path) -> None:

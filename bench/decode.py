@@ -1,0 +1,304 @@
+"""Decoding: one layer at 1–16 rows, and a whole decoder block, beside dense, Triton and low rank.
+
+``python -m bench.decode --output results/gpu/decode.json`` on a GPU times replays of captured calls
+with a cold second-level cache, and the host's time of an eager call; a table goes beside the file.
+Every way but ``lowrank`` (other numbers, as many) is first held against fp64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench import facts
+from bench.measure import host_microseconds, interleave, measure_roofline
+from bench.problem import Problem
+from bench.results import Record, Results
+from bench.ways import WAYS
+from mpo_kernels import MPOLinear, MPOShape, available_backends, use_backend
+from mpo_kernels.backends import selected
+from mpo_kernels.plan import Plan
+
+SIZES = ((4096, 4096), (4096, 14336), (768, 3072), (8192, 28672))
+COMPRESSIONS = (16, 64, 4, 2)
+ROWS = (1, 16, 2, 4, 8)
+# What a launch with nothing to do takes, in seconds: no floor is below it.
+LEAST = 2.5e-6
+STORED = {"cuda, int8": torch.int8, "cuda, fp8": torch.float8_e4m3fn}
+# Relative error against fp64: of bf16, and of a byte an element.
+TOLERANCE = {"cuda, int8": 5e-2, "cuda, fp8": 1e-1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: sizes, the kind of its two factors, dense parameters over its own."""
+
+    in_features: int
+    out_features: int
+    kind: str
+    compression: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.in_features}x{self.out_features}/{self.kind}/{self.compression}x"
+
+    @property
+    def shape(self) -> MPOShape:
+        ins, outs = self.in_features, self.out_features
+        make = {
+            "balanced": lambda rank: MPOShape.balanced(ins, outs, 2, rank),
+            "skewed": lambda rank: MPOShape.skewed(ins, outs, 16, outs // 16, rank),
+            "low rank": lambda rank: MPOShape.low_rank(ins, outs, rank),
+        }[self.kind]
+        # Bonds in eights: what reads in vectors.
+        rank = ins * outs / self.compression / make(1).num_parameters
+        return make(max(8, round(rank / 8) * 8))
+
+
+def chosen(layer: MPOLinear, rows: int, algorithm: str | None = None) -> Plan:
+    """The plan for some rows, of one algorithm where that is asked for."""
+    plan = layer.plan(rows)
+    return next(p for p in plan.candidates if algorithm in (None, p.algorithm))
+
+
+def ways_of(case: Case, rows: int, device: torch.device) -> Iterator[tuple[str, Callable, Any]]:
+    """(name, call, what it says of itself) of each way that this machine has."""
+    problem = Problem(case.shape, rows, device, torch.bfloat16)
+    x, bias, outs = problem.x, problem.bias, case.out_features
+    for name in ("dense", "lowrank"):
+        module = WAYS[name].build(problem.cores, bias, case.shape).requires_grad_(False)
+        yield name, lambda module=module: module(x), problem
+    layer = WAYS["ours"].build(problem.cores, bias, case.shape).requires_grad_(False)
+    for name, (usable, _) in available_backends().items():
+        if not usable:
+            continue
+        with use_backend(name):
+            plan = chosen(layer, rows, "decode" if name == "cuda" else None)
+            backend = selected(x)
+        yield name, partial(backend.linear, x, list(layer.cores), bias, outs, plan), plan
+    if "cuda" in (name for name, (usable, _) in available_backends().items() if usable):
+        for name, dtype in STORED.items():
+            served = layer.quantized(dtype)
+            yield name, lambda served=served: served(x), dtype
+
+
+def measure(case: Case, rows: int, device: torch.device, bandwidth: float) -> Record:
+    """A record: microseconds of every way, errors, the floor."""
+    calls, said, problem = {}, {}, None
+    for name, call, what in ways_of(case, rows, device):
+        calls[name] = call
+        said[name] = what
+        problem = what if isinstance(what, Problem) else problem
+    record: dict[str, Any] = {
+        "case": case.name,
+        "rows": rows,
+        "ranks": case.shape.ranks,
+        "compression": case.shape.dense_parameters / case.shape.num_parameters,
+        "floor_us": 1e6 * max(LEAST, 2 * case.shape.num_parameters / bandwidth),
+        "ways": {},
+    }
+    for name, call in calls.items():
+        error = None if name == "lowrank" else problem.forward_error(call())
+        way = record["ways"][name] = {"error": error}
+        if error is not None and not error < TOLERANCE.get(name, 3e-2):
+            way["wrong"] = True
+        if isinstance(said[name], Plan):
+            way["plan"] = f"{said[name].algorithm} {said[name].order}"
+            way["predicted_us"] = said[name].predicted_us
+            if said[name].launches:
+                way["launches"] = [str(launch.tile) for launch in said[name].launches]
+    for name, timing in interleave(calls, 2e-3, device, min_repeats=15).items():
+        record["ways"][name] |= {"us": timing.median_us, "q1": timing.q1_us, "q3": timing.q3_us}
+        record["ways"][name]["captured"] = timing.captured
+        if device.type == "cuda":
+            record["ways"][name]["host_us"] = host_microseconds(calls[name], device)
+    return record
+
+
+class DecoderBlock(nn.Module):
+    """A Llama-like layer at one new token a sequence, over a cache of keys and values.
+
+    ``x [rows, width] -> [rows, width]``; ``linear(ins, outs)`` makes its seven matrices.
+    """
+
+    def __init__(
+        self,
+        linear: Callable[[int, int], nn.Module],
+        width: int,
+        inner: int,
+        heads: tuple[int, int],
+        cache: tuple[Tensor, Tensor],
+    ) -> None:
+        super().__init__()
+        self.heads, (self.keys, self.values) = heads, cache
+        small = width // heads[0] * heads[1]
+        self.q, self.k, self.v = linear(width, width), linear(width, small), linear(width, small)
+        self.o, self.gate, self.up = (
+            linear(width, width),
+            linear(width, inner),
+            linear(width, inner),
+        )
+        self.down = linear(inner, width)
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, (heads, groups) = len(x), self.heads
+        h = self.norms[0](x)
+        q = self.q(h).view(rows, heads, 1, -1)
+        new = [part(h).view(rows, groups, 1, -1) for part in (self.k, self.v)]
+        keys, values = (
+            torch.cat([held, part], 2)
+            for held, part in zip((self.keys, self.values), new, strict=True)
+        )
+        attended = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+        x = x + self.o(attended.reshape(rows, -1))
+        h = self.norms[1](x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def block(rows: int, device: torch.device, width: int, inner: int, held: int) -> Record:
+    """A record of the whole block: dense, and MPO at 16 × with its cores in bf16 and int8."""
+    heads = (width // 128, max(1, width // 512))
+    like: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    cache = tuple(torch.randn(rows, heads[1], held, 128, **like) for _ in range(2))
+
+    def mpo(ins: int, outs: int) -> MPOLinear:
+        return MPOLinear(ins, outs, Case(ins, outs, "skewed", 16).shape, bias=False, **like)
+
+    makers: dict[str, Callable[[int, int], nn.Module]] = {
+        "dense": lambda ins, outs: nn.Linear(ins, outs, bias=False, **like),
+        "ours": mpo,
+        "ours, int8": lambda ins, outs: mpo(ins, outs).quantized(torch.int8),
+    }
+    x = torch.randn(rows, width, **like)
+    blocks = {
+        name: DecoderBlock(make, width, inner, heads, cache).to(**like).requires_grad_(False)
+        for name, make in makers.items()
+    }
+    calls = {name: lambda module=module: module(x) for name, module in blocks.items()}
+    timed = interleave(calls, 5e-3, device, min_repeats=15)
+    return {
+        "case": f"decoder block {width}/{inner}, skewed, 16x, {held} keys",
+        "rows": rows,
+        "ways": {
+            name: {
+                "us": timing.median_us,
+                "captured": timing.captured,
+                "bytes": sum(t.nbytes for t in blocks[name].state_dict().values()),
+            }
+            for name, timing in timed.items()
+        },
+    }
+
+
+def table(conditions: dict[str, Any], records: list[Record], left_out: int) -> str:
+    """Markdown: the conditions, the goals, every record."""
+    machine, commit = conditions["machine"], conditions["git"]["commit"]
+    versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
+    lines = [
+        "# Decoding",
+        "",
+        f"`{conditions['command']}`, {machine.get('gpu', machine['cpu'])}, commit {commit}, "
+        f"{versions}. Medians in µs, bf16; on a GPU of captured calls with a cold second-level "
+        f"cache. Floor: bytes of the cores at {conditions['bandwidth'] / 1e9:.0f} GB/s, or "
+        f"{1e6 * LEAST} µs. Cases left out for want of time: {left_out}.",
+        "",
+        *goals([r for r in records if "floor_us" in r]),
+        "",
+    ]
+    names = list(dict.fromkeys(name for r in records for name in r["ways"]))
+    lines += [
+        "| case | rows | floor | " + " | ".join(names) + " |",
+        "|---" * (3 + len(names)) + "|",
+    ]
+    for r in records:
+        cells = [
+            f"{way['us']:.1f}" + (" (wrong)" if way.get("wrong") else "") if way else "–"
+            for way in (r["ways"].get(name) for name in names)
+        ]
+        floor = f"{r['floor_us']:.1f}" if "floor_us" in r else "–"
+        lines.append(f"| {r['case']} | {r['rows']} | {floor} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def goals(layers: Sequence[Record]) -> list[str]:
+    """A line for each goal: how many points reach it, and the worst."""
+
+    def line(text: str, points: list[tuple[float, str]], limit: float) -> str:
+        reached = sum(value <= limit for value, _ in points)
+        worst = max(points, default=(0.0, "–"))
+        return f"- {text}: {reached} of {len(points)}; worst {worst[0]:.2f} ({worst[1]})"
+
+    floors, ones, fours = [], [], []
+    for r in layers:
+        if "cuda" not in r["ways"]:
+            continue
+        us, dense = r["ways"]["cuda"]["us"], r["ways"]["dense"]["us"]
+        size, _, ratio = r["case"].split("/")
+        place, compression = f"{r['case']}, {r['rows']} rows", int(ratio[:-1])
+        floors.append((us / r["floor_us"], place))
+        if r["rows"] == 1 and size != "768x3072" and compression >= 4:
+            ones.append((us / dense, place))
+        if r["rows"] == 1 and size == "4096x14336" and compression >= 16:
+            fours.append((4 * us / dense, place))
+    return [
+        line("time ÷ floor at most 1 / 0.7", floors, 1 / 0.7),
+        line("time ÷ dense at most 1, one row, from 4096², 4 × and more", ones, 1.0),
+        line("4 × time ÷ dense at most 1, 4096x14336, one row, 16 × and 64 ×", fours, 1.0),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file; .md beside it")
+    parser.add_argument("--sizes", nargs="+", help="such as 4096x4096")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--budget-minutes", type=float, default=4.0)
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("expected a GPU, found none; --device cpu tries the program")
+    sizes = [tuple(map(int, s.split("x"))) for s in options.sizes] if options.sizes else SIZES
+    end = time.monotonic() + 60 * options.budget_minutes
+    bandwidth = measure_roofline(device, torch.bfloat16).bytes_per_second
+    conditions = {
+        "command": "python -m bench.decode " + " ".join(sys.argv[1:] if argv is None else argv),
+        "machine": facts.machine(device),
+        "versions": facts.versions(),
+        "git": facts.commit(),
+        "device": str(device),
+        "dtype": "bfloat16",
+        "bandwidth": bandwidth,
+    }
+    results, left_out = Results(options.output, conditions, resume=False), 0
+    kinds = ("low rank", "skewed", "balanced")
+    width, inner = sizes[0][0], sizes[-1][1] if options.sizes else 14336
+    for rows in options.rows[:2]:
+        results.add(block(rows, device, width, inner, 1024))
+    for rows, (ins, outs), ratio, kind in product(options.rows, sizes, COMPRESSIONS, kinds):
+        if time.monotonic() > end:
+            left_out += 1
+            continue
+        results.add(measure(Case(ins, outs, kind, ratio), rows, device, bandwidth))
+    text = table(results.conditions, results.records, left_out)
+    options.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    wrong = [r for r in results.records if any(w.get("wrong") for w in r["ways"].values())]
+    for record in wrong:
+        print(f"wrong: {record['case']}, {record['rows']} rows", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
