@@ -1,20 +1,23 @@
 """The steps of `bench/gpu_gate.sh`: what passed, how fast, and on what; a file after each step.
 
 `gate.json` says what each step gave and on which device, driver, versions, commit and kernel
-sources; `times.json` and `times.md` are the bench's. Where all checks pass, the package notes that
-these sources were validated (`--accept gate.json` notes it in another checkout of them).
+sources; `times.json` and `times.md` are the bench's, `decode.json` and `decode.md` its part for few
+rows. Where the checks of triton's or csrc's kernels pass, the package notes that these sources were
+validated (`--accept gate.json` notes it in another checkout of them).
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +26,19 @@ from typing import Any
 import torch
 
 from bench import facts
-from mpo_kernels.backends.triton import validation
+from mpo_kernels.backends import validation
 
 # Seconds of the whole, and of each check; timing has what is left.
 BUDGET = 540
-TESTS, SANITIZER, REPORT = 240, 75, 10
+BUILD, TESTS, SANITIZER, DECODE, REPORT = 100, 150, 45, 120, 10
 # A few kernels of every kind: under the sanitizer a call takes seconds.
 SANITIZED = "test_kernels.py and (bfloat16-3 or bfloat16-7)"
+SANITIZED_CUDA = "test_clusters or (test_chain and balanced) or test_bytes"
+# What the validation of either kind of kernels asks for: steps that pass, and that do not fail.
+ASKED = {
+    "triton": (("tests",), ("sanitizer",)),
+    "cuda": (("build", "cuda_tests"), ("cuda_memcheck", "cuda_racecheck")),
+}
 
 
 def step(
@@ -87,7 +96,7 @@ def gate(folder: Path) -> int:
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
-        "sources": validation.source_hash(),
+        "sources": {"triton": validation.source_hash("triton"), "cuda": csrc_hash()},
         "conditions": conditions(),
         "steps": {},
     }
@@ -99,16 +108,26 @@ def gate(folder: Path) -> int:
 
     # The project's own options name a plugin that need not be installed here.
     tests = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    tests.append("tests/kernels")
-    passed = run("tests", tests, TESTS) == "passed"
+    # First, so that what follows has the extension.
+    built = bool(shutil.which("nvcc")) and run("build", build_command(), BUILD) == "passed"
+    run("tests", [*tests, "tests/kernels"], TESTS)
+    cuda_tests = [*tests, "tests/csrc"]
+    if built:
+        run("cuda_tests", cuda_tests, TESTS, MPO_KERNELS_BACKEND="cuda")
     if sanitizer := shutil.which("compute-sanitizer"):
         # Each tensor in an allocation of its own, so that reading past one is seen; queries that
         # torch makes of the driver, and that fail, are no fault.
-        checked = [sanitizer, "--tool", "memcheck", "--report-api-errors", "no"]
-        checked += ["--error-exitcode", "1", *tests, "-k", SANITIZED]
-        # Out of time is no fault: what ran under it was clean.
-        status = run("sanitizer", checked, SANITIZER, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        passed = passed and status != "failed"
+        checked = [sanitizer, "--report-api-errors", "no", "--error-exitcode", "1", "--tool"]
+        apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        command = [*checked, "memcheck", *tests, "tests/kernels", "-k", SANITIZED]
+        run("sanitizer", command, SANITIZER, **apart)
+        for tool in ("memcheck", "racecheck") if built else ():
+            command = [*checked, tool, *cuda_tests, "-k", SANITIZED_CUDA]
+            run(f"cuda_{tool}", command, SANITIZER, **apart)
+    if built:
+        decode = [sys.executable, "-m", "bench.decode", "--output", str(folder / "decode.json")]
+        minutes = f"{(DECODE - 30) / 60:.2f}"
+        run("decode", [*decode, "--budget-minutes", minutes], DECODE)
     left = BUDGET - REPORT - (time.monotonic() - start)
     times = folder / "times.json"
     bench = [sys.executable, "-m", "bench", "--device", "cuda", "--dtype", "bfloat16"]
@@ -117,29 +136,65 @@ def gate(folder: Path) -> int:
     if times.exists():
         report = [sys.executable, "-m", "bench.report", str(times), "--output"]
         run("report", [*report, str(folder / "times.md")], REPORT)
-    if passed:
-        accept(found)
     for name, result in found["steps"].items():
-        print(f"{name:<10} {result['status']:<12} {result['seconds']:>6} s  {result['last'][-1:]}")
-    print(f"kernels {found['sources']} on {found['conditions']['device']}: ", end="")
-    print("validated" if passed else "NOT validated")
-    return 0 if passed else 1
+        print(f"{name:<15} {result['status']:<12} {result['seconds']:>6} s  {result['last'][-1:]}")
+    kinds = validated(found)
+    for kernels in kinds:
+        validation.add(kernels, found["conditions"], found["sources"][kernels])
+    print(f"kernels on {found['conditions']['device']}: validated {', '.join(kinds) or 'none'}")
+    return 0 if set(kinds) >= {"triton", *(["cuda"] if "build" in found["steps"] else [])} else 1
+
+
+def csrc_hash() -> str:
+    """As CMake forms it for the library: of the hashes of its files."""
+    kinds = (".cpp", ".cu", ".cuh", ".hpp")
+    files = sorted(p for p in (facts.ROOT / "csrc").iterdir() if p.suffix in kinds)
+    hashes = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+
+
+def build_command() -> list[str]:
+    """The extension for the device here, by nvcc alone: there may be no CMake, no pybind11."""
+    csrc, suffix = facts.ROOT / "csrc", sysconfig.get_config_var("EXT_SUFFIX")
+    # torch brings pybind11's headers along.
+    includes = [sysconfig.get_path("include"), str(Path(torch.__file__).parent / "include")]
+    definitions = ["MPO_KERNELS_MODULE=_cuda", f'MPO_KERNELS_SOURCES="{csrc_hash()}"']
+    return [
+        *("nvcc", "-std=c++17", "-O3", "-arch=native", "-shared"),
+        *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
+        *(f"-I{path}" for path in includes),
+        *(f"-D{definition}" for definition in definitions),
+        *(str(csrc / name) for name in ("chain.cu", "schedule.cpp", "bindings.cpp")),
+        *("-o", str(facts.ROOT / "mpo_kernels" / f"_cuda{suffix}")),
+    ]
+
+
+def validated(found: dict[str, Any]) -> list[str]:
+    """The kinds of kernels whose checks passed; out of time is no fault of a sanitizer."""
+    steps = {name: result["status"] for name, result in found["steps"].items()}
+    return [
+        kernels
+        for kernels, (passed, unfailed) in ASKED.items()
+        if all(steps.get(name) == "passed" for name in passed)
+        and all(steps.get(name) != "failed" for name in unfailed)
+    ]
 
 
 def accept(found: dict[str, Any]) -> None:
-    """Note in this checkout that its kernels passed.
+    """Note in this checkout which of its kernels passed.
 
     Raises:
         ValueError: The results are of other sources, or not of a gate that passed.
     """
     if not isinstance(found, dict) or not {"sources", "steps", "conditions"} <= set(found):
         raise ValueError("expected the gate.json of a gate")
-    steps = {name: result["status"] for name, result in found["steps"].items()}
-    if found["sources"] != validation.source_hash():
+    if found["sources"] != {"triton": validation.source_hash("triton"), "cuda": csrc_hash()}:
         raise ValueError("expected results of the kernels as they are here, got other sources")
-    if steps.get("tests") != "passed" or steps.get("sanitizer") == "failed":
+    if not (kinds := validated(found)):
+        steps = {name: result["status"] for name, result in found["steps"].items()}
         raise ValueError(f"expected a gate that passed, got {steps}")
-    validation.add(found["conditions"])
+    for kernels in kinds:
+        validation.add(kernels, found["conditions"], found["sources"][kernels])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

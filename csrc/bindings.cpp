@@ -109,6 +109,7 @@ class Chain {
 
 PYBIND11_MODULE(MPO_KERNELS_MODULE, module) {
   module.attr("INTERFACE") = mpo::kInterface;
+  module.attr("SOURCES") = MPO_KERNELS_SOURCES;
   module.attr("MAX_ROWS") = mpo::kMaxRows;
   module.attr("MAX_PARTS") = mpo::kMaxParts;
   module.def("limits", [](int device) {

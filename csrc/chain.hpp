@@ -98,7 +98,7 @@ struct Schedule {
   int scratch;        // bytes into shared memory, for sums over warps
   int exchange;       // likewise, for sums over a cluster
   int shared_memory;  // bytes
-  double seconds;     // predicted
+  double seconds;     // predicted, the launch aside
 
   int counters() const { return splits > 1 ? tiles : 0; }
   int64_t partials() const {  // fp32 values

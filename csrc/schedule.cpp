@@ -48,7 +48,6 @@ Rates rates_of(int architecture) {
   return found;
 }
 
-constexpr double kLaunch = 2.0e-6;   // seconds before the first instruction
 constexpr double kLatency = 0.4e-6;  // of a product's first loads and its barriers
 constexpr int kMaxColumns = 64;
 constexpr int kMaxDepth = 2048;
@@ -257,7 +256,7 @@ double predict(const Schedule& s, const Limits& limits) {
     const double tile = double(s.levels[last].columns) * s.levels[last].m_tile * sizeof(float);
     seconds += waves * tile / cache + 1e-6 + s.splits * tile / cache;
   }
-  return kLaunch + std::max(seconds, stored / rates.memory);
+  return std::max(seconds, stored / rates.memory);
 }
 
 // Calls `use` with each power of two from `low` that is not past the one that covers `extent`.

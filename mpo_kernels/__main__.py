@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mpo_kernels import available_backends, measured
-from mpo_kernels.backends.triton import validation
+from mpo_kernels.backends import validation
 from mpo_kernels.figures import calibrate
 from mpo_kernels.version import __version__
 
@@ -32,7 +32,13 @@ def facts() -> dict[str, Any]:
             name: {"available": usable, "reason": reason}
             for name, (usable, reason) in available_backends().items()
         },
-        "kernels": {"sources": validation.source_hash(), "validated": validation.validations()},
+        "kernels": {
+            name: {
+                "sources": validation.source_hash(name),
+                "validated": validation.validations(name),
+            }
+            for name in validation.KINDS
+        },
     }
 
 
@@ -43,7 +49,9 @@ def _print_facts(found: dict[str, Any]) -> None:
                 usable = "yes" if state["available"] else "no"
                 print(f"{'back end ' + backend:<18} {usable}: {state['reason']}")
         elif name == "kernels":
-            print(f"{'triton kernels':<18} {value['sources']}: {validation.summary()}")
+            for kernels, state in value.items():
+                sources = f"{state['sources']}: " if state["sources"] else ""
+                print(f"{kernels + ' kernels':<18} {sources}{validation.summary(kernels)}")
         else:
             print(f"{name:<18} {', '.join(value) if isinstance(value, list) else value}")
 

@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 
 INTERFACE: int
+SOURCES: str
 MAX_ROWS: int
 MAX_PARTS: int
 
@@ -73,7 +74,7 @@ class Chain:
 
     @property
     def seconds(self) -> float:
-        """Predicted time."""
+        """Predicted time, the launch aside."""
 
     @property
     def tiles(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import gpu_gate
-from mpo_kernels.backends.triton import validation
+from mpo_kernels.backends import validation
 
 
 @pytest.fixture(autouse=True)
@@ -25,24 +25,47 @@ CONDITIONS = {"device": "a device", "triton": "3.6.0", "commit": "0123456789abcd
 
 def found(**steps: str) -> dict:
     results = {name: {"status": status} for name, status in steps.items()}
-    return {"sources": validation.source_hash(), "conditions": CONDITIONS, "steps": results}
+    sources = {"triton": validation.source_hash("triton"), "cuda": gpu_gate.csrc_hash()}
+    return {"sources": sources, "conditions": CONDITIONS, "steps": results}
 
 
-def test_validation_holds_for_the_sources_that_passed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert validation.validations() == [] and "never run" in validation.summary()
-    gate = tmp_path / "gate.json"
-    gate.write_text(json.dumps(found(tests="passed", sanitizer="out of time")))
-    assert gpu_gate.main(["--accept", str(gate)]) == 0
-    assert [record["device"] for record in validation.validations()] == ["a device"]
-    assert "a device, triton 3.6.0, commit 0123456789ab" in validation.summary()
-    monkeypatch.setattr(validation, "source_hash", lambda: "another")
-    assert validation.validations() == []
+CUDA = {"build": "passed", "cuda_tests": "passed"}
 
 
 @pytest.mark.parametrize(
-    "steps", [{}, {"tests": "failed"}, {"tests": "passed", "sanitizer": "failed"}]
+    ("kernels", "steps"),
+    [
+        ("triton", {"tests": "passed", "sanitizer": "out of time", "build": "failed"}),
+        ("cuda", {"tests": "failed", **CUDA, "cuda_racecheck": "out of time"}),
+    ],
+)
+def test_validation_holds_for_the_sources_that_passed(
+    kernels: str, steps: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = {"triton": validation.source_hash("triton"), "cuda": gpu_gate.csrc_hash()}
+    monkeypatch.setattr(validation, "source_hash", sources.get)
+    assert validation.validations(kernels) == [] and "never run" in validation.summary(kernels)
+    gate = tmp_path / "gate.json"
+    gate.write_text(json.dumps(found(**steps)))
+    assert gpu_gate.main(["--accept", str(gate)]) == 0
+    (other,) = set(validation.KINDS) - {kernels}
+    assert validation.validations(other) == []
+    assert [record["device"] for record in validation.validations(kernels)] == ["a device"]
+    assert "a device, triton 3.6.0, commit 0123456789ab" in validation.summary(kernels)
+    monkeypatch.setattr(validation, "source_hash", lambda kernels: "another")
+    assert validation.validations(kernels) == []
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {},
+        {"tests": "failed"},
+        {"tests": "passed", "sanitizer": "failed"},
+        {"cuda_tests": "passed"},
+        {**CUDA, "cuda_memcheck": "failed"},
+        {**CUDA, "cuda_racecheck": "failed"},
+    ],
 )
 def test_a_gate_that_did_not_pass_is_refused(steps: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="expected a gate that passed"):

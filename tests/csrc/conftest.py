@@ -67,7 +67,7 @@ def cuda_backend(
 ) -> Iterator[ModuleType]:
     """The back end as a whole; what tests make lies on its device."""
     if not ON_DEVICE:
-        monkeypatch.setattr(extension, "_loaded", lambda: (kernels, ""))
+        monkeypatch.setattr(extension, "loaded", lambda: (kernels, ""))
         monkeypatch.setattr(extension, "unsupported", lambda device: None)
         monkeypatch.setattr(extension, "unavailable", lambda: None)
         monkeypatch.setattr(extension, "limits", lambda device: (90, 132, 227 << 10))

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ON_DEVICE
 from mpo_kernels import MPOShape
+from mpo_kernels.backends.cuda import extension
 from mpo_kernels.testing import dense_linear, random_cores, relative_error
 
-DEVICE = torch.device("cuda", 0) if ON_DEVICE else torch.device("cpu")
+DEVICE = torch.device("cpu" if extension.unavailable() else "cuda")
 H200 = (90, 132, 227 << 10)
 A100 = (80, 108, 163 << 10)
 SMALL = (86, 84, 99 << 10)

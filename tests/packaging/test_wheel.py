@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench import cuda_report
+from bench import cuda_report, gpu_gate
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("nvcc", "cmake", "ninja")
@@ -74,6 +74,7 @@ else:
     core = ((1, 64, 64, 8), (32768, 512, 8, 1), True), ((8, 1, 1, 1), (1, 1, 1, 1), True)
     chain = _cuda.Chain(core, 1, 64, 64, True, "float16", "float16", (90, 132, 232448))
     found["extension"] = [_cuda.INTERFACE, chain.tiles]
+    found["sources"] = _cuda.SOURCES
     try:
         _cuda.limits(0)
     except RuntimeError as error:
@@ -94,6 +95,7 @@ def test_a_release_serves_every_architecture_and_imports_anywhere(
     assert found["file"].startswith(str(tmp_path)) and not found["started"]
     assert found["shape"] == [2, 6]
     assert found["extension"][0] == 1 and found["extension"][1] >= 1
+    assert found["sources"] == gpu_gate.csrc_hash()
     assert found["reason"] == "no CUDA device"
     assert found["no device"].startswith("cudaDeviceGetAttribute: ")
 

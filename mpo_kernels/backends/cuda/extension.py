@@ -15,7 +15,7 @@ REMEDY = "install the package with MPO_KERNELS_BUILD_CUDA=1 where nvcc, CMake an
 
 
 @cache
-def _loaded() -> tuple[ModuleType | None, str]:
+def loaded() -> tuple[ModuleType | None, str]:
     """The module, or None and why."""
     try:
         module = import_module("mpo_kernels._cuda")
@@ -35,7 +35,7 @@ def load() -> ModuleType:
     Raises:
         RuntimeError: it is not there, with the remedy.
     """
-    module, reason = _loaded()
+    module, reason = loaded()
     if module is None:
         raise RuntimeError(reason)
     return module
@@ -48,7 +48,7 @@ def unavailable() -> str | None:
         return "no CUDA device"
     if torch.version.hip:
         return "the CUDA kernels do not run on ROCm devices"
-    module, reason = _loaded()
+    module, reason = loaded()
     return reason if module is None else None
 
 

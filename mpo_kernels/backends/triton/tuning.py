@@ -18,7 +18,7 @@ import torch
 from mpo_kernels import measured
 from mpo_kernels.backends.triton import tiles
 from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts
-from mpo_kernels.backends.triton.validation import source_hash
+from mpo_kernels.backends.validation import source_hash
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def best(
 
 def _section() -> str:
     """What was measured holds for the kernels as they are."""
-    return f"tiles {source_hash()}"
+    return f"tiles {source_hash('triton')}"
 
 
 def _stored(name: str, key: str, kind: type[Any]) -> Best | None:
