@@ -28,10 +28,12 @@ from bench.results import Record, Results
 from bench.ways import WAYS
 from mpo_kernels import MPOLinear, MPOShape, available_backends, use_backend
 from mpo_kernels.backends import selected
+from mpo_kernels.backends.cuda.decode import chain_of
 from mpo_kernels.plan import Plan
 
 SIZES = ((4096, 4096), (4096, 14336), (768, 3072), (8192, 28672))
 COMPRESSIONS = (16, 64, 4, 2)
+KINDS = ("low rank", "skewed", "balanced")
 ROWS = (1, 16, 2, 4, 8)
 # What a launch with nothing to do takes, in seconds: no floor is below it.
 LEAST = 2.5e-6
@@ -259,14 +261,38 @@ def goals(layers: Sequence[Record]) -> list[str]:
     ]
 
 
+def predictions(rows: int) -> str:
+    """Markdown: what the schedule's model gives for an H200, the launch aside; needs no device."""
+    limits, lines = (90, 132, 227 << 10), ["| case | µs | schedule |", "|---|---:|---|"]
+    for (ins, outs), ratio, kind in product(SIZES, COMPRESSIONS, KINDS):
+        case = Case(ins, outs, kind, ratio)
+        sizes = [torch.empty(size, device="meta") for size in case.shape.core_shapes]
+        layouts = tuple((core.shape, core.stride(), True) for core in sizes)
+        dtype = torch.bfloat16
+        chains = [
+            chain_of(layouts, rows, (ins, outs), from_left, dtype, dtype, limits)
+            for from_left in (True, False)
+        ]
+        best = min((c for c in chains if c is not None), key=lambda c: c.seconds)
+        lines.append(f"| {case.name} | {1e6 * best.seconds:.1f} | {best} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", type=Path, required=True, help="a JSON file; .md beside it")
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--output", type=Path, help="a JSON file; .md beside it")
+    choice.add_argument(
+        "--predict", type=int, metavar="ROWS", help="print what the model gives; needs no GPU"
+    )
     parser.add_argument("--sizes", nargs="+", help="such as 4096x4096")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--budget-minutes", type=float, default=4.0)
     options = parser.parse_args(argv)
+    if options.predict:
+        print(predictions(options.predict))
+        return 0
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("expected a GPU, found none; --device cpu tries the program")
@@ -283,11 +309,10 @@ def main(argv: list[str] | None = None) -> int:
         "bandwidth": bandwidth,
     }
     results, left_out = Results(options.output, conditions, resume=False), 0
-    kinds = ("low rank", "skewed", "balanced")
     width, inner = sizes[0][0], sizes[-1][1] if options.sizes else 14336
     for rows in options.rows[:2]:
         results.add(block(rows, device, width, inner, 1024))
-    for rows, (ins, outs), ratio, kind in product(options.rows, sizes, COMPRESSIONS, kinds):
+    for rows, (ins, outs), ratio, kind in product(options.rows, sizes, COMPRESSIONS, KINDS):
         if time.monotonic() > end:
             left_out += 1
             continue

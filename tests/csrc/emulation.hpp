@@ -44,6 +44,7 @@ class Machine {
         shared_(shared_bytes_ * static_cast<size_t>(cluster) / 16),
         touched_(shared_bytes_ * static_cast<size_t>(cluster)),
         epochs_(static_cast<size_t>(cluster)),
+        read_in_(static_cast<size_t>(cluster)),
         threads_(block_threads_ * static_cast<size_t>(cluster)),
         pending_(threads_.size()) {
     for (Thread& t : threads_) t.stack.resize(128 << 10);
@@ -60,6 +61,7 @@ class Machine {
     std::fill(touched_.begin(), touched_.end(), Touch{});
     cluster_epoch_ = 0;
     std::fill(epochs_.begin(), epochs_.end(), 0);
+    std::fill(read_in_.begin(), read_in_.end(), -1);
     for (size_t i = 0; i < threads_.size(); ++i) {
       Thread& t = threads_[i];
       getcontext(&t.context);
@@ -116,6 +118,15 @@ class Machine {
       return;
     }
     fault(write ? "a store outside every buffer" : "a load outside every buffer");
+  }
+
+  void check_remote(int rank) {
+    const size_t first = static_cast<size_t>(rank) * block_threads_;
+    if (rank == this->rank()) return;
+    for (size_t i = first; i < first + block_threads_; ++i) {
+      if (threads_[i].state == State::kDone) return fault("memory of a block that may be done");
+    }
+    read_in_[static_cast<size_t>(rank)] = cluster_epoch_;
   }
 
   bool is_shared(const void* pointer) {
@@ -178,6 +189,9 @@ class Machine {
   static void enter() {
     Machine& m = *current_machine();
     (*m.body_)();
+    if (m.read_in_[static_cast<size_t>(m.rank())] == m.cluster_epoch_) {
+      m.fault("done, with no barrier after another block read its memory");
+    }
     m.threads_[static_cast<size_t>(m.current_)].state = State::kDone;
   }
 
@@ -276,6 +290,8 @@ class Machine {
   std::vector<Line> shared_;
   std::vector<Touch> touched_;
   std::vector<int> epochs_;
+  std::vector<int>
+      read_in_;  // the last cluster epoch in which another block read this one's memory
   std::vector<Thread> threads_;
   std::vector<Product> pending_;
   float (*unpack_)(uint32_t) = nullptr;
