@@ -113,7 +113,7 @@ def gate(folder: Path) -> int:
     run("tests", [*tests, "tests/kernels"], TESTS)
     cuda_tests = [*tests, "tests/csrc"]
     if built:
-        run("cuda_tests", cuda_tests, TESTS, MPO_KERNELS_BACKEND="cuda")
+        run("cuda_tests", cuda_tests, TESTS)
     if sanitizer := shutil.which("compute-sanitizer"):
         # Each tensor in an allocation of its own, so that reading past one is seen; queries that
         # torch makes of the driver, and that fail, are no fault.

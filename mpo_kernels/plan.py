@@ -154,6 +154,11 @@ def shapes_of(cores: Sequence[torch.Tensor]) -> list[CoreShape]:
     return [(d, i, j, r) for d, i, j, r in (core.shape for core in cores)]
 
 
+def features_of(shapes: CoreShapes) -> tuple[int, int]:
+    """In and out of a layer that is not padded."""
+    return math.prod(s[1] for s in shapes), math.prod(s[2] for s in shapes)
+
+
 def row_bucket(rows: int) -> int:
     """The power of two that a plan for ``rows`` rows is made for."""
     return 1 << max(rows - 1, 0).bit_length()

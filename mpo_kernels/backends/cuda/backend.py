@@ -28,6 +28,7 @@ from mpo_kernels.plan import (
     Plan,
     best_of,
     chain_steps,
+    features_of,
     groups,
     merge_work,
     merged_parts,
@@ -78,9 +79,7 @@ def plan_for(
     most = extension.load().MAX_ROWS
     if gradients is not None or not 1 <= rows <= most or dtype not in DTYPES or len(cores) == 1:
         return _rest(device, dtype).plan_for(rows, dtype, device, cores, gradients, features)
-    if features is None:
-        shapes = shapes_of(cores)
-        features = (math.prod(s[1] for s in shapes), math.prod(s[2] for s in shapes))
+    features = features or features_of(shapes_of(cores))
     layouts = tuple(layout_of(core) for core in cores)
     return _plan(layouts, features, rows, dtype, device, device_figures(device, dtype))
 

@@ -35,11 +35,11 @@ def chain_of(
     stored: torch.dtype,
     limits: tuple[int, int, int],
 ) -> Chain | None:
-    """The schedule for one problem, None where no block of it fits the device."""
+    """The schedule for one problem, None where the kernels do not serve its sizes or the device."""
     names = (str(dtype).removeprefix("torch.") for dtype in (element, stored))
     try:
         return extension.load().Chain(layouts, rows, *features, from_left, *names, limits)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return None
 
 

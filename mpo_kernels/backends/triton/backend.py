@@ -5,7 +5,6 @@ Every function is that of ``backends/torch``; the plan says which kernels comput
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +21,15 @@ from mpo_kernels.backends.triton.implicit import implicit
 from mpo_kernels.backends.triton.planning import Launch, plan_fused, two_parts
 from mpo_kernels.backends.triton.tiles import GatherTile, TwoParts
 from mpo_kernels.figures import device_figures
-from mpo_kernels.plan import Gradients, Plan, merge_work, merged_parts, row_bucket, shapes_of
+from mpo_kernels.plan import (
+    Gradients,
+    Plan,
+    features_of,
+    merge_work,
+    merged_parts,
+    row_bucket,
+    shapes_of,
+)
 from mpo_kernels.quantize import dequantize
 
 __all__ = [
@@ -48,9 +55,10 @@ def plan_for(
     ``features`` are the true in and out of the layer, by default those of the factors.
     """
     shapes = shapes_of(cores)
-    features = features or (math.prod(s[1] for s in shapes), math.prod(s[2] for s in shapes))
     figures = device_figures(device, dtype)
-    return plan_fused(shapes, features, rows, dtype, figures, limits(device), gradients)
+    return plan_fused(
+        shapes, features or features_of(shapes), rows, dtype, figures, limits(device), gradients
+    )
 
 
 def _factors(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
