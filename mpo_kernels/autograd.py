@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from mpo_kernels.ops import LIBRARY
@@ -60,7 +61,10 @@ class _Embedding(torch.autograd.Function):
 
 
 def _trains(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # Functions refuse a tangent of forward mode; an operator below them would lose it.
+    tangents = forward_ad._current_level >= 0
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return tangents or trains
 
 
 # Registered at the Autograd key by hand: torch.library.register_autograd flattens every call's

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mpo_kernels import backends
 from mpo_kernels.decompose import check_cores
@@ -172,7 +173,7 @@ def _unobserved(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None) -> bool
         return False
     if torch._C._is_any_autocast_enabled() or torch.autograd._profiler_enabled():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     tensors = (x, *cores) if bias is None else (x, *cores, bias)
     trains = torch.is_grad_enabled()
