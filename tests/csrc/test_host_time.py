@@ -26,6 +26,7 @@ class Unlaunched:
 def test_layer(
     benchmark: Any, cuda_backend: ModuleType, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
+    torch.set_default_device(None)  # a mode, which slows every call
     kernels = extension.load()
     chain = SimpleNamespace(
         Chain=lambda *a: Unlaunched(kernels.Chain(*a)), MAX_ROWS=16, MAX_PARTS=3
