@@ -9,6 +9,7 @@ where there is none.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,34 +17,36 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path(__file__).parent / "csrc"
+CHOICE = os.environ.get("MPO_KERNELS_BUILD_CUDA") or "auto"
 RELEASE = "80-real;86-real;89-real;90a-real;100-real;120"
 
 
 def wanted() -> bool:
     """Whether the extension is built; says so where it is not."""
-    choice = os.environ.get("MPO_KERNELS_BUILD_CUDA", "auto")
-    if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"expected MPO_KERNELS_BUILD_CUDA of auto, 0, 1, got {choice!r}")
+    if CHOICE not in ("auto", "0", "1"):
+        raise SystemExit(f"expected MPO_KERNELS_BUILD_CUDA of auto, 0, 1, got {CHOICE!r}")
     missing = [tool for tool in ("nvcc", "cmake", "ninja") if not shutil.which(tool)]
-    if choice == "1" and missing:
+    if CHOICE == "1" and missing:
         raise SystemExit(f"MPO_KERNELS_BUILD_CUDA=1 needs {', '.join(missing)} on PATH")
-    if choice == "auto" and missing:
+    if CHOICE == "auto" and missing:
         print(f"mpo-kernels: no {', '.join(missing)}: built without CUDA kernels", file=sys.stderr)
-    return choice == "1" or (choice == "auto" and not missing)
+    return CHOICE == "1" or (CHOICE == "auto" and not missing)
 
 
 def architectures() -> str:
     """As CMake takes them."""
     choice = os.environ.get("MPO_KERNELS_CUDA_ARCHITECTURES", "native")
-    if choice == "native":
+    if CHOICE == "native":
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         if not shutil.which(query[0]):
             return "80"
-        found = subprocess.run(query, capture_output=True, text=True).stdout.split()
-        return ";".join(sorted({f"{x.replace('.', '')}-real" for x in found})) or "80"
-    return RELEASE if choice == "release" else choice
+        printed = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        found = {line.replace(".", "") for line in printed if re.fullmatch(r"\d+\.\d", line)}
+        return ";".join(f"{number}-real" for number in sorted(found)) or "80"
+    return RELEASE if CHOICE == "release" else choice
 
 
 class CMakeBuild(build_ext):
@@ -57,15 +60,20 @@ class CMakeBuild(build_ext):
         configure = [
             *("cmake", "-G", "Ninja", "-S", str(SOURCES), "-B", str(folder)),
             f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}",
+            f"-DWARNINGS_ARE_ERRORS={'ON' if architectures() == RELEASE else 'OFF'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
         ]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(folder)], check=True)
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(folder)], check=True)
+        except subprocess.CalledProcessError as error:
+            # What setuptools passes over, with a warning, where the extension is optional.
+            raise CompileError(f"the CUDA kernels were not built: {error}") from error
 
 
 setup(
-    ext_modules=[Extension("mpo_kernels._cuda", [])] if wanted() else [],
+    ext_modules=[Extension("mpo_kernels._cuda", [], optional=CHOICE == "auto")] if wanted() else [],
     cmdclass={"build_ext": CMakeBuild},
 )

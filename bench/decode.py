@@ -71,7 +71,7 @@ class Case:
 def chosen(layer: MPOLinear, rows: int, algorithm: str | None = None) -> Plan:
     """The plan for some rows, of one algorithm where that is asked for."""
     plan = layer.plan(rows)
-    return next(p for p in plan.candidates if algorithm in (None, p.algorithm))
+    return next((p for p in plan.candidates if algorithm in (None, p.algorithm)), plan)
 
 
 def ways_of(case: Case, rows: int, device: torch.device) -> Iterator[tuple[str, Callable, Any]]:

@@ -34,14 +34,21 @@ Enum named(const char* what, const std::string& name,
 }
 
 // Sizes and strides [bond_in, in, out, bond_out], and whether its address is divisible by 16.
-using CoreArguments = std::tuple<std::array<int, 4>, std::array<int64_t, 4>, bool>;
+using CoreArguments = std::tuple<std::array<int64_t, 4>, std::array<int64_t, 4>, bool>;
+
+int narrow(const std::string& what, int64_t value) {
+  if (value >= INT32_MIN && value <= INT32_MAX) return static_cast<int>(value);
+  throw py::value_error(what + ": expected it below 2^31, got " + std::to_string(value));
+}
 
 class Chain {
  public:
-  Chain(const std::vector<CoreArguments>& cores, int rows, int in_features, int out_features,
-        bool from_left, const std::string& element, const std::string& stored,
+  Chain(const std::vector<CoreArguments>& cores, int64_t rows, int64_t in_features,
+        int64_t out_features, bool from_left, const std::string& element, const std::string& stored,
         const std::tuple<int, int, int>& limits) {
-    problem_.rows = rows, problem_.in_features = in_features, problem_.out_features = out_features;
+    problem_.rows = narrow("rows", rows);
+    problem_.in_features = narrow("in_features", in_features);
+    problem_.out_features = narrow("out_features", out_features);
     problem_.parts = static_cast<int>(cores.size());
     problem_.from_left = from_left;
     problem_.element = named<mpo::Element>(
@@ -53,7 +60,9 @@ class Chain {
                                           {"int8", mpo::Stored::kInt8}});
     for (size_t k = 0; k < cores.size() && k < mpo::kMaxParts; ++k) {
       const auto& [sizes, strides, aligned] = cores[k];
-      problem_.cores[k] = {sizes[1],   sizes[2],   sizes[0],   sizes[3], strides[0],
+      const std::string name = "core " + std::to_string(k);
+      const auto size = [&, &of = sizes](size_t axis) { return narrow(name, of[axis]); };
+      problem_.cores[k] = {size(1),    size(2),    size(0),    size(3), strides[0],
                            strides[1], strides[2], strides[3], aligned};
     }
     const auto& [architecture, multiprocessors, shared_memory] = limits;
@@ -117,9 +126,14 @@ PYBIND11_MODULE(MPO_KERNELS_MODULE, module) {
     check(mpo::limits_of_device(device, &limits));
     return std::make_tuple(limits.architecture, limits.multiprocessors, limits.shared_memory);
   });
+  module.def("make_counters", [](int device, int count) {
+    int* counters = nullptr;
+    check(mpo::make_counters(device, count, &counters));
+    return reinterpret_cast<uintptr_t>(counters);
+  });
   py::class_<Chain>(module, "Chain")
-      .def(py::init<const std::vector<CoreArguments>&, int, int, int, bool, const std::string&,
-                    const std::string&, const std::tuple<int, int, int>&>(),
+      .def(py::init<const std::vector<CoreArguments>&, int64_t, int64_t, int64_t, bool,
+                    const std::string&, const std::string&, const std::tuple<int, int, int>&>(),
            py::arg("cores"), py::arg("rows"), py::arg("in_features"), py::arg("out_features"),
            py::arg("from_left"), py::arg("element"), py::arg("stored"), py::arg("limits"))
       .def("launch", &Chain::launch, py::arg("x"), py::arg("x_row"), py::arg("x_column"),

@@ -1,6 +1,7 @@
 // The kernels: an instance for each element type, stored type and number of column tiles.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <utility>
 
@@ -80,8 +81,28 @@ Status limits_of_device(int device, Limits* limits) {
     const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device);
     if (error != cudaSuccess) return failed("cudaDeviceGetAttribute", error);
   }
-  limits->architecture = 10 * major + minor;
+  // Code made from older PTX has no clusters, whatever the device has.
+  const DeviceGuard guard(device);
+  cudaFuncAttributes code;
+  const cudaError_t error = guard.error() != cudaSuccess
+                                ? guard.error()
+                                : cudaFuncGetAttributes(&code, chain_kernel<Float16, Same, 1>);
+  if (error != cudaSuccess) {
+    Status status = failed("architecture: no code for it in this library", error);
+    status.code = Code::kUnsupported;
+    return status;
+  }
+  limits->architecture = std::min(10 * major + minor, code.ptxVersion);
   return {};
+}
+
+Status make_counters(int device, int count, int** counters) {
+  const DeviceGuard guard(device);
+  cudaError_t error = guard.error();
+  const size_t bytes = static_cast<size_t>(count) * sizeof(int);
+  if (error == cudaSuccess) error = cudaMalloc(counters, bytes);
+  if (error == cudaSuccess) error = cudaMemset(*counters, 0, bytes);
+  return error == cudaSuccess ? Status{} : failed("counters of the decode chain", error);
 }
 
 Status launch(const Problem& problem, const Schedule& schedule, const Operands& operands,

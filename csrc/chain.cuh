@@ -42,7 +42,7 @@ struct Float8 {
   template <class E, int lo, int hi>
   MPO_DEVICE static uint32_t pair(uint32_t x, uint32_t y) {
     // The bits of e4m3 in the places of E's low exponent bits: off by a power of two, subnormals
-    // too.
+    // too. Finite numbers only, which is what `quantize` makes.
     const uint32_t bytes = simt::permute(x, y, lo * 0x11 + (4 + hi) * 0x1100);
     const uint32_t magnitude = (bytes & 0x7f007f00u) >> (E::kExponentBits - 4);
     return simt::multiply<E>(magnitude | (bytes & 0x80008000u), E::kFloat8Factor);

@@ -143,6 +143,9 @@ Status prepare(const Problem& problem, const Schedule& schedule, const Operands&
 // Of the current device.
 Status limits_of_device(int device, Limits* limits);
 
+// Zeros on a device, for good: no allocator that a graph's capture or replay manages gives them.
+Status make_counters(int device, int count, int** counters);
+
 // Enqueues the kernel; `stream` is a cudaStream_t of that device.
 Status launch(const Problem& problem, const Schedule& schedule, const Operands& operands,
               int device, void* stream);

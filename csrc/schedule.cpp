@@ -1,5 +1,6 @@
 // The choice of a schedule: which blocks of every index a thread block takes. Plain C++.
 #include <algorithm>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <limits>
@@ -49,7 +50,9 @@ Rates rates_of(int architecture) {
 }
 
 constexpr double kLatency = 0.4e-6;  // of a product's first loads and its barriers
+constexpr int kMaxSize = 1 << 30;
 constexpr int kMaxColumns = 64;
+constexpr int64_t kMaxPartials = 1 << 26;  // fp32 values that splits may leave
 constexpr int kMaxDepth = 2048;
 constexpr int kStagedBytes = 64 << 10;  // of x at a time
 
@@ -90,9 +93,9 @@ Status check(const Problem& p, const Limits& limits) {
     const int64_t strides[] = {c.stride_bond_in, c.stride_in, c.stride_out, c.stride_bond_out};
     int64_t reach = 1;
     for (int i = 0; i < 4; ++i) {
-      if (sizes[i] < 1 || strides[i] < 0) {
+      if (sizes[i] < 1 || sizes[i] > kMaxSize || strides[i] < 0) {
         return status(Code::kInvalid,
-                      "core %d: expected sizes from 1 and strides from 0, got %d, %lld", k,
+                      "core %d: expected sizes of 1 to 2^30 and strides from 0, got %d, %lld", k,
                       sizes[i], static_cast<long long>(strides[i]));
       }
       if (sizes[i] > 1 && strides[i] > kMost) reach = kMost + 1;
@@ -166,8 +169,8 @@ bool complete(const Problem& p, const Limits& limits, const Tile& tile, Schedule
   Schedule& s = *schedule;
   const int last = s.parts - 1;
   int most_columns = 0;
+  int64_t tiles = 1, splits = 1;
   s.cluster = tile.cluster;
-  s.tiles = s.splits = 1;
   for (int level = 0; level <= last; ++level) {
     Level& l = s.levels[level];
     l.in.block = tile.in[level], l.out.block = tile.out[level], l.from.block = tile.from[level];
@@ -177,15 +180,17 @@ bool complete(const Problem& p, const Limits& limits, const Tile& tile, Schedule
     }
     // Blocks past the last digit of y compute nothing but their share of the first product.
     if (level == last) l.out.blocks = round_up(l.out.blocks, tile.cluster);
-    s.tiles *= l.out.blocks;
-    s.splits *= l.in.blocks * l.from.blocks;
+    tiles *= l.out.blocks;
+    splits = std::min<int64_t>(splits * l.in.blocks, kMaxSize);
+    splits = std::min<int64_t>(splits * l.from.blocks, kMaxSize);
     l.columns = s.rows;
     for (int k = 0; k <= last; ++k) {
       l.columns *= k < level ? tile.out[k] : k > level ? tile.in[k] : 1;
     }
     most_columns = std::max(most_columns, l.columns);
   }
-  if (most_columns > kMaxColumns || s.splits > 65535) return false;
+  if (most_columns > kMaxColumns || splits > 65535 || tiles > kMaxSize) return false;
+  s.tiles = static_cast<int>(tiles), s.splits = static_cast<int>(splits);
   s.column_tiles = most_columns <= 8 ? 1 : most_columns <= 16 ? 2 : 4;
   int used = round_up(static_cast<int>(sizeof(Origin)), 16);
   bool shared_strips = s.cluster > 1;
@@ -219,7 +224,7 @@ bool complete(const Problem& p, const Limits& limits, const Tile& tile, Schedule
   if (s.cluster > 1)
     used += s.levels[0].strips * 64 * 8 * s.column_tiles * static_cast<int>(sizeof(float));
   s.shared_memory = used;
-  return used <= limits.shared_memory;
+  return used <= limits.shared_memory && s.partials() <= kMaxPartials;
 }
 
 double predict(const Schedule& s, const Limits& limits) {
@@ -250,7 +255,7 @@ double predict(const Schedule& s, const Limits& limits) {
   }
   // Clusters have to fit the groups that multiprocessors come in.
   const int together = s.cluster > 1 ? limits.multiprocessors * 7 / 8 : limits.multiprocessors;
-  const double waves = ceil_div(s.tiles * s.splits, together);
+  const double waves = std::ceil(double(s.tiles) * s.splits / together);
   double seconds = waves * block;
   if (s.splits > 1) {
     const double tile = double(s.levels[last].columns) * s.levels[last].m_tile * sizeof(float);
@@ -308,7 +313,8 @@ Status plan(const Problem& p, const Limits& limits, Schedule* schedule) {
   };
   of_level(of_level, last, p.rows, p.rows);
   if (best == std::numeric_limits<double>::infinity()) {
-    return status(Code::kUnsupported, "shared memory: no schedule fits %d bytes",
+    return status(Code::kUnsupported,
+                  "shared memory: no schedule fits %d bytes and leaves few enough sums",
                   limits.shared_memory);
   }
   return {};

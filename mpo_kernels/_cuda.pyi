@@ -8,6 +8,15 @@ MAX_PARTS: int
 def limits(device: int) -> tuple[int, int, int]:
     """Architecture (80 for 8.0), multiprocessors, bytes of shared memory a block may have.
 
+    The architecture is that of the code which runs there: of older PTX where there is no other.
+
+    Raises:
+        RuntimeError: what CUDA says, as where the library has no code for the device.
+    """
+
+def make_counters(device: int, count: int) -> int:
+    """The address of int32 zeros on a device that are never freed.
+
     Raises:
         RuntimeError: what CUDA says.
     """

@@ -129,6 +129,17 @@ class MPOModule(nn.Module):
             )
 
 
+class _Names(dict[int, tuple[str, ...]]):
+    """Of the parameters of a list of so many."""
+
+    def __missing__(self, count: int) -> tuple[str, ...]:
+        self[count] = tuple(map(str, range(count)))
+        return self[count]
+
+
+_NAMES = _Names()
+
+
 class MPOLinear(MPOModule):
     """Drop-in for ``nn.Linear``: ``[..., in_features] -> [..., out_features]``.
 
@@ -221,8 +232,11 @@ class MPOLinear(MPOModule):
 
     def _oriented_cores(self) -> list[Tensor]:
         """The cores as ``[D_k, in_k, out_k, D_{k+1}]``."""
-        # Iterating over a ParameterList costs microseconds.
-        return list(self.cores._parameters.values())  # type: ignore[arg-type]
+        parameters = self.cores._parameters
+        # Iterating over a ParameterList costs microseconds; pruned or parametrised it must.
+        if tuple(parameters) == _NAMES[len(parameters)]:
+            return list(parameters.values())  # type: ignore[arg-type]
+        return list(self.cores)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features] -> [..., out_features]``."""

@@ -49,9 +49,19 @@ def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: i
 def _quantized_linear(
     x: Tensor, cores: list[Tensor], scales: list[Tensor], bias: Tensor | None, out_features: int
 ) -> Tensor:
-    for tensor in cores:
+    for tensor in (*cores, *scales) if bias is None else (*cores, *scales, bias):
         if tensor.device != x.device:
-            raise TypeError(f"expected cores on {x.device} like x, got them on {tensor.device}")
+            raise TypeError(f"expected all on {x.device} like x, got a tensor on {tensor.device}")
+    check_cores(cores)
+    if bias is not None and (bias.dtype != x.dtype or tuple(bias.shape) != (out_features,)):
+        raise TypeError(
+            f"expected a bias [{out_features}] of {x.dtype}, got {list(bias.shape)} of {bias.dtype}"
+        )
+    bonds = [core.shape[3] for core in cores[:-1]]
+    if [list(s.shape) for s in scales] != [[bond] for bond in bonds] or any(
+        s.dtype != torch.float32 or not s.is_contiguous() for s in scales
+    ):
+        raise TypeError(f"expected contiguous fp32 scales of lengths {bonds}")
     rows = x.reshape(-1, x.shape[-1])
     y = backends.selected(x).quantized_linear(rows, cores, scales, bias, out_features)
     return y.view(*x.shape[:-1], out_features)
@@ -166,7 +176,10 @@ def check_input(x: Tensor, in_features: int) -> None:
 
 
 def _unobserved(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None) -> bool:
-    """Whether nothing would see the operator: no gradient, autocast, tracer, mode or subclass."""
+    """Whether nothing would see the operator: no gradient, autocast, tracer, mode or subclass.
+
+    Nor anything that the dispatcher resolves: a view negated on reading, zeros without memory.
+    """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
@@ -178,7 +191,10 @@ def _unobserved(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None) -> bool
     tensors = (x, *cores) if bias is None else (x, *cores, bias)
     trains = torch.is_grad_enabled()
     return all(
-        (type(t) is Tensor or type(t) is torch.nn.Parameter) and not (trains and t.requires_grad)
+        (type(t) is Tensor or type(t) is torch.nn.Parameter)
+        and not (trains and t.requires_grad)
+        and not t.is_neg()
+        and not t._is_zerotensor()
         for t in tensors
     )
 

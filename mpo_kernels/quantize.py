@@ -40,6 +40,13 @@ def quantize(cores: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor],
 def dequantize(
     cores: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
-    """What they stand for, in ``dtype``; core k ``[D_k, i_k, j_k, D_{k+1}]``."""
-    scaled = [core.float() * scale for core, scale in zip(cores[:-1], scales, strict=True)]
-    return [*(core.to(dtype) for core in scaled), cores[-1].to(dtype)]
+    """What they stand for, in ``dtype``; core k ``[D_k, i_k, j_k, D_{k+1}]``.
+
+    A bond's scale goes into both its cores by halves, so that neither leaves fp16's range.
+    """
+    halves = [scale.sqrt() for scale in scales]
+    one = halves[0].new_ones(1)
+    return [
+        (core.float() * left[:, None, None, None] * right).to(dtype)
+        for core, left, right in zip(cores, [one, *halves], [*halves, one], strict=True)
+    ]

@@ -40,9 +40,13 @@ class QuantizedMPOLinear(nn.Module):
         with torch.no_grad():
             check_finite(list(layer.cores))
             cores, scales = quantize(list(layer.cores), dtype)
+            if not all(scale.isfinite().all() for scale in scales):
+                raise ValueError("expected cores within the range of fp32")
+        # A state says by its names how its bytes are to be read.
+        self._prefix = str(dtype).removeprefix("torch.")
         for k, core in enumerate(cores):
             # As bytes, which no cast of a module touches.
-            self.register_buffer(f"core_{k}", core.view(torch.int8))
+            self.register_buffer(f"{self._prefix}_core_{k}", core.view(torch.int8))
         for k, scale in enumerate(scales):
             self.register_buffer(f"scale_{k}", scale)
         bias = None if layer.bias is None else layer.bias.detach().clone()
@@ -52,7 +56,7 @@ class QuantizedMPOLinear(nn.Module):
     def cores(self) -> list[Tensor]:
         """int8 or e4m3 core k ``[D_k, i_k, j_k, D_{k+1}]``."""
         count = self.shape.num_cores
-        return [getattr(self, f"core_{k}").view(self.dtype) for k in range(count)]
+        return [getattr(self, f"{self._prefix}_core_{k}").view(self.dtype) for k in range(count)]
 
     @property
     def scales(self) -> list[Tensor]:
@@ -69,7 +73,12 @@ class QuantizedMPOLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features] -> [..., out_features]``; a gradient for x alone."""
         ops.check_input(x, self.in_features)
-        if torch.is_autocast_enabled(x.device.type):
+        kind = x.device.type
+        if (
+            torch.amp.is_autocast_available(kind)
+            and torch.is_autocast_enabled(kind)
+            and x.dtype != torch.float64
+        ):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         cores, scales, out_features = self.cores, self.scales, self.out_features

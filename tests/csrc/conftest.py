@@ -28,7 +28,7 @@ def build() -> Path:
     """The folder with what CMake builds of this one."""
     if missing := [tool for tool in ("cmake", "ninja", "c++") if not shutil.which(tool)]:
         pytest.skip(f"the kernels are emulated where there is {', '.join(missing)}")
-    import pybind11
+    pybind11 = pytest.importorskip("pybind11", reason="the kernels are emulated with pybind11")
 
     configure = ["cmake", "-G", "Ninja", "-S", str(FOLDER), "-B", str(BUILD)]
     configure += [

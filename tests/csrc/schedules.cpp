@@ -166,7 +166,7 @@ Core core_of(int bond_in, int in, int out, int bond_out, bool exchanged, bool al
       1,  aligned};
 }
 
-long count = 0;
+long count = 0, unserved = 0;
 
 void check(const std::vector<int>& ins, const std::vector<int>& outs, const std::vector<int>& bonds,
            bool whole) {
@@ -192,6 +192,10 @@ void check(const std::vector<int>& ins, const std::vector<int>& outs, const std:
         }
         Schedule s;
         const Status status = plan(p, limits, &s);
+        if (status.code == Code::kUnsupported) {
+          ++unserved;  // a low rank from its wrong end leaves more sums than there is memory for
+          continue;
+        }
         if (!status.ok()) fail(c, status.message);
         require(c, s.parts == parts && s.rows == rows && s.seconds > 0, "not this problem");
         for (int level = 0; level < parts; ++level) check_level(c, s, level);
@@ -228,6 +232,6 @@ int main() {
       check({12, middle, 12}, {16, 48, 24}, {2 * bond, bond}, false);
     }
   }
-  std::printf("%ld schedules\n", count);
+  std::printf("%ld schedules, %ld problems not served\n", count, unserved);
   return 0;
 }

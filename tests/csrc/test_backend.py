@@ -22,7 +22,7 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("shape", [s for s in ODD_SHAPES if s.num_cores > 1], ids=str)
 def test_every_plan_agrees_with_dense(cuda_backend: ModuleType, shape: MPOShape, rows: int) -> None:
-    cores = random_cores(shape, BF16, torch.device("cpu"))
+    cores = random_cores(shape, BF16, torch.get_default_device())
     x, bias = (
         torch.randn(rows, shape.in_features).to(BF16),
         torch.randn(shape.out_features).to(BF16),
@@ -141,23 +141,88 @@ def test_gradients_are_left_to_the_others(cuda_backend: ModuleType) -> None:
     assert all(g.shape == c.shape for g, c in zip(grads, cores, strict=True))
 
 
+@pytest.mark.usefixtures("cuda_backend")
 class TestCounters:
     def test_a_stream_has_its_own(self) -> None:
-        counters, device = decode.Counters(), torch.device("cpu")
+        counters, device, size = decode.Counters(), torch.get_default_device(), decode.Counters.SIZE
         one = counters.take(8, device, 1)
-        assert counters.take(8, device, 1) is one and not one.any()
-        assert counters.take(8, device, 2).data_ptr() != one.data_ptr()
-        grown = counters.take(2 * decode.Counters.SIZE, device, 1)
-        assert len(grown) == 2 * decode.Counters.SIZE and not grown.any()
+        assert counters.take(8, device, 1) == one and one[0]
+        assert abs(counters.take(8, device, 2)[0] - one[0]) >= 4 * size
+        assert counters.take(2 * size, device, 1)[0] != one[0]
+        assert counters.take(8, device, 1)[0] != one[0]
 
     def test_a_graph_takes_places_for_good(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        counters, device = decode.Counters(), torch.device("cpu")
-        counters.take(1, device, 0)
+        counters, device = decode.Counters(), torch.get_default_device()
+        eager, _ = counters.take(1, device, 0)
         monkeypatch.setattr(decode, "is_capturing", lambda device: True)
         taken = [counters.take(30_000, device, 0) for _ in range(3)]
-        addresses = sorted(t.data_ptr() for t in taken)
+        addresses = sorted([eager, *(address for address, _ in taken)])
         assert all(b - a >= 4 * 30_000 for a, b in pairwise(addresses))
-        assert all(len(t) == 30_000 and not t.any() for t in taken)
+        # What is left is too little: zeros that the graph clears itself.
+        assert [zeros is None for _, zeros in taken] == [True, True, False]
+        assert not taken[2][1].any() and len(taken[2][1]) == 30_000
+
+
+def test_a_view_negated_on_reading(cuda_backend: ModuleType) -> None:
+    layer = mk.MPOLinear(64, 64, MPOShape((8, 8), (8, 8), 8), dtype=BF16).requires_grad_(False)
+    x = torch.randn(2, 64).to(BF16)
+    with mk.use_backend("cuda"):
+        assert torch.equal(layer(torch._neg_view(x)), layer(-x))
+
+
+def test_a_core_past_2_31_is_left_to_the_others(cuda_backend: ModuleType) -> None:
+    shape = MPOShape((4, 8), (8, 4), 8)
+    cores = random_cores(shape, BF16, torch.get_default_device())
+    wide = torch.empty(0, dtype=BF16, device="meta").new_empty_strided(
+        (1, 4, 8, 8), (1, 2**30, 8, 1)
+    )
+    plan = cuda_backend.plan_for(1, BF16, cores[0].device, [wide, cores[1]], features=(32, 32))
+    assert "decode" not in {p.algorithm for p in plan.candidates}
+
+
+def test_a_quantised_state_says_how_its_bytes_are_read() -> None:
+    layer = mk.MPOLinear(12, 8, MPOShape((3, 4), (4, 2), 3))
+    as_int8, as_float8 = layer.quantized(torch.int8), layer.quantized(torch.float8_e4m3fn)
+    with pytest.raises(RuntimeError, match=r"Missing key[\s\S]*float8_e4m3fn_core_0"):
+        as_float8.load_state_dict(as_int8.state_dict())
+    other = mk.MPOLinear(12, 8, MPOShape((3, 4), (4, 2), 3)).quantized(torch.int8)
+    other.load_state_dict(as_int8.state_dict())
+    x = torch.randn(2, 12)
+    assert torch.equal(other(x), as_int8(x))
+    for module in (copy.deepcopy(as_int8), as_int8.bfloat16().float()):
+        assert torch.equal(module.scales[0], other.scales[0])
+        assert torch.equal(module.cores[0], other.cores[0])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
+def test_small_weights_survive_being_widened_to_fp16(size: float) -> None:
+    layer = mk.MPOLinear.from_linear(torch.nn.Linear(64, 64, bias=False), MPOShape((8, 8), (8, 8)))
+    for core in layer.cores:
+        core.data *= size**0.5
+    x = torch.randn(4, 64)
+    error = relative_error(layer.quantized(torch.int8)(x.half()), layer(x).double())
+    assert error < 0.02
+
+
+def test_refusals_of_quantised_layers() -> None:
+    layer = mk.MPOLinear(12, 8, MPOShape((3, 4), (4, 2), 3))
+    with pytest.raises(ValueError, match=r"expected a dtype of .*int8.*got torch.int4"):
+        layer.quantized(torch.int4)
+    with pytest.raises(ValueError, match="expected a layer of two cores"):
+        mk.MPOLinear(12, 8, MPOShape((12,), (8,))).quantized()
+    served, x = layer.quantized(), torch.randn(1, 12)
+    operator = torch.ops.mpo_kernels.quantized_linear
+    for cores, scales, bias in (
+        (served.cores, [s.half() for s in served.scales], None),
+        (served.cores, [torch.ones(2)], None),
+        (served.cores, served.scales, torch.ones(3)),
+        (served.cores, served.scales, torch.ones(8).half()),
+    ):
+        with pytest.raises(TypeError, match="expected"):
+            operator(x, cores, scales, bias, 8)
+    layer.cores[0].data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or Inf in core 0"):
+        layer.quantized()
 
 
 class TestAbsent:
@@ -199,6 +264,18 @@ class TestAbsent:
         with pytest.raises(ValueError, match=f"cuda back end cannot be used: .*{message}"):
             mk.use_backend("cuda").__enter__()
         assert not mk.available_backends()["cuda"][0]
+
+    def test_a_library_without_code_for_the_device_is_not_used(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def limits(index: int) -> None:
+            raise RuntimeError("architecture: no code for it in this library: no kernel image")
+
+        module = SimpleNamespace(INTERFACE=extension.INTERFACE, limits=limits)
+        self.importing(monkeypatch, module)
+        extension.limits.cache_clear()
+        reason = extension.unsupported(torch.device("cuda", 0))
+        assert reason.startswith("architecture: no code for it") and "MPO_KERNELS_BUILD" in reason
 
     def test_old_devices_and_others_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         module = SimpleNamespace(INTERFACE=extension.INTERFACE, limits=lambda index: (75, 40, 1))

@@ -45,42 +45,46 @@ def chain_of(
 
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched now goes into a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class Counters:
     """Zeros that a launch finds and leaves, never shared by two launches that may overlap.
 
     Launches on one stream follow each other. A graph may be replayed beside anything else, so what
-    is captured takes places that nothing takes again.
+    is captured takes places that nothing takes again. None is from torch's allocator, which may
+    give memory of a graph's warm-up to somebody else.
     """
 
     SIZE = 1 << 16
 
     def __init__(self) -> None:
-        self._of_stream: dict[tuple[torch.device, int], Tensor] = {}
-        self._captured: dict[torch.device, tuple[Tensor, int]] = {}
+        # Address and count; of a device's last one also how many are taken.
+        self._of_stream: dict[tuple[int, int], tuple[int, int]] = {}
+        self._of_graphs: dict[int, tuple[int, int]] = {}
 
-    def take(self, count: int, device: torch.device, stream: int) -> Tensor:
-        """``count`` int32 zeros or more."""
+    def take(self, count: int, device: torch.device, stream: int) -> tuple[int, Tensor | None]:
+        """The address of ``count`` int32 zeros, and what has to live until they are used."""
+        index = device.index or 0
         if is_capturing(device):
-            return self._take_for_graph(count, device)
-        found = self._of_stream.get((device, stream))
-        if found is None or len(found) < count:
-            size = max(count, self.SIZE)
-            found = torch.zeros(size, dtype=torch.int32, device=device)
-            self._of_stream[device, stream] = found
-            # A capture cannot make zeros without clearing them at every replay.
-            if device not in self._captured:
-                self._captured[device] = (torch.zeros_like(found), 0)
-        return found
-
-    def _take_for_graph(self, count: int, device: torch.device) -> Tensor:
-        zeros, used = self._captured.get(device, (None, 0))
-        if zeros is None or used + count > len(zeros):
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        self._captured[device] = (zeros, used + count)
-        return zeros[used : used + count]
+            address, used = self._of_graphs.get(index, (0, self.SIZE))
+            if used + count > self.SIZE:
+                # A capture can allocate nothing else: zeros that are cleared at every replay.
+                zeros = torch.zeros(count, dtype=torch.int32, device=device)
+                return zeros.data_ptr(), zeros
+            self._of_graphs[index] = (address, used + count)
+            return address + 4 * used, None
+        address, size = self._of_stream.get((index, stream), (0, 0))
+        if size < count:
+            size, make = max(count, self.SIZE), extension.load().make_counters
+            address = make(index, size)
+            self._of_stream[index, stream] = (address, size)
+            if index not in self._of_graphs:
+                self._of_graphs[index] = (make(index, self.SIZE), 0)
+        return address, None
 
 
 counters = Counters()
@@ -111,14 +115,14 @@ def decode(
     device = x.device
     x_row, x_column = x.stride()
     y = x.new_empty((x.shape[0], out_features))
-    stream, bias_address, partials, zeros = stream_of(device), 0, 0, 0
+    stream, bias_address, partials, zeros, held = stream_of(device), 0, 0, 0, None
     if bias is not None:
         bias = bias.contiguous()
         bias_address = bias.data_ptr()
     if chain.counters:
         space = x.new_empty(chain.partials, dtype=torch.float32)
         partials = space.data_ptr()
-        zeros = counters.take(chain.counters, device, stream).data_ptr()
+        zeros, held = counters.take(chain.counters, device, stream)
     chain.launch(
         x.data_ptr(),
         x_row,
@@ -132,4 +136,5 @@ def decode(
         device.index or 0,
         stream,
     )
+    del held
     return y

@@ -59,7 +59,10 @@ def unsupported(device: torch.device) -> str | None:
         return f"the kernels need a CUDA device, not {device.type}"
     if reason := unavailable():
         return reason
-    architecture = limits(device)[0]
+    try:
+        architecture = limits(device)[0]
+    except RuntimeError as error:
+        return f"{error}; {REMEDY}"
     if architecture < 80:
         return f"the kernels need compute capability 8.0, not that of sm_{architecture}"
     return None
@@ -67,5 +70,8 @@ def unsupported(device: torch.device) -> str | None:
 
 @cache
 def limits(device: torch.device) -> tuple[int, int, int]:
-    """Architecture (80 for 8.0), multiprocessors, bytes of shared memory a block may have."""
+    """Architecture of the code that runs (80 for 8.0), multiprocessors, bytes of shared memory.
+
+    The memory is what a block may have.
+    """
     return load().limits(device.index)
