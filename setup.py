@@ -38,15 +38,15 @@ def wanted() -> bool:
 
 def architectures() -> str:
     """As CMake takes them."""
-    choice = os.environ.get("MPO_KERNELS_CUDA_ARCHITECTURES", "native")
-    if CHOICE == "native":
+    wished = os.environ.get("MPO_KERNELS_CUDA_ARCHITECTURES") or "native"
+    if wished == "native":
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         if not shutil.which(query[0]):
             return "80"
         printed = subprocess.run(query, capture_output=True, text=True).stdout.split()
         found = {line.replace(".", "") for line in printed if re.fullmatch(r"\d+\.\d", line)}
         return ";".join(f"{number}-real" for number in sorted(found)) or "80"
-    return RELEASE if CHOICE == "release" else choice
+    return RELEASE if wished == "release" else wished
 
 
 class CMakeBuild(build_ext):
@@ -58,7 +58,7 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         folder = Path(self.build_temp).resolve()
         configure = [
-            *("cmake", "-G", "Ninja", "-S", str(SOURCES), "-B", str(folder)),
+            *("cmake", "--fresh", "-G", "Ninja", "-S", str(SOURCES), "-B", str(folder)),
             f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}",
             f"-DWARNINGS_ARE_ERRORS={'ON' if architectures() == RELEASE else 'OFF'}",
             f"-DPython_EXECUTABLE={sys.executable}",
