@@ -102,6 +102,8 @@ Status make_counters(int device, int count, int** counters) {
   const size_t bytes = static_cast<size_t>(count) * sizeof(int);
   if (error == cudaSuccess) error = cudaMalloc(counters, bytes);
   if (error == cudaSuccess) error = cudaMemset(*counters, 0, bytes);
+  // Streams that do not wait for the default one may be the next to use them.
+  if (error == cudaSuccess) error = cudaStreamSynchronize(nullptr);
   return error == cudaSuccess ? Status{} : failed("counters of the decode chain", error);
 }
 

@@ -140,7 +140,7 @@ Status plan(const Problem& problem, const Limits& limits, Schedule* schedule);
 Status prepare(const Problem& problem, const Schedule& schedule, const Operands& operands,
                Arguments* arguments);
 
-// Of the current device.
+// Of a device, and of the code in this library that runs there.
 Status limits_of_device(int device, Limits* limits);
 
 // Zeros on a device, for good: no allocator that a graph's capture or replay manages gives them.

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpo_kernels import MPOLinear, MPOShape, mpo_linear, ops
+from mpo_kernels import MPOLinear, MPOShape, mpo_linear
 from mpo_kernels.backends import torch as torch_backend
 from mpo_kernels.plan import Gradients
 from mpo_kernels.testing import (
@@ -498,64 +496,3 @@ def test_merged_is_the_same_matrix_in_fewer_cores(shape: MPOShape, rows: int):
     assert merged.plan(rows).split == tuple(range(1, merged.shape.num_cores))
     storages = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     assert not storages & {p.untyped_storage().data_ptr() for p in merged.parameters()}
-
-
-class TestCallsThatSomethingObserves:
-    """An eager call goes past the dispatcher; whatever would see the operator still does."""
-
-    @pytest.fixture
-    def layer(self):
-        return MPOLinear(12, 8, MPOShape((3, 4), (4, 2), 3)).requires_grad_(False)
-
-    def operators(self, call):
-        seen = []
-
-        class Spy(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                seen.append(str(function))
-                return function(*args, **(kwargs or {}))
-
-        with Spy():
-            call()
-        return seen
-
-    def test_nothing_else_is_different(self, layer, monkeypatch):
-        x = torch.randn(3, 2, 12)
-        direct = layer(x)
-        monkeypatch.setattr(ops, "_unobserved", lambda *_: False)
-        assert torch.equal(layer(x), direct)
-        with pytest.raises(TypeError, match="expected cores and bias like x"):
-            layer(x.double())
-        monkeypatch.undo()
-        with pytest.raises(TypeError, match="expected cores and bias like x"):
-            layer(x.double())
-
-    def test_modes_tracers_and_the_profiler(self, layer):
-        x = torch.randn(3, 12)
-        assert "mpo_kernels.linear.default" in self.operators(lambda: layer(x))
-        graph = make_fx(layer)(x).graph
-        assert any("mpo_kernels.linear" in str(node.target) for node in graph.nodes)
-        with torch.autograd.profiler.profile() as profile:
-            layer(x)
-        assert any(event.name == "mpo_kernels::linear" for event in profile.function_events)
-        traced = torch.jit.trace(layer, x)
-        y = torch.randn(3, 12)
-        torch.testing.assert_close(traced(y), layer(y))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).dtype == torch.bfloat16
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            assert isinstance(layer(mode.from_tensor(x)), FakeTensor)
-
-    def test_gradients(self, layer):
-        x = torch.randn(3, 12, requires_grad=True)
-        assert layer(x).requires_grad
-        with torch.no_grad():
-            assert not layer(x).requires_grad
-        with torch.inference_mode():
-            assert layer(x.detach()).is_inference()
-
-    def test_forward_mode_is_refused_rather_than_lost(self, layer):
-        with torch.autograd.forward_ad.dual_level():
-            x = torch.autograd.forward_ad.make_dual(torch.randn(3, 12), torch.randn(3, 12))
-            with pytest.raises(RuntimeError, match="forward mode AD"):
-                layer(x)
