@@ -126,10 +126,15 @@ PYBIND11_MODULE(MPO_KERNELS_MODULE, module) {
     check(mpo::limits_of_device(device, &limits));
     return std::make_tuple(limits.architecture, limits.multiprocessors, limits.shared_memory);
   });
-  module.def("make_counters", [](int device, int count) {
-    int* counters = nullptr;
-    check(mpo::make_counters(device, count, &counters));
-    return reinterpret_cast<uintptr_t>(counters);
+  module.def("make_zeros", [](int device, int64_t count) {
+    void* zeros = nullptr;
+    check(mpo::make_zeros(device, count, &zeros));
+    return reinterpret_cast<uintptr_t>(zeros);
+  });
+  module.def("is_capturing", [](uintptr_t stream) {
+    bool capturing = false;
+    check(mpo::is_capturing(reinterpret_cast<void*>(stream), &capturing));
+    return capturing;
   });
   py::class_<Chain>(module, "Chain")
       .def(py::init<const std::vector<CoreArguments>&, int64_t, int64_t, int64_t, bool,

@@ -96,15 +96,22 @@ Status limits_of_device(int device, Limits* limits) {
   return {};
 }
 
-Status make_counters(int device, int count, int** counters) {
+Status make_zeros(int device, int64_t count, void** zeros) {
   const DeviceGuard guard(device);
   cudaError_t error = guard.error();
-  const size_t bytes = static_cast<size_t>(count) * sizeof(int);
-  if (error == cudaSuccess) error = cudaMalloc(counters, bytes);
-  if (error == cudaSuccess) error = cudaMemset(*counters, 0, bytes);
+  const size_t bytes = static_cast<size_t>(count) * 4;
+  if (error == cudaSuccess) error = cudaMalloc(zeros, bytes);
+  if (error == cudaSuccess) error = cudaMemset(*zeros, 0, bytes);
   // Streams that do not wait for the default one may be the next to use them.
   if (error == cudaSuccess) error = cudaStreamSynchronize(nullptr);
-  return error == cudaSuccess ? Status{} : failed("counters of the decode chain", error);
+  return error == cudaSuccess ? Status{} : failed("workspace of the decode chain", error);
+}
+
+Status is_capturing(void* stream, bool* capturing) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  *capturing = status != cudaStreamCaptureStatusNone;
+  return error == cudaSuccess ? Status{} : failed("cudaStreamIsCapturing", error);
 }
 
 Status launch(const Problem& problem, const Schedule& schedule, const Operands& operands,

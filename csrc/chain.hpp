@@ -143,8 +143,12 @@ Status prepare(const Problem& problem, const Schedule& schedule, const Operands&
 // Of a device, and of the code in this library that runs there.
 Status limits_of_device(int device, Limits* limits);
 
-// Zeros on a device, for good: no allocator that a graph's capture or replay manages gives them.
-Status make_counters(int device, int count, int** counters);
+// So many words of zeros on a device, for good: no allocator that a graph's capture or replay
+// manages gives them.
+Status make_zeros(int device, int64_t count, void** zeros);
+
+// Whether what is enqueued on a stream now goes into a graph.
+Status is_capturing(void* stream, bool* capturing);
 
 // Enqueues the kernel; `stream` is a cudaStream_t of that device.
 Status launch(const Problem& problem, const Schedule& schedule, const Operands& operands,

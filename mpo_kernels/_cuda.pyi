@@ -14,8 +14,15 @@ def limits(device: int) -> tuple[int, int, int]:
         RuntimeError: what CUDA says, as where the library has no code for the device.
     """
 
-def make_counters(device: int, count: int) -> int:
-    """The address of int32 zeros on a device that are never freed.
+def make_zeros(device: int, count: int) -> int:
+    """The address of so many zeros of 4 bytes on a device; they are never freed.
+
+    Raises:
+        RuntimeError: what CUDA says.
+    """
+
+def is_capturing(stream: int) -> bool:
+    """Whether what is enqueued on a stream now goes into a graph.
 
     Raises:
         RuntimeError: what CUDA says.

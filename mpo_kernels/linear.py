@@ -232,16 +232,20 @@ class MPOLinear(MPOModule):
 
     def _oriented_cores(self) -> list[Tensor]:
         """The cores as ``[D_k, in_k, out_k, D_{k+1}]``."""
-        parameters = self.cores._parameters
-        # Iterating over a ParameterList costs microseconds; pruned or parametrised it must.
+        # Attributes of modules and iterating over a ParameterList cost microseconds together.
+        parameters = self._modules["cores"]._parameters  # type: ignore[union-attr]
+        # Pruned or parametrised, the list has to give them.
         if tuple(parameters) == _NAMES[len(parameters)]:
-            return list(parameters.values())  # type: ignore[arg-type]
+            return list(parameters.values())
         return list(self.cores)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features] -> [..., out_features]``."""
         ops.check_input(x, self.in_features)
-        return ops.linear(x, self._oriented_cores(), self.bias, self.out_features)
+        # An attribute of a module costs as much as a check of all tensors.
+        parameters = self._parameters
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        return ops.linear(x, self._oriented_cores(), bias, self.out_features)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:

@@ -7,8 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
+from torch import Tensor, is_grad_enabled
+from torch._C import (
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import _profiler_enabled, forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from mpo_kernels import backends
 from mpo_kernels.decompose import check_cores
@@ -39,6 +48,10 @@ def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: i
                 f"expected cores and bias like x, {dtype} on {device}, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
+    return _computed(x, cores, bias, out_features)
+
+
+def _computed(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
     backend = backends.selected(x)
     if x.dim() == 2:
         return backend.linear(x, cores, bias, out_features)
@@ -178,25 +191,32 @@ def check_input(x: Tensor, in_features: int) -> None:
 def _unobserved(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None) -> bool:
     """Whether nothing would see the operator: no gradient, autocast, tracer, mode or subclass.
 
-    Nor anything that the dispatcher resolves: a view negated on reading, zeros without memory.
+    Nor anything that the dispatcher resolves (a view negated on reading, zeros without memory) or
+    the operator refuses (another dtype or device).
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if (
+        is_compiling()
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _is_any_autocast_enabled()
+        or _profiler_enabled()
+        or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    ):
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._is_any_autocast_enabled() or torch.autograd._profiler_enabled():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return False
-    tensors = (x, *cores) if bias is None else (x, *cores, bias)
-    trains = torch.is_grad_enabled()
-    return all(
-        (type(t) is Tensor or type(t) is torch.nn.Parameter)
-        and not (trains and t.requires_grad)
-        and not t.is_neg()
-        and not t._is_zerotensor()
-        for t in tensors
-    )
+    trains, dtype, device = is_grad_enabled(), x.dtype, x.device
+    for t in (x, *cores) if bias is None else (x, *cores, bias):
+        if (
+            (type(t) is not Tensor and type(t) is not Parameter)
+            or (trains and t.requires_grad)
+            or t.is_neg()
+            or t._is_zerotensor()
+            or t.dtype != dtype
+            or t.device != device
+        ):
+            return False
+    return True
 
 
 def linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
@@ -205,7 +225,7 @@ def linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: in
     Dispatching to Python and back costs as much as a small layer.
     """
     if _unobserved(x, cores, bias):
-        return _linear(x, cores, bias, out_features)
+        return _computed(x, cores, bias, out_features)
     return torch.ops.mpo_kernels.linear(x, cores, bias, out_features)
 
 
@@ -288,7 +308,7 @@ def embedding(
     """:func:`mpo_embedding` after its checks of shape: ids, padding, then the operator."""
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"expected int32 or int64 ids, got {ids.dtype}")
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+    if ids.device.type == "cpu" and not is_compiling() and ids.numel():
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= num_embeddings:
             raise IndexError(f"expected ids in [0, {num_embeddings}), got {low} … {high}")

@@ -41,6 +41,21 @@ def build() -> Path:
     return BUILD
 
 
+def imported(folder: Path, name: str) -> ModuleType:
+    """An extension of that name that CMake built."""
+    (path,) = folder.glob(f"{name}*.so")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def unlaunched(build: Path) -> ModuleType:
+    """The extension without a launch."""
+    return imported(build, "unlaunched")
+
+
 ON_DEVICE = extension.unavailable() is None
 
 
@@ -54,11 +69,7 @@ def kernels(request: pytest.FixtureRequest) -> ModuleType:
     """The extension, on whatever device there is."""
     if ON_DEVICE:
         return extension.load()
-    (path,) = request.getfixturevalue("build").glob("emulated*.so")
-    spec = importlib.util.spec_from_file_location("emulated", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported(request.getfixturevalue("build"), "emulated")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
-// `launch` and `limits_of_device` on the emulated machine, in place of chain.cu.
+// `launch` on the emulated machine.
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <numeric>
 
 #include "emulation.hpp"
@@ -30,16 +29,6 @@ simt::Range range(const void* pointer, int64_t bytes, bool writable = false, boo
 }
 
 }  // namespace
-
-Status limits_of_device(int, Limits* limits) {
-  *limits = {90, 132, 227 << 10};
-  return {};
-}
-
-Status make_counters(int, int count, int** counters) {
-  *counters = static_cast<int*>(std::calloc(static_cast<size_t>(count), sizeof(int)));
-  return {};
-}
 
 Status launch(const Problem& p, const Schedule& s, const Operands& o, int, void*) {
   Arguments arguments;

@@ -142,25 +142,49 @@ def test_gradients_are_left_to_the_others(cuda_backend: ModuleType) -> None:
 
 
 @pytest.mark.usefixtures("cuda_backend")
-class TestCounters:
-    def test_a_stream_has_its_own(self) -> None:
-        counters, device, size = decode.Counters(), torch.get_default_device(), decode.Counters.SIZE
-        one = counters.take(8, device, 1)
-        assert counters.take(8, device, 1) == one and one[0]
-        assert abs(counters.take(8, device, 2)[0] - one[0]) >= 4 * size
-        assert counters.take(2 * size, device, 1)[0] != one[0]
-        assert counters.take(8, device, 1)[0] != one[0]
+class TestWorkspace:
+    """A space is what one launch takes: [start, end) of its counters and of its partial sums."""
 
-    def test_a_graph_takes_places_for_good(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        counters, device = decode.Counters(), torch.get_default_device()
-        eager, _ = counters.take(1, device, 0)
-        monkeypatch.setattr(decode, "is_capturing", lambda device: True)
-        taken = [counters.take(30_000, device, 0) for _ in range(3)]
-        addresses = sorted([eager, *(address for address, _ in taken)])
-        assert all(b - a >= 4 * 30_000 for a, b in pairwise(addresses))
+    @staticmethod
+    def spaces(
+        workspace: decode.Workspace, counters: int, partials: int, stream: int
+    ) -> tuple[list[tuple[int, int]], tuple[torch.Tensor, ...]]:
+        chain, like = SimpleNamespace(counters=counters, partials=partials), torch.zeros(1)
+        sums, zeros, held = workspace.take(chain, like, stream)
+        return [(zeros, zeros + 4 * counters), (sums, sums + 4 * partials)], held
+
+    @staticmethod
+    def apart(*taken: list[tuple[int, int]]) -> bool:
+        spaces = sorted(space for one in taken for space in one)
+        return spaces[0][0] > 0 and all(a[1] <= b[0] for a, b in pairwise(spaces))
+
+    def test_a_stream_keeps_its_own(self, cuda_backend: ModuleType) -> None:
+        workspace, many = decode.Workspace(), decode.Workspace.COUNTERS
+        one, _ = self.spaces(workspace, 8, 100, 1)
+        assert self.spaces(workspace, 8, 100, 1) == (one, ())
+        others = [
+            self.spaces(workspace, 8, 100, 2)[0],
+            self.spaces(workspace, 2 * many, 100, 1)[0],
+            self.spaces(workspace, 8, 4 * workspace.PARTIALS, 3)[0],
+        ]
+        assert self.apart(one, *others)
+        # Partial sums never reach where a later launch looks for zeros.
+        (few, _), (more, _) = (self.spaces(workspace, n, 10_000, 4) for n in (8, many))
+        assert self.apart([few[1]], [more[0]])
+
+    def test_a_graph_takes_counters_for_good(
+        self, cuda_backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        workspace = decode.Workspace()
+        eager, _ = self.spaces(workspace, 1, 100, 0)
+        module = SimpleNamespace(is_capturing=lambda stream: True)
+        monkeypatch.setattr(extension, "load", lambda: module)
+        taken = [self.spaces(workspace, 30_000, 100, 0) for _ in range(3)]
+        assert self.apart(eager, *(spaces for spaces, _ in taken))
         # What is left is too little: zeros that the graph clears itself.
-        assert [zeros is None for _, zeros in taken] == [True, True, False]
-        assert not taken[2][1].any() and len(taken[2][1]) == 30_000
+        assert [len(held) for _, held in taken] == [1, 1, 2]
+        zeros = taken[2][1][1]
+        assert not zeros.any() and len(zeros) == 30_000
 
 
 def test_a_view_negated_on_reading(cuda_backend: ModuleType) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpo_kernels.backends import torch as library
 from mpo_kernels.backends.cuda import extension
-from mpo_kernels.backends.cuda.decode import DTYPES, Layout, chain_of, decode, layout_of
+from mpo_kernels.backends.cuda.decode import DTYPES, Layout, chain_of, decode, layouts_of
 from mpo_kernels.backends.torch.merging import merge
 from mpo_kernels.backends.triton import device as triton_device
 from mpo_kernels.figures import DeviceFigures, device_figures
@@ -80,7 +80,7 @@ def plan_for(
     if gradients is not None or not 1 <= rows <= most or dtype not in DTYPES or len(cores) == 1:
         return _rest(device, dtype).plan_for(rows, dtype, device, cores, gradients, features)
     features = features or features_of(shapes_of(cores))
-    layouts = tuple(layout_of(core) for core in cores)
+    layouts = layouts_of(cores)
     return _plan(layouts, features, rows, dtype, device, device_figures(device, dtype))
 
 
@@ -187,7 +187,7 @@ def quantized_linear(
     rows, module = x.shape[0], extension.load()
     parts, features = len(cores), (x.shape[1], out_features)
     if x.dtype in DTYPES and 1 <= rows <= module.MAX_ROWS and 2 <= parts <= module.MAX_PARTS:
-        layouts = tuple(layout_of(core) for core in cores)
+        layouts = layouts_of(cores)
         chain = quantized_chain(layouts, rows, features, x.dtype, cores[0].dtype, x.device)
         if chain is not None:
             return decode(x, cores, scales, bias, out_features, chain)

@@ -20,9 +20,9 @@ DTYPES = (torch.float16, torch.bfloat16)
 Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], bool]
 
 
-def layout_of(core: Tensor) -> Layout:
+def layouts_of(cores: Sequence[Tensor]) -> tuple[Layout, ...]:
     """What a schedule depends on."""
-    return core.shape, core.stride(), core.data_ptr() % 16 == 0
+    return tuple([(core.shape, core.stride(), core.data_ptr() % 16 == 0) for core in cores])
 
 
 @lru_cache(maxsize=4096)
@@ -43,51 +43,53 @@ def chain_of(
         return None
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched now goes into a graph."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
-class Counters:
-    """Zeros that a launch finds and leaves, never shared by two launches that may overlap.
+class Workspace:
+    """Memory for the sums over splits, never shared by two launches that may overlap.
 
     Launches on one stream follow each other. A graph may be replayed beside anything else, so what
-    is captured takes places that nothing takes again. None is from torch's allocator, which may
-    give memory of a graph's warm-up to somebody else.
+    is captured takes counters that nothing takes again. None of it is from torch's allocator, which
+    may give memory of a graph's warm-up to somebody else, save what a graph itself owns.
     """
 
-    SIZE = 1 << 16
+    COUNTERS = 1 << 16
+    PARTIALS = 1 << 18
 
     def __init__(self) -> None:
-        # Address and count; of a device's last one also how many are taken.
-        self._of_stream: dict[tuple[int, int], tuple[int, int]] = {}
+        # Address and sizes of a stream's counters and the partial sums behind them.
+        self._of_stream: dict[tuple[int, int], tuple[int, int, int]] = {}
+        # Address of a device's counters for graphs, and how many are taken.
         self._of_graphs: dict[int, tuple[int, int]] = {}
 
-    def take(self, count: int, device: torch.device, stream: int) -> tuple[int, Tensor | None]:
-        """The address of ``count`` int32 zeros, and what has to live until they are used."""
-        index = device.index or 0
-        if is_capturing(device):
-            address, used = self._of_graphs.get(index, (0, self.SIZE))
-            if used + count > self.SIZE:
-                # A capture can allocate nothing else: zeros that are cleared at every replay.
-                zeros = torch.zeros(count, dtype=torch.int32, device=device)
-                return zeros.data_ptr(), zeros
-            self._of_graphs[index] = (address, used + count)
-            return address + 4 * used, None
-        address, size = self._of_stream.get((index, stream), (0, 0))
-        if size < count:
-            size, make = max(count, self.SIZE), extension.load().make_counters
-            address = make(index, size)
-            self._of_stream[index, stream] = (address, size)
+    def take(self, chain: Chain, like: Tensor, stream: int) -> tuple[int, int, tuple[Tensor, ...]]:
+        """Addresses of partials and counters, and what has to live until they are used."""
+        module, index = extension.load(), like.device.index or 0
+        count, partials = chain.counters, chain.partials
+        if module.is_capturing(stream):
+            return self._captured(count, partials, like)
+        address, counters, size = self._of_stream.get((index, stream), (0, 0, 0))
+        if count > counters or partials > size:
+            counters, size = max(count, self.COUNTERS), max(partials, 2 * size, self.PARTIALS)
+            address = module.make_zeros(index, counters + size)
+            self._of_stream[index, stream] = (address, counters, size)
             if index not in self._of_graphs:
-                self._of_graphs[index] = (make(index, self.SIZE), 0)
-        return address, None
+                self._of_graphs[index] = (module.make_zeros(index, self.COUNTERS), 0)
+        return address + 4 * counters, address, ()
+
+    def _captured(
+        self, count: int, partials: int, like: Tensor
+    ) -> tuple[int, int, tuple[Tensor, ...]]:
+        space = like.new_empty(partials, dtype=torch.float32)
+        index = like.device.index or 0
+        address, used = self._of_graphs.get(index, (0, self.COUNTERS))
+        if used + count > self.COUNTERS:
+            # A capture can allocate nothing else: zeros that are cleared at every replay.
+            zeros = like.new_zeros(count, dtype=torch.int32)
+            return space.data_ptr(), zeros.data_ptr(), (space, zeros)
+        self._of_graphs[index] = (address, used + count)
+        return space.data_ptr(), address + 4 * used, (space,)
 
 
-counters = Counters()
+workspace = Workspace()
 
 
 def stream_of(device: torch.device) -> int:
@@ -115,14 +117,13 @@ def decode(
     device = x.device
     x_row, x_column = x.stride()
     y = x.new_empty((x.shape[0], out_features))
-    stream, bias_address, partials, zeros, held = stream_of(device), 0, 0, 0, None
+    stream, bias_address, partials, counters = stream_of(device), 0, 0, 0
+    held: tuple[Tensor, ...] = ()
     if bias is not None:
         bias = bias.contiguous()
         bias_address = bias.data_ptr()
     if chain.counters:
-        space = x.new_empty(chain.partials, dtype=torch.float32)
-        partials = space.data_ptr()
-        zeros, held = counters.take(chain.counters, device, stream)
+        partials, counters, held = workspace.take(chain, x, stream)
     chain.launch(
         x.data_ptr(),
         x_row,
@@ -132,7 +133,7 @@ def decode(
         bias_address,
         y.data_ptr(),
         partials,
-        zeros,
+        counters,
         device.index or 0,
         stream,
     )
