@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from mpo_kernels.cores import check_cores, check_finite, merge_cores, orthogonalise
+from mpo_kernels.fitting import check_second_moment, fit, output_error, padded_moment
 from mpo_kernels.shape import MPOShape
 
 
@@ -27,12 +28,14 @@ class Decomposition:
         rel_error: ‖W − MPO‖_F / ‖W‖_F, measured before the cores are cast to the input's dtype; 0
             for a zero matrix.
         spectra: singular values of each bond before it was cut, descending, float64.
+        output_error: ‖(W − MPO)S^½‖_F / ‖W S^½‖_F where a second moment S was given.
     """
 
     cores: list[Tensor]
     shape: MPOShape
     rel_error: float
     spectra: list[Tensor]
+    output_error: float | None = None
 
     @property
     def entropies(self) -> list[float]:
@@ -43,38 +46,6 @@ class Decomposition:
             v = v[v > 0] / v.sum()
             entropies.append(float(-(v * v.log()).sum()) if len(v) else 0.0)
         return entropies
-
-
-def merge_cores(cores: Sequence[Tensor]) -> Tensor:
-    """Contract neighbouring cores into one: ``[D_a, ∏ i, ∏ j, D_b]``."""
-    merged = cores[0]
-    for core in cores[1:]:
-        d, i, j, _ = merged.shape
-        _, ik, jk, dk = core.shape
-        merged = torch.tensordot(merged, core, dims=1)  # [d, i, j, ik, jk, dk]
-        merged = merged.transpose(2, 3).reshape(d, i * ik, j * jk, dk)
-    return merged
-
-
-def check_finite(cores: Sequence[Tensor]) -> None:
-    """Raise a ValueError that names the first of ``cores`` with a NaN or an Inf in it."""
-    for k, core in enumerate(cores):
-        if not torch.isfinite(core).all():
-            raise ValueError(f"expected finite cores, got NaN or Inf in core {k}")
-
-
-def check_cores(cores: Sequence[Tensor]) -> None:
-    """Raise a ValueError unless ``cores`` are 4-dimensional and chain from bond 1 to bond 1."""
-    shapes = [tuple(core.shape) for core in cores]
-    if (
-        not shapes
-        or any(len(shape) != 4 for shape in shapes)
-        or not shapes[0][0] == shapes[-1][3] == 1
-        or any(a[3] != b[0] for a, b in pairwise(shapes))
-    ):
-        raise ValueError(
-            f"expected cores [D_k, i_k, j_k, D_k+1] that chain from 1 to 1, got {shapes}"
-        )
 
 
 @torch.no_grad()
@@ -107,8 +78,13 @@ def decompose(
     max_rank: int | None = None,
     rel_error: float | None = None,
     compression: float | None = None,
+    second_moment: Tensor | None = None,
 ) -> Decomposition:
     """Decompose a dense weight by sequential TT-SVD, at most ``shape.ranks``.
+
+    With a second moment of the layer's inputs the cores are then fitted to what its output loses;
+    the bonds are chosen without it. Plain low rank, or any two cores of which one has the whole
+    input, is exact then; other chains are fitted by alternating least squares (`fitting.py`).
 
     Args:
         weight: ``[out_features, in_features]``, any floating dtype; computed in fp32, or fp64 for
@@ -119,14 +95,20 @@ def decompose(
             rel_error · ‖W‖ / √(n − 1)).
         compression: parameters to keep, as a fraction of the dense ones; the singular values that
             cost least error a parameter go first.
+        second_moment: E[x xᵀ] ``[in_features, in_features]`` in any scale, or ``[in_features]``
+            where it is diagonal, as an embedding's counts are. Directions without input are held
+            by a little of the identity.
 
     Raises:
-        TypeError: a weight that is not a floating-point tensor.
+        TypeError: a weight or second moment that is not a floating-point tensor.
         ValueError: a weight of another size, with NaN or Inf; bounds outside their range, or more
-            than one of ``rel_error`` and ``compression``; a compression no bond of 1 reaches.
+            than one of ``rel_error`` and ``compression``; a compression no bond of 1 reaches; a
+            second moment of another size, with NaN or Inf, or zero.
     """
     _check_weight(weight, shape)
     _check_bounds(max_rank, rel_error, compression)
+    if second_moment is not None:
+        check_second_moment(second_moment, shape.in_features)
     work = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     padded = work.new_zeros(math.prod(shape.in_factors), math.prod(shape.out_factors))
     padded[: shape.in_features, : shape.out_features] = work.t()
@@ -150,10 +132,21 @@ def decompose(
 
     if compression is not None:
         kept_ranks = _ranks_within(spectra, shape, compression, caps)
-        cores = _truncate(_orthogonalise(cores, 0), kept_ranks, None)[0]
-    cores = _orthogonalise(cores, shape.central)
-    error = torch.linalg.norm(merge_cores(cores)[0, :, :, 0] - padded)
-    return _decomposition(cores, shape, weight.dtype, error, torch.linalg.norm(work), spectra)
+        cores = _truncate(orthogonalise(cores, 0), kept_ranks, None)[0]
+    lost = None
+    if second_moment is not None:
+        second_moment = second_moment.detach().to(work)
+        cores = fit(cores, padded, padded_moment(second_moment, len(padded)))
+        ranks = [core.shape[3] for core in cores[:-1]]
+        cores = _truncate(orthogonalise(cores, 0), ranks, None)[0]
+    cores = orthogonalise(cores, shape.central)
+    merged = merge_cores(cores)[0, :, :, 0]
+    error = torch.linalg.norm(merged - padded)
+    if second_moment is not None:
+        fitted = merged[: shape.in_features, : shape.out_features].t()
+        lost = output_error(work, fitted, second_moment)
+    norm = torch.linalg.norm(work)
+    return _decomposition(cores, shape, weight.dtype, error, norm, spectra, lost)
 
 
 @torch.no_grad()
@@ -201,7 +194,7 @@ def round_cores(
     caps = tuple(min(a, b) for a, b in zip(bonds, shape.ranks, strict=True))
     dtype = cores[0].dtype
     work = [core.detach().to(torch.promote_types(dtype, torch.float32)) for core in cores]
-    canonical = _orthogonalise(work, 0)
+    canonical = orthogonalise(work, 0)
     threshold = _bond_threshold(rel_error, canonical[0], len(cores))
     rounded, spectra = _truncate(canonical, caps, threshold)
     discarded = sum(
@@ -209,7 +202,7 @@ def round_cores(
         for spectrum, core in zip(spectra, rounded, strict=False)
     )
     norm = torch.linalg.norm(canonical[0])
-    centred = _orthogonalise(rounded, shape.central)
+    centred = orthogonalise(rounded, shape.central)
     return _decomposition(
         centred, shape, dtype, norm.new_tensor(math.sqrt(discarded)), norm, spectra
     )
@@ -222,12 +215,14 @@ def _decomposition(
     error: Tensor,
     norm: Tensor,
     spectra: list[Tensor],
+    lost: float | None = None,
 ) -> Decomposition:
     return Decomposition(
         cores=[core.to(dtype).contiguous() for core in cores],
         shape=shape.with_ranks(tuple(core.shape[3] for core in cores[:-1])),
         rel_error=float(error / norm) if norm > 0 else 0.0,
         spectra=spectra,
+        output_error=lost,
     )
 
 
@@ -320,17 +315,6 @@ def _ranks_within(
         if not growable:
             return tuple(bonds[1:-1])
         bonds[max(growable, key=lambda k: squares[k - 1][bonds[k]] / price(k))] += 1
-
-
-def _orthogonalise(cores: Sequence[Tensor], stop: int) -> list[Tensor]:
-    """Make the cores right of ``stop`` right-orthogonal, carrying the remainder left to it."""
-    cores = list(cores)
-    for k in range(len(cores) - 1, stop, -1):
-        d, i, j, r = cores[k].shape
-        q, carry = torch.linalg.qr(cores[k].reshape(d, i * j * r).t())
-        cores[k] = q.t().reshape(-1, i, j, r)
-        cores[k - 1] = torch.tensordot(cores[k - 1], carry.t(), dims=1)
-    return cores
 
 
 def _truncate(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mpo_kernels import backends, ops
+from mpo_kernels.cores import merge_cores
 from mpo_kernels.decompose import (
     Decomposition,
     decompose,
-    merge_cores,
     reconstruct,
     round_cores,
 )

@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from mpo_kernels import backends
-from mpo_kernels.decompose import check_cores
+from mpo_kernels.cores import check_cores
 from mpo_kernels.plan import Gradients
 
 # No default arguments: dispatch strips them, and needs_input_grad comes up short.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpo_kernels import ops
-from mpo_kernels.decompose import check_finite
+from mpo_kernels.cores import check_finite
 from mpo_kernels.quantize import LARGEST, dequantize, quantize
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpo_kernels.decompose import merge_cores
+from mpo_kernels.cores import merge_cores
 from mpo_kernels.shape import MPOShape
 
 # Odd on purpose: primes, ones, padding on either side, bonds of one, one core, many cores.

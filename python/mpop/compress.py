@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape, decompose
-from mpo_kernels.decompose import check_finite
+from mpo_kernels.cores import check_finite
 from mpop.checkpoint import MPOQuantizer, attach
 from mpop.config import CompressionConfig, MatrixConfig, MPOConfig, matches
 from mpop.light import count_parameters

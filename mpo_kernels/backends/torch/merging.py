@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_kernels.decompose import merge_cores
+from mpo_kernels.cores import merge_cores
 from mpo_kernels.plan import groups
 
 

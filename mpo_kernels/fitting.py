@@ -1,0 +1,196 @@
+"""Cores fitted to what a layer's output loses, where `decompose` alone minds its weight.
+
+Over inputs x with second moment S = E[x xᵀ], the output loses E‖(W − Ŵ)x‖² = ‖(W − Ŵ)S^½‖²_F.
+Plain low rank has a closed form under it (Wang et al., "SVD-LLM", 2024, in other words); every
+other chain is fitted by alternating least squares, one core at a time by conjugate gradients, so
+that no normal matrix is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpo_kernels.cores import merge_cores, move_centre, orthogonalise
+from mpo_kernels.shape import MPOShape
+
+# Directions that no input took count as much as this fraction of a mean one.
+RIDGE = 0.01
+# Of one core's least squares; the sweeps go on from there.
+_ITERATIONS = 16
+
+
+def check_second_moment(second_moment: Tensor, in_features: int) -> None:
+    """Raise unless it is ``[in, in]``, or ``[in]`` where it is diagonal, finite and not zero."""
+    sizes = ((in_features, in_features), (in_features,))
+    if not isinstance(second_moment, Tensor) or not second_moment.is_floating_point():
+        raise TypeError(f"expected a floating-point second moment, got {type(second_moment)}")
+    if tuple(second_moment.shape) not in sizes:
+        raise ValueError(
+            f"expected a second moment {list(sizes[0])}, or {list(sizes[1])} of a diagonal one, "
+            f"got {list(second_moment.shape)}"
+        )
+    diagonal = _diagonal(second_moment)
+    if not torch.isfinite(second_moment).all() or (diagonal < 0).any() or not diagonal.any():
+        raise ValueError("expected a finite second moment of inputs that are not all zero")
+
+
+def _diagonal(second_moment: Tensor) -> Tensor:
+    return second_moment if second_moment.dim() == 1 else second_moment.diagonal()
+
+
+def regularised(second_moment: Tensor) -> Tensor:
+    """The same with mean diagonal 1, and a little of the identity where it is singular."""
+    scaled = second_moment / _diagonal(second_moment).mean()
+    _diagonal(scaled).add_(RIDGE)
+    return scaled
+
+
+def padded_moment(second_moment: Tensor, size: int) -> Tensor:
+    """Regularised, with zeros for the inputs from ``in_features`` to ``size``, the padding."""
+    more = size - len(second_moment)
+    return torch.nn.functional.pad(regularised(second_moment), (0, more) * second_moment.dim())
+
+
+def weigh(second_moment: Tensor, matrix: Tensor) -> Tensor:
+    """``S · matrix``, for a matrix ``[in, …]``."""
+    if second_moment.dim() == 1:
+        return second_moment[:, None] * matrix
+    return second_moment @ matrix
+
+
+def output_error(weight: Tensor, approximation: Tensor, second_moment: Tensor) -> float:
+    """‖(W − Ŵ)S^½‖_F / ‖W S^½‖_F of weights ``[out, in]``; 0 where the output is zero."""
+    difference = (weight - approximation).t()
+    lost = (difference * weigh(second_moment, difference)).sum(dtype=torch.float64)
+    whole = (weight.t() * weigh(second_moment, weight.t())).sum(dtype=torch.float64)
+    return float((lost.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
+
+
+@torch.no_grad()
+def weighted_spectrum(weight: Tensor, second_moment: Tensor | None) -> Tensor:
+    """Singular values of ``W S^½`` (of W without S), descending, float64.
+
+    The tail of them, √(Σ_{k>r} λ_k²), is what the output loses at rank r.
+
+    Args:
+        weight: ``[out, in]``.
+        second_moment: ``[in, in]`` or ``[in]``; see :func:`mpo_kernels.decompose`.
+    """
+    matrix = weight.detach().t().double()
+    if second_moment is None:
+        # The smaller Gram matrix of the two.
+        gram = matrix.t() @ matrix if matrix.shape[1] <= len(matrix) else matrix @ matrix.t()
+        return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+    moment = regularised(second_moment.double())
+    values = torch.linalg.eigvalsh(matrix.t() @ weigh(moment, matrix)).flip(0)
+    return values[: min(matrix.shape)].clamp(min=0).sqrt()
+
+
+def fit(
+    cores: Sequence[Tensor],
+    matrix: Tensor,
+    second_moment: Tensor,
+    *,
+    max_sweeps: int = 20,
+    tolerance: float = 0.01,
+) -> list[Tensor]:
+    """The cores of these sizes whose product is closest to ``matrix`` under S.
+
+    Args:
+        cores: where to start, core k ``[D_k, i_k, j_k, D_{k+1}]``; the error never rises.
+        matrix: ``[∏ i, ∏ j]``, the transposed weight with its padding.
+        second_moment: S ``[∏ i, ∏ i]``, or ``[∏ i]`` of a diagonal one, of its dtype.
+        max_sweeps: times that each core is fitted at most.
+        tolerance: it ends where a sweep takes less than this fraction off the error.
+    """
+    shape = MPOShape([c.shape[1] for c in cores], [c.shape[2] for c in cores])
+    if len(cores) == 2 and 1 in shape.in_factors:
+        return _projected(matrix, second_moment, shape, cores[0].shape[3])
+    return _alternated(list(cores), matrix, second_moment, max_sweeps, tolerance)
+
+
+def _projected(matrix: Tensor, second_moment: Tensor, shape: MPOShape, rank: int) -> list[Tensor]:
+    """Two cores, of which one carries the whole input: exact, and S is never inverted.
+
+    With the output's digits of the other core as rows, A Aᵀ under S has the directions to keep.
+    """
+    (i0, i1), (j0, j1) = shape.in_factors, shape.out_factors
+    weighted = weigh(second_moment, matrix).view(-1, j0, j1)
+    matrix = matrix.view(-1, j0, j1)
+    if i0 == 1:
+        gram = torch.einsum("iaj,ibj->ab", matrix.double(), weighted.double())
+        kept = torch.linalg.eigh(gram)[1][:, -rank:].flip(1).to(matrix.dtype)
+        return [kept[None, None], torch.einsum("iaj,ar->rij", matrix, kept)[..., None]]
+    gram = torch.einsum("ija,ijb->ab", matrix.double(), weighted.double())
+    kept = torch.linalg.eigh(gram)[1][:, -rank:].flip(1).to(matrix.dtype)
+    assert i1 == 1
+    return [torch.einsum("ija,ar->ijr", matrix, kept)[None], kept.t()[:, None, :, None]]
+
+
+def _alternated(
+    cores: list[Tensor], matrix: Tensor, second_moment: Tensor, max_sweeps: int, tolerance: float
+) -> list[Tensor]:
+    cores, last = orthogonalise(cores, 0), len(cores) - 1
+    error = before = float("inf")
+    for _ in range(max_sweeps):
+        for k in range(last):
+            _fit_core(cores, k, matrix, second_moment)
+            move_centre(cores, k, k + 1)
+        for k in range(last, 0, -1):
+            error = _fit_core(cores, k, matrix, second_moment)
+            move_centre(cores, k, k - 1)
+        if not error < (1 - tolerance) * before:
+            break
+        before = error
+    return cores
+
+
+def _fit_core(cores: list[Tensor], k: int, matrix: Tensor, second_moment: Tensor) -> float:
+    """Least squares for core k with the others as they are; returns the error under S."""
+    one = matrix.new_ones(1, 1, 1, 1)
+    left = merge_cores(cores[:k] or [one])[0]  # [i before, j before, D_k]
+    right = merge_cores(cores[k + 1 :] or [one])[..., 0]  # [D_{k+1}, i after, j after]
+    (i0, j0, _), (_, i2, j2), (_, i1, j1, _) = left.shape, right.shape, cores[k].shape
+
+    def expand(core: Tensor) -> Tensor:
+        merged = merge_cores([left[None], core, right[..., None]])
+        return merged[0, :, :, 0]
+
+    def project(dense: Tensor) -> Tensor:
+        """The adjoint of `expand`."""
+        digits = dense.view(i0, i1, i2, j0, j1, j2)
+        if left.shape[2] <= right.shape[0]:
+            digits = torch.einsum("xizyjw,xya->aizjw", digits, left)
+            return torch.einsum("aizjw,bzw->aijb", digits, right)
+        digits = torch.einsum("xizyjw,bzw->xiyjb", digits, right)
+        return torch.einsum("xiyjb,xya->aijb", digits, left)
+
+    residual = matrix - expand(cores[k])
+    weighted = weigh(second_moment, residual)
+    error = before = _norm(residual, weighted)
+    gradient = project(weighted)
+    step = torch.zeros_like(gradient)
+    direction, square = gradient.clone(), gradient.square().sum()
+    least = 1e-8 * square
+    for _ in range(_ITERATIONS):
+        if not square > least:
+            break
+        curved = project(weigh(second_moment, expand(direction)))
+        length = square / (direction * curved).sum()
+        step.add_(direction * length)
+        gradient.sub_(curved * length)
+        previous, square = square, gradient.square().sum()
+        direction = gradient + direction * (square / previous)
+    core = cores[k] + step
+    residual = matrix - expand(core)
+    error = _norm(residual, weigh(second_moment, residual))
+    if error < before:  # not so only where rounding is all that is left
+        cores[k] = core
+    return min(error, before)
+
+
+def _norm(residual: Tensor, weighted: Tensor) -> float:
+    return float((residual * weighted).sum(dtype=torch.float64).clamp(min=0).sqrt())
