@@ -79,6 +79,7 @@ def decompose(
     rel_error: float | None = None,
     compression: float | None = None,
     second_moment: Tensor | None = None,
+    max_sweeps: int = 20,
 ) -> Decomposition:
     """Decompose a dense weight by sequential TT-SVD, at most ``shape.ranks``.
 
@@ -98,6 +99,8 @@ def decompose(
         second_moment: E[x xᵀ] ``[in_features, in_features]`` in any scale, or ``[in_features]``
             where it is diagonal, as an embedding's counts are. Directions without input are held
             by a little of the identity.
+        max_sweeps: of alternating least squares; it ends where one takes less than a hundredth
+            off the error.
 
     Raises:
         TypeError: a weight or second moment that is not a floating-point tensor.
@@ -136,7 +139,7 @@ def decompose(
     lost = None
     if second_moment is not None:
         second_moment = second_moment.detach().to(work)
-        cores = fit(cores, padded, padded_moment(second_moment, len(padded)))
+        cores = fit(cores, padded, padded_moment(second_moment, len(padded)), max_sweeps=max_sweeps)
         ranks = [core.shape[3] for core in cores[:-1]]
         cores = _truncate(orthogonalise(cores, 0), ranks, None)[0]
     cores = orthogonalise(cores, shape.central)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape, decompose
 from mpo_kernels.cores import check_finite
+from mpo_kernels.family import Cost, choose, judged
+from mpop.allocation import Point, allocate, curve
+from mpop.calibration import Batches, Calibration, Moments
 from mpop.checkpoint import MPOQuantizer, attach
 from mpop.config import CompressionConfig, MatrixConfig, MPOConfig, matches
+from mpop.distributed import over_processes
 from mpop.light import count_parameters
 from mpop.modules import (
     MPO,
@@ -43,12 +48,15 @@ class CompressionRow:
         shape: factors and ranks.
         rel_error: relative Frobenius error.
         entropy: of the bonds next to the central core, the larger one, in nats.
+        output_error: relative error of the layer's output on calibration data that the cores were
+            not fitted to; None without calibration.
     """
 
     name: str
     shape: MPOShape
     rel_error: float
     entropy: float
+    output_error: float | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -85,32 +93,44 @@ class CompressionReport:
                     "parameters_after": row.parameters_after,
                     "rel_error": row.rel_error,
                     "entropy": row.entropy,
+                    "output_error": row.output_error,
                 }
                 for row in self.rows
             ],
         }
 
     def __str__(self) -> str:
-        columns = ("matrix", "in × out", "ranks", "before", "after", "ratio", "error", "entropy")
+        columns = (
+            "matrix",
+            "in × out",
+            "ranks",
+            "before",
+            "after",
+            "ratio",
+            "error",
+            "output",
+            "entropy",
+        )
         lines = [
             (
                 row.name,
                 f"{row.shape.in_features} × {row.shape.out_features}",
                 " ".join(map(str, row.ranks)),
                 *_counts(row.parameters_before, row.parameters_after),
-                f"{row.rel_error:.2g}",
                 f"{row.entropy:.2f}",
+                f"{row.rel_error:.2g}",
+                "–" if row.output_error is None else f"{row.output_error:.2g}",
             )
             for row in self.rows
         ]
         before = sum(row.parameters_before for row in self.rows)
         after = sum(row.parameters_after for row in self.rows)
         totals = [
-            (f"{len(self.rows)} matrices", "", "", *_counts(before, after), "", ""),
+            (f"{len(self.rows)} matrices", "", "", *_counts(before, after), "", "", ""),
             (
                 *("whole model", "", ""),
                 *_counts(self.parameters_before, self.parameters_after),
-                *("", ""),
+                *("", "", ""),
             ),
         ]
         return table(columns, lines, totals)
@@ -148,12 +168,11 @@ class MatrixPlan(NamedTuple):
     shape: MPOShape
 
 
-def plan(model: PreTrainedModel, config: CompressionConfig) -> list[MatrixPlan]:
-    """The matrices that `config` selects, each with its shape; all of it checked.
+def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
+    """The matrices that `config` selects.
 
     Raises:
-        ValueError: a pattern that fits no matrix, factors or ranks that do not fit a matrix's
-            size, a compression out of reach, or nothing to compress.
+        ValueError: a pattern that fits no matrix, or nothing to compress.
     """
     candidates = dense_matrices(model)
     chosen = _included(model, candidates, config.include)
@@ -166,7 +185,17 @@ def plan(model: PreTrainedModel, config: CompressionConfig) -> list[MatrixPlan]:
         _check_matches("overrides", pattern, chosen)
     if not chosen:
         raise ValueError(f"nothing to compress in this {type(model).__name__}")
-    return [_plan_matrix(model, names, config.for_matrix(names)) for names in chosen]
+    return chosen
+
+
+def plan(model: PreTrainedModel, config: CompressionConfig) -> list[MatrixPlan]:
+    """The matrices that `config` selects, each with its factors and ranks; all of it checked.
+
+    Raises:
+        ValueError: what `select` says, factors or ranks that do not fit a matrix's size, or a
+            compression out of reach.
+    """
+    return [_plan_matrix(model, names, config.for_matrix(names)) for names in select(model, config)]
 
 
 def _included(
@@ -210,53 +239,134 @@ def _plan_matrix(model: PreTrainedModel, names: Names, config: MatrixConfig) -> 
     return MatrixPlan(names, config, shape)
 
 
-def decompose_matrix(model: PreTrainedModel, matrix: MatrixPlan) -> Decomposition:
+def decompose_matrix(
+    model: PreTrainedModel, matrix: MatrixPlan, moments: Moments | None = None
+) -> Decomposition:
     """Decompose one dense matrix as planned; the model stays as it is."""
-    return decompose(
-        weight_of(module_at(model, matrix.names[0])),
+    weight = weight_of(module_at(model, matrix.names[0])).detach()
+    found = decompose(
+        weight,
         matrix.shape,
         rel_error=matrix.config.rel_error,
         compression=matrix.config.compression,
+        second_moment=None if moments is None else moments.fit,
     )
+    return found if moments is None else judged(found, weight, moments.judge)
 
 
-def compress(model: PreTrainedModel, config: CompressionConfig | None = None) -> CompressionReport:
+def compress(
+    model: PreTrainedModel,
+    config: CompressionConfig | None = None,
+    calibration: Batches | None = None,
+    *,
+    calibration_memory: int = 4 * 2**30,
+) -> CompressionReport:
     """Replace the matrices of a transformers model by MPOs, in place.
 
     Linears and Conv1Ds of the base model and the word embeddings are replaced, an output head tied
     to them as well, and the tie is kept; position and type embeddings and heads are not. One
     dense matrix at a time is decomposed and freed. Everything is checked before the first.
 
+    Where `torch.distributed` is initialised, each process decomposes its share of the matrices
+    and counts its own batches; all of them hold the same result.
+
     Args:
         model: a model of transformers, in any floating dtype, on any device.
         config: which matrices and how; default all of them, at full rank.
+        calibration: batches that the model is called with, `model(**batch)`: the cores are then
+            fitted to what the layers' outputs lose on them, and a quarter of them is kept to
+            report it (`output_error`).
+        calibration_memory: bytes for second moments at a time; where that is too little for all
+            matrices, the batches are passed through several times, later matrices seeing what the
+            earlier MPOs give.
 
     Raises:
         TypeError: another kind of model, or a weight that is not floating-point.
         ValueError: what `plan` says; weights with NaN or Inf, or on meta; a model that is already
-            compressed or quantized.
+            compressed or quantized; a budget that cannot be met, with the least that can; too
+            little calibration for a matrix. The model is as it was.
     """
     config = CompressionConfig() if config is None else config
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
     if getattr(model, "hf_quantizer", None) is not None or mpo_matrices(model):
         raise ValueError("expected a dense model, got one that is already compressed or quantized")
-    matrices = plan(model, config)
-    for matrix in matrices:
-        _check_weight(model, matrix.names[0])
+    if config.factors == "auto":
+        selected = select(model, config)
+    else:
+        planned = plan(model, config)
+        selected = [matrix.names for matrix in planned]
+    for names in selected:
+        _check_weight(model, names[0])
     before = count_parameters(model).total
-    is_quick = sum(matrix.shape.dense_parameters for matrix in matrices) < _QUICK
+    source = Calibration(model, calibration, calibration_memory)
+    if config.factors == "auto":
+        work = _fit_within(model, selected, config, source)
+    else:
+        work = _fit_planned(model, planned, source)
     rows = []
+    weights = sum(weight_of(module_at(model, names[0])).numel() for names in selected)
+    is_quick = weights < _QUICK and calibration is None
     try:
         # `disable=None`: no bar where stderr is not a terminal.
-        for matrix in tqdm(matrices, desc="compress", disable=is_quick or None):
-            rows.append(_compress_matrix(model, matrix))
+        bar = tqdm(work, "compress", len(selected), disable=is_quick or None)
+        for names, decomposition in bar:
+            if decomposition is not None:
+                rows.append(_replace(model, names, decomposition))
     finally:
         # After an interrupt too, so that the model says truthfully what it holds.
         if rows:
             update_ties(model)
             attach(model)
     return CompressionReport(tuple(rows), before, count_parameters(model).total)
+
+
+# A matrix and what takes its place, None where it stays dense.
+Fitted: TypeAlias = tuple[Names, Decomposition | None]
+
+
+def _fit_planned(
+    model: PreTrainedModel, matrices: list[MatrixPlan], source: Calibration
+) -> Iterator[Fitted]:
+    planned = {matrix.names: matrix for matrix in matrices}
+
+    def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition:
+        return decompose_matrix(model, planned[names], moments.get(names))
+
+    for group, moments in source.groups(list(planned)):
+        yield from over_processes(group, partial(fitted, moments))
+
+
+def _fit_within(
+    model: PreTrainedModel, selected: list[Names], config: CompressionConfig, source: Calibration
+) -> Iterator[Fitted]:
+    """All the matrices under one budget."""
+
+    def weight_at(names: Names) -> Tensor:
+        return weight_of(module_at(model, names[0])).detach()
+
+    assert config.compression is not None
+    first = weight_at(selected[0])
+    cost = Cost(config.objective, config.rows, first.dtype, first.device)
+
+    def losses(moments: dict[Names, Moments], names: Names) -> list[Point]:
+        return curve(weight_at(names), moments[names].fit if moments else None, cost)
+
+    curves: dict[Names, list[Point]] = {}
+    for group, moments in source.groups(selected):
+        curves.update(over_processes(group, partial(losses, moments)))
+    dense = {names: points[-1].cost for names, points in curves.items()}
+    points = allocate(list(curves.values()), config.compression * sum(dense.values()))
+    budgets = {names: point.cost for names, point in zip(curves, points, strict=True)}
+
+    def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition | None:
+        if budgets[names] >= dense[names]:
+            return None
+        of_inputs = (moments[names].fit, moments[names].judge) if moments else ()
+        return choose(weight_at(names), budgets[names], cost, *of_inputs)
+
+    for group, moments in source.groups(selected):
+        yield from over_processes(group, partial(fitted, moments))
 
 
 def _check_weight(model: PreTrainedModel, name: str) -> None:
@@ -269,21 +379,21 @@ def _check_weight(model: PreTrainedModel, name: str) -> None:
         raise ValueError(f"{name}: expected a finite weight, got NaN or Inf in it")
 
 
-def _compress_matrix(model: PreTrainedModel, matrix: MatrixPlan) -> CompressionRow:
-    dense = module_at(model, matrix.names[0])
-    decomposition = decompose_matrix(model, matrix)
+def _replace(model: PreTrainedModel, names: Names, decomposition: Decomposition) -> CompressionRow:
+    dense = module_at(model, names[0])
     module: MPO
     if isinstance(dense, nn.Embedding):
         module = MPOEmbedding.from_decomposition(decomposition, dense.padding_idx)
     else:
         module = MPOLinear.from_decomposition(decomposition, dense.bias)
     module.cores.requires_grad_(dense.weight.requires_grad)
-    swap(model, matrix.names, module)
+    swap(model, names, module)
     return CompressionRow(
-        matrix.names[0],
+        names[0],
         decomposition.shape,
         decomposition.rel_error,
         central_entropy(decomposition),
+        decomposition.output_error,
     )
 
 

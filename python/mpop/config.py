@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpo_kernels import MPOShape
+from mpo_kernels.family import Cost, Objective
 
 FORMAT_VERSION = 1
 KINDS = ("linear", "conv1d", "embedding")
@@ -117,6 +118,13 @@ class CompressionConfig:
         overrides: `{pattern: {...}}` with other `num_cores`, `ranks`, `rel_error`, `compression`,
             or explicit `in_factors` and `out_factors`. A later pattern goes before an earlier
             one; naming any of ranks, rel_error, compression replaces all three.
+        factors: `"balanced"`: `num_cores` even factors for each matrix, as in the paper. `"auto"`:
+            for each the member of the family that loses least, or none where dense is worth it,
+            under one budget: `compression` is of all the matrices together, and `num_cores` is
+            not used.
+        objective: what the budget of `"auto"` counts: `"parameters"`, `"memory"` (bytes of
+            weights and states) or `"latency"` (predicted by the planner).
+        rows: rows of x that memory and latency are meant for.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or range, saying what was expected.
@@ -130,8 +138,22 @@ class CompressionConfig:
     exclude: tuple[str, ...] = ()
     embeddings: bool = True
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    factors: Literal["balanced", "auto"] = "balanced"
+    objective: Objective = "parameters"
+    rows: int = 1
 
     def __post_init__(self) -> None:
+        if self.factors not in ("balanced", "auto"):
+            raise ValueError(f"factors: expected 'balanced' or 'auto', got {self.factors!r}")
+        Cost(self.objective, self.rows)
+        if self.factors == "auto":
+            if self.compression is None or self.overrides:
+                raise ValueError(
+                    "factors 'auto' share one budget: expected a compression and no overrides, "
+                    f"got {self.compression} and {list(self.overrides)}"
+                )
+        elif (self.objective, self.rows) != ("parameters", 1):
+            raise ValueError(f"objective {self.objective!r}: expected factors 'auto'")
         budgets = (getattr(self, name) for name in _BUDGETS)
         self.ranks = MatrixConfig(self.num_cores, *budgets).ranks
         if self.include is not None:

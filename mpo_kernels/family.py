@@ -1,0 +1,190 @@
+"""The members of the family that may hold a matrix, and the one that loses least of its output.
+
+Plain low rank is a member, (1, I) × (J, 1), and under the inputs' second moment its best fit is
+known exactly; skewed and balanced chains follow it. Which is best is measured, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from mpo_kernels import backends
+from mpo_kernels.decompose import Decomposition, decompose, reconstruct
+from mpo_kernels.figures import device_figures
+from mpo_kernels.fitting import output_error
+from mpo_kernels.plan import Work
+from mpo_kernels.shape import MPOShape
+
+Objective: TypeAlias = Literal["parameters", "memory", "latency"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+# After one sweep a fit that is this much worse than the best is not carried on.
+_HOPELESS = 1.2
+
+
+class Cost:
+    """What a layer costs: its parameters, its bytes at ``rows`` rows, or its predicted seconds.
+
+    Args:
+        objective: ``"parameters"``; ``"memory"``, of the weights and the widest state between two
+            of them; ``"latency"``, by the planner of the back end that would compute.
+        rows: of x, for memory and latency.
+        dtype, device: what the layer is served in and on, likewise.
+
+    Raises:
+        ValueError: another objective, or no row.
+    """
+
+    def __init__(
+        self,
+        objective: Objective = "parameters",
+        rows: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected one of {OBJECTIVES}, got {objective!r}")
+        if rows < 1:
+            raise ValueError(f"rows: expected at least 1, got {rows}")
+        self.objective, self.rows, self.dtype = objective, rows, dtype
+        self.device = torch.device("cpu") if device is None else device
+
+    def of(self, shape: MPOShape) -> float:
+        """Of a layer with these cores."""
+        if self.objective == "parameters":
+            return shape.num_parameters
+        if self.objective == "memory":
+            return self.dtype.itemsize * (shape.num_parameters + self.rows * _widest_state(shape))
+        cores = [torch.empty(size, device="meta") for size in shape.core_shapes]
+        backend = backends.selected(torch.empty(0, dtype=self.dtype, device=self.device))
+        features = (shape.in_features, shape.out_features)
+        plan = backend.plan_for(self.rows, self.dtype, self.device, cores, None, features)
+        return plan.predicted_us * 1e-6
+
+    def of_dense(self, in_features: int, out_features: int) -> float:
+        """Of the dense layer."""
+        parameters = in_features * out_features
+        if self.objective == "parameters":
+            return parameters
+        if self.objective == "memory":
+            return self.dtype.itemsize * parameters
+        moved = self.dtype.itemsize * (parameters + self.rows * (in_features + out_features))
+        work = Work(out_features, self.rows, in_features, bytes=moved)
+        return work.seconds(device_figures(self.device, self.dtype))
+
+
+def _widest_state(shape: MPOShape) -> int:
+    """Numbers a row of the widest state between two cores, from the end where that is less."""
+
+    def widest(shape: MPOShape) -> int:
+        width, most = shape.in_features, 0
+        for _, i, j, bond in shape.core_shapes[:-1]:
+            width = width // i * j
+            most = max(most, width * bond)
+        return most
+
+    mirrored = MPOShape(shape.in_factors[::-1], shape.out_factors[::-1], shape.ranks[::-1])
+    return min(widest(shape), widest(mirrored))
+
+
+def members(in_features: int, out_features: int) -> list[MPOShape]:
+    """Factors worth a try, at full rank: low rank first, then skewed, balanced, n = 3, n = 5."""
+    full = min(in_features, out_features)
+    shapes = [MPOShape.low_rank(in_features, out_features, full)]
+    for part in (2, 4):
+        if in_features > part and out_features > part:
+            shapes += [
+                MPOShape.skewed(in_features, out_features, part, -(-out_features // part), 2**62),
+                MPOShape.skewed(in_features, out_features, -(-in_features // part), part, 2**62),
+            ]
+    shapes += [MPOShape.balanced(in_features, out_features, n) for n in (2, 3, 5)]
+    return list(dict.fromkeys(shapes))
+
+
+def low_ranks(in_features: int, out_features: int, cost: Cost) -> Iterator[MPOShape]:
+    """Low-rank shapes that cost less than dense, in steps of one rank, or of 16 for latency."""
+    dense, step = cost.of_dense(in_features, out_features), 1
+    if cost.objective == "latency":
+        step = 16
+    for rank in range(1, min(in_features, out_features) + 1, step):
+        shape = MPOShape.low_rank(in_features, out_features, rank)
+        if cost.of(shape) < dense:
+            yield shape
+
+
+def choose(
+    weight: Tensor,
+    budget: float,
+    cost: Cost,
+    second_moment: Tensor | None = None,
+    judge: Tensor | None = None,
+) -> Decomposition:
+    """The member that loses least within the budget, its cores fitted.
+
+    Args:
+        weight: ``[out, in]``.
+        budget: what it may cost, in the units of ``cost``.
+        second_moment: of the layer's inputs; see :func:`mpo_kernels.decompose`. Without it the
+            weight's own error decides.
+        judge: a second moment of other inputs, by which members are compared and whose
+            ``output_error`` the result has; default the same.
+
+    Raises:
+        ValueError: no member is that cheap.
+    """
+    judge = second_moment if judge is None else judge
+
+    def fitted(shape: MPOShape, ratio: float, sweeps: int) -> Decomposition:
+        found = decompose(
+            weight, shape, compression=ratio, second_moment=second_moment, max_sweeps=sweeps
+        )
+        return found if judge is None else judged(found, weight, judge)
+
+    def lost(found: Decomposition) -> float:
+        return found.rel_error if found.output_error is None else found.output_error
+
+    best: Decomposition | None = None
+    for shape in members(weight.shape[1], weight.shape[0]):
+        ratio = _ratio_within(shape, budget, cost)
+        if ratio is None:
+            continue
+        found = fitted(shape, ratio, 1)
+        if cost.of(found.shape) > budget or (best and lost(found) > _HOPELESS * lost(best)):
+            continue
+        if second_moment is not None and best is not None:
+            found = fitted(shape, ratio, 20)
+        if best is None or lost(found) < lost(best):
+            best = found
+    if best is None:
+        raise ValueError(f"expected a budget that one rank meets, got {budget:g}")
+    return best
+
+
+def judged(found: Decomposition, weight: Tensor, second_moment: Tensor) -> Decomposition:
+    """The same, with the ``output_error`` for other inputs."""
+    shape = found.shape
+    product = reconstruct(
+        found.cores, in_features=shape.in_features, out_features=shape.out_features
+    )
+    work = torch.promote_types(weight.dtype, torch.float32)
+    lost = output_error(weight.to(work), product.to(work), second_moment.to(weight.device, work))
+    return replace(found, output_error=lost)
+
+
+def _ratio_within(shape: MPOShape, budget: float, cost: Cost) -> float | None:
+    """The compression at which these factors cost no more than the budget, None where none does."""
+    if cost.of(shape.with_ranks(1)) > budget:
+        return None
+    if cost.objective == "parameters":
+        return budget / shape.dense_parameters
+    low, high = 1, max(shape.full_ranks)
+    while low < high:  # the largest cap on every bond that is within it
+        middle = (low + high + 1) // 2
+        low, high = (
+            (middle, high) if cost.of(shape.with_ranks(middle)) <= budget else (low, middle - 1)
+        )
+    return shape.with_ranks(low).compression

@@ -1,0 +1,181 @@
+"""What a model's matrices are fed: second moments of their inputs, streamed over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mpop.distributed import sum_over_processes
+from mpop.modules import Names, module_at, weight_of
+
+# A model's keyword arguments, such as a tokenizer makes them: tensors [rows, …].
+Batches: TypeAlias = Iterable[Mapping[str, Tensor]]
+
+# One batch in so many is kept for judging what was fitted to the others.
+_JUDGE_EVERY = 4
+
+
+class Moments(NamedTuple):
+    """E[x xᵀ] of one matrix's inputs, or of an embedding's ids its diagonal, unscaled, fp32.
+
+    Attributes:
+        fit: ``[in, in]`` or ``[in]``, of three batches in four.
+        judge: the same of the fourth.
+        rows: inputs that were seen for the former.
+    """
+
+    fit: Tensor
+    judge: Tensor
+    rows: int
+
+
+@torch.no_grad()
+def second_moments(
+    model: PreTrainedModel, batches: Batches, matrices: Sequence[Names]
+) -> dict[Names, Moments]:
+    """Second moments of the inputs of dense matrices, over all positions that no mask hides.
+
+    Args:
+        model: in any mode, on any device; it is as it was afterwards.
+        batches: what the model is called with, `**batch`; at least two.
+        matrices: as `mpop.modules.dense_matrices` gives them. A matrix that several modules
+            share sees the inputs of all of them.
+
+    Raises:
+        ValueError: fewer rows than a matrix has inputs, or NaN or Inf in an input.
+    """
+    streams = {names: _Stream(model, names) for names in matrices}
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    with ExitStack() as hooks:
+        mask = _Mask()
+        for names, stream in streams.items():
+            for name in names:
+                if isinstance(module_at(model, name), nn.Embedding) == stream.is_diagonal:
+                    hook = stream.hook(mask)
+                    hooks.callback(module_at(model, name).register_forward_pre_hook(hook).remove)
+        hooks.callback(model.train, training)
+        for number, batch in enumerate(batches):
+            inputs = {key: value.to(device) for key, value in batch.items()}
+            mask.of(inputs)
+            for stream in streams.values():
+                stream.is_judging = number % _JUDGE_EVERY == 1
+            model(**inputs)
+    for stream in streams.values():
+        stream.add_other_processes()
+    return {names: stream.moments() for names, stream in streams.items()}
+
+
+class Calibration:
+    """Second moments of a model's matrices by groups, within a memory; none without batches.
+
+    Raises:
+        ValueError: batches that can be passed only once, where they are needed more often.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Batches | None, memory: int) -> None:
+        self._model, self._batches, self._memory = model, batches, memory
+        self._kept: dict[Names, Moments] = {}
+
+    def groups(
+        self, matrices: Sequence[Names]
+    ) -> Iterator[tuple[list[Names], dict[Names, Moments]]]:
+        """All the matrices in order; a single group is passed through the model only once."""
+        if self._batches is None:
+            yield list(matrices), {}
+            return
+        groups = list(self._within_memory(matrices))
+        if len(groups) == 1:
+            self._kept = self._kept or second_moments(self._model, self._batches, matrices)
+            yield groups[0], self._kept
+            return
+        if iter(self._batches) is self._batches:
+            raise ValueError(
+                f"expected calibration batches that can be iterated {2 * len(groups)} times, as a "
+                "list or DataLoader, since the moments do not fit in memory at once"
+            )
+        for group in groups:
+            yield group, second_moments(self._model, self._batches, group)
+
+    def _within_memory(self, matrices: Sequence[Names]) -> Iterator[list[Names]]:
+        group: list[Names] = []
+        used = 0
+        for names in matrices:
+            module = module_at(self._model, names[0])
+            size = weight_of(module).shape[1]
+            needed = 2 * 4 * (size if isinstance(module, nn.Embedding) else size**2)
+            if group and used + needed > self._memory:
+                yield group
+                group, used = [], 0
+            group.append(names)
+            used += needed
+        if group:
+            yield group
+
+
+class _Mask:
+    """Which positions of the batch at hand are no padding."""
+
+    def __init__(self) -> None:
+        self._masks: list[Tensor] = []
+
+    def of(self, inputs: Mapping[str, Any]) -> None:
+        masks = (inputs.get(f"{part}attention_mask") for part in ("", "decoder_"))
+        self._masks = [mask.bool() for mask in masks if mask is not None and mask.dim() == 2]
+
+    def rows(self, x: Tensor, positions: torch.Size) -> Tensor:
+        """``x [*positions, …]`` as the rows that count."""
+        for mask in self._masks:
+            if mask.shape == positions:
+                return x[mask]
+        return x.flatten(0, len(positions) - 1)
+
+
+class _Stream:
+    """The sums of one matrix."""
+
+    def __init__(self, model: nn.Module, names: Names) -> None:
+        module = module_at(model, names[0])
+        self.name, self.is_judging = names[0], False
+        self.is_diagonal = isinstance(module, nn.Embedding)
+        weight = weight_of(module)
+        size = weight.shape[1:] if self.is_diagonal else (weight.shape[1],) * 2
+        self._sums = [torch.zeros(size, device=weight.device) for _ in range(2)]
+        self._rows = torch.zeros(2, dtype=torch.int64, device=weight.device)
+
+    def hook(self, mask: _Mask) -> Any:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x, which = inputs[0], int(self.is_judging)
+            if self.is_diagonal:
+                rows = mask.rows(x, x.shape)
+                self._sums[which] += torch.bincount(rows, minlength=len(self._sums[which]))
+            else:
+                rows = mask.rows(x, x.shape[:-1]).float()
+                self._sums[which].addmm_(rows.t(), rows)
+            self._rows[which] += len(rows)
+
+        return add
+
+    def add_other_processes(self) -> None:
+        for tensor in (*self._sums, self._rows):
+            sum_over_processes(tensor)
+
+    def moments(self) -> Moments:
+        fit, judge = self._sums
+        fitted, judging = self._rows.tolist()
+        if not self.is_diagonal and min(fitted, 4 * judging) < len(fit):
+            raise ValueError(
+                f"{self.name}: expected at least {len(fit)} rows (tokens) to calibrate with, and a "
+                f"quarter as many to judge by, got {fitted} and {judging}: give more "
+                "text, in several batches"
+            )
+        if self.is_diagonal and not (fit.any() and judge.any()):
+            raise ValueError(f"{self.name}: expected ids to calibrate with, got none")
+        if not (torch.isfinite(fit).all() and torch.isfinite(judge).all()):
+            raise ValueError(f"{self.name}: expected finite inputs, got NaN or Inf in calibration")
+        return Moments(fit, judge, fitted)
