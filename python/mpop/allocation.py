@@ -17,20 +17,23 @@ class Point(NamedTuple):
     """A size that a matrix may have."""
 
     cost: float
-    lost: float  # of its squared output, as a fraction
+    lost: float  # a squared relative error, of the model's output where it was measured
 
 
-def curve(weight: Tensor, second_moment: Tensor | None, cost: Cost) -> list[Point]:
+def curve(
+    weight: Tensor, second_moment: Tensor | None, cost: Cost, sensitivity: float = 1.0
+) -> list[Point]:
     """The lower convex hull of (cost, loss) of one matrix, from one rank to dense, cheapest first.
 
     Low rank stands for the family here: its losses at all ranks are known from one spectrum.
+    ``sensitivity`` is what the model's output loses for each unit that the matrix's output does.
     """
     out_features, in_features = weight.shape
     squares = weighted_spectrum(weight, second_moment).square()
     whole = float(squares.sum())
     tails = torch.cat((squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1))).tolist()
     points = [
-        Point(cost.of(shape), tails[shape.ranks[0]] / whole if whole else 0.0)
+        Point(cost.of(shape), sensitivity * tails[shape.ranks[0]] / whole if whole else 0.0)
         for shape in low_ranks(in_features, out_features, cost)
     ]
     points.append(Point(cost.of_dense(in_features, out_features), 0.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -81,6 +82,57 @@ class Calibration:
     def __init__(self, model: PreTrainedModel, batches: Batches | None, memory: int) -> None:
         self._model, self._batches, self._memory = model, batches, memory
         self._kept: dict[Names, Moments] = {}
+        self._unchanged: list[Tensor] | None = None
+        if batches is not None:
+            first = next(iter(batches), None)
+            if first is None:
+                raise ValueError("expected calibration batches, got none")
+            self._probe = first
+            if iter(batches) is batches:
+                self._batches = chain([first], batches)
+
+    @torch.no_grad()
+    def change(self, names: Names, weight: Tensor) -> float:
+        """Relative squared change of the base model's outputs where a matrix is ``weight``.
+
+        Measured on the first batch; the model is as it was afterwards.
+        """
+        if self._unchanged is None:
+            self._unchanged = self._outputs()
+        module = module_at(self._model, names[0])
+        held = module.weight.data
+        module.weight.data = weight if isinstance(module, nn.Linear) else weight.t()
+        try:
+            changed = self._outputs()
+        finally:
+            module.weight.data = held
+        return sum(
+            float((after - before).square().sum() / before.square().sum())
+            for before, after in zip(self._unchanged, changed, strict=True)
+        )
+
+    def _outputs(self) -> list[Tensor]:
+        """Rows of what the base model gives: its last hidden state, a pooled one beside it."""
+        model, outputs = self._model, []
+        device, training = next(model.parameters()).device, model.training
+        inputs = {key: value.to(device) for key, value in self._probe.items()}
+        # The whole model is called, since some make inputs of their base model.
+        hook = model.base_model.register_forward_hook(
+            lambda module, inputs, output: outputs.extend(output.to_tuple())
+        )
+        model.eval()
+        try:
+            model(**inputs)
+        finally:
+            hook.remove()
+            model.train(training)
+        mask = _Mask()
+        mask.of(inputs)
+        return [
+            mask.rows(output, output.shape[:-1]).float()
+            for output in outputs
+            if isinstance(output, Tensor) and output.is_floating_point()
+        ]
 
     def groups(
         self, matrices: Sequence[Names]

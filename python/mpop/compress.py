@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape, decompose
+from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape, decompose, reconstruct
 from mpo_kernels.cores import check_finite
 from mpo_kernels.family import Cost, choose, judged
 from mpop.allocation import Point, allocate, curve
@@ -100,17 +100,8 @@ class CompressionReport:
         }
 
     def __str__(self) -> str:
-        columns = (
-            "matrix",
-            "in × out",
-            "ranks",
-            "before",
-            "after",
-            "ratio",
-            "error",
-            "output",
-            "entropy",
-        )
+        sizes = ("matrix", "in × out", "ranks", "before", "after", "ratio")
+        columns = (*sizes, "entropy", "error", "output")
         lines = [
             (
                 row.name,
@@ -340,23 +331,38 @@ def _fit_planned(
 def _fit_within(
     model: PreTrainedModel, selected: list[Names], config: CompressionConfig, source: Calibration
 ) -> Iterator[Fitted]:
-    """All the matrices under one budget."""
+    """All the matrices under one budget.
+
+    A matrix's loss counts by what it does to the model: each is cut by itself to the budget's
+    fraction, and the change of the model's output is measured.
+    """
 
     def weight_at(names: Names) -> Tensor:
         return weight_of(module_at(model, names[0])).detach()
 
-    assert config.compression is not None
+    budget = config.compression
+    assert budget is not None
     first = weight_at(selected[0])
     cost = Cost(config.objective, config.rows, first.dtype, first.device)
 
     def losses(moments: dict[Names, Moments], names: Names) -> list[Point]:
-        return curve(weight_at(names), moments[names].fit if moments else None, cost)
+        weight = weight_at(names)
+        if not moments:
+            return curve(weight, None, cost)
+        out_features, in_features = weight.shape
+        moment = moments[names].fit
+        rank = max(1, int(budget * weight.numel() / sum(weight.shape)))
+        shape = MPOShape.low_rank(in_features, out_features, min(rank, *weight.shape))
+        cut = decompose(weight, shape, second_moment=moment)
+        change = source.change(names, reconstruct(cut.cores))
+        sensitivity = change / cut.output_error**2 if cut.output_error else 0.0
+        return curve(weight, moment, cost, sensitivity)
 
     curves: dict[Names, list[Point]] = {}
     for group, moments in source.groups(selected):
         curves.update(over_processes(group, partial(losses, moments)))
-    dense = {names: points[-1].cost for names, points in curves.items()}
-    points = allocate(list(curves.values()), config.compression * sum(dense.values()))
+    dense = {names: cost.of_dense(*weight_at(names).shape[::-1]) for names in selected}
+    points = allocate(list(curves.values()), budget * sum(dense.values()))
     budgets = {names: point.cost for names, point in zip(curves, points, strict=True)}
 
     def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition | None:
