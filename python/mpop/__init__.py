@@ -13,6 +13,7 @@ if find_spec("transformers") is not None:  # without it, the command still says 
     from mpop.compress import CompressionReport, compress, merge
     from mpop.config import CompressionConfig, MPOConfig
     from mpop.light import ParameterCount, count_parameters, freeze_central, unfreeze
+    from mpop.squeeze import SqueezeReport, squeeze
 
 # Imported when first used. A function named as its module has to be imported above instead: the
 # module, once imported from elsewhere, would take its name here.
@@ -20,6 +21,8 @@ _LAZY = {
     "format_rows": "mpop.inspect",
     "inspect_model": "mpop.inspect",
     "plot_spectra": "mpop.inspect",
+    "plot_trace": "mpop.squeeze",
+    "Settler": "mpop.settle",
 }
 
 __all__ = [
@@ -27,6 +30,8 @@ __all__ = [
     "CompressionReport",
     "MPOConfig",
     "ParameterCount",
+    "Settler",
+    "SqueezeReport",
     "compress",
     "count_parameters",
     "format_rows",
@@ -35,7 +40,9 @@ __all__ = [
     "load",
     "merge",
     "plot_spectra",
+    "plot_trace",
     "save",
+    "squeeze",
     "unfreeze",
 ]
 

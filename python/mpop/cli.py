@@ -1,4 +1,4 @@
-"""The `mpop` command: compress, fine-tune, evaluate, inspect and merge from the shell."""
+"""The `mpop` command: compress, fine-tune, evaluate, squeeze, inspect and merge from the shell."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+OBJECTIVES = ("parameters", "memory", "latency")
+
 EPILOG = """examples:
   mpop finetune --model bert-base-uncased --task rte --method light --output rte-light
   mpop evaluate --model rte-light --task rte
   mpop compress --model bert-base-uncased --compression 0.5 --output bert-half
+  mpop compress --model bert-base-uncased --compression 0.5 --factors auto --calibrate sst2 \
+      --output bert-half-chosen
+  mpop squeeze --model rte-light --task rte --max-drop 0.01 --output rte-small
   mpop inspect --model bert-half --plot spectra.png
   mpop merge --model rte-light --output rte-dense
 
@@ -67,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compress(commands)
     _add_finetune(commands)
     _add_evaluate(commands)
+    _add_squeeze(commands)
     _add_inspect(commands)
     _add_merge(commands)
     return parser
@@ -126,6 +132,40 @@ def _add_compress(commands: Any) -> None:
         action="store_false",
         help="leave the word embeddings dense",
     )
+    parser.add_argument(
+        "--factors",
+        choices=("balanced", "auto"),
+        default="balanced",
+        help="auto: for each matrix the member of the family that loses least, within "
+        "--compression over all of them (balanced: --num-cores even factors)",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="parameters",
+        help="what --compression counts with --factors auto (parameters)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=_positive_int,
+        default=1,
+        metavar="N",
+        help="rows of x that memory and latency are meant for (1)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=_task,
+        metavar="TASK",
+        help="fit what the layers' outputs lose on this GLUE task's training rows",
+    )
+    parser.add_argument(
+        "--calibration-samples",
+        type=_positive_int,
+        default=1500,
+        metavar="N",
+        help="rows to calibrate with (1500)",
+    )
+    _add_data_dir(parser)
 
 
 def _add_finetune(commands: Any) -> None:
@@ -139,12 +179,7 @@ def _add_finetune(commands: Any) -> None:
         help="dense: ordinary fine-tuning; full: compress at full rank, train every tensor; "
         "light: the same with the central tensors frozen (dense)",
     )
-    parser.add_argument(
-        "--eval-split",
-        choices=("dev", "train-holdout"),
-        default="dev",
-        help="train-holdout: evaluate on training rows held out, to choose settings (dev)",
-    )
+    _add_training_set(parser)
     parser.add_argument(
         "--epochs", type=_positive_float, default=3.0, metavar="N", help="passes over the data (3)"
     )
@@ -168,12 +203,6 @@ def _add_finetune(commands: Any) -> None:
         help="batches per optimizer step (1)",
     )
     parser.add_argument(
-        "--max-train-samples", type=_positive_int, metavar="N", help="train on a fixed subset"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of head, data order, dropout (0)"
-    )
-    parser.add_argument(
         "--save-steps", type=_positive_int, metavar="N", help="write a checkpoint every N steps"
     )
     parser.add_argument(
@@ -192,13 +221,79 @@ def _add_evaluate(commands: Any) -> None:
     )
 
 
-def _add_data(parser: _Parser) -> None:
-    parser.add_argument("--task", required=True, type=_task, help="a GLUE task, e.g. rte or SST-2")
+def _add_squeeze(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "squeeze",
+        "Cut the bonds that carry least while a task's metric holds, with light fine-tuning.",
+        _squeeze,
+    )
+    _add_output(parser)
+    _add_data(parser, precision=False)
+    parser.add_argument(
+        "--max-drop",
+        type=_positive_float,
+        required=True,
+        metavar="D",
+        help="how far the metric may fall, as a fraction of 1: 0.01 is a point",
+    )
+    parser.add_argument(
+        "--max-rounds", type=_positive_int, default=50, metavar="N", help="cuts at most (50)"
+    )
+    parser.add_argument(
+        "--step",
+        type=_positive_float,
+        default=0.05,
+        metavar="F",
+        help="fraction of the cores' parameters that the first round cuts (0.05)",
+    )
+    parser.add_argument(
+        "--settle-steps",
+        type=_positive_int,
+        default=200,
+        metavar="N",
+        help="optimizer steps between two cuts at most (200)",
+    )
+    parser.add_argument(
+        "--window",
+        type=_positive_int,
+        default=20,
+        metavar="N",
+        help="steps whose mean loss tells whether it has settled (20)",
+    )
+    parser.add_argument(
+        "--learning-rate", type=_positive_float, metavar="LR", help="constant rate (2e-4)"
+    )
+    _add_training_set(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with the squeeze in --output")
+
+
+def _add_training_set(parser: _Parser) -> None:
+    parser.add_argument(
+        "--eval-split",
+        choices=("dev", "train-holdout"),
+        default="dev",
+        help="train-holdout: evaluate on training rows held out, to choose settings (dev)",
+    )
+    parser.add_argument(
+        "--max-train-samples", type=_positive_int, metavar="N", help="train on a fixed subset"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of head, data order, dropout (0)"
+    )
+
+
+def _add_data_dir(parser: _Parser) -> None:
     parser.add_argument(
         "--data-dir",
         metavar="D",
         help="a folder of <TASK>/{train,dev}.tsv in GLUE's own layout; without it the hub is used",
     )
+
+
+def _add_data(parser: _Parser, *, precision: bool = True) -> None:
+    parser.add_argument("--task", required=True, type=_task, help="a GLUE task, e.g. rte or SST-2")
+    _add_data_dir(parser)
     parser.add_argument(
         "--batch-size", type=_positive_int, default=32, metavar="N", help="rows per device (32)"
     )
@@ -208,9 +303,10 @@ def _add_data(parser: _Parser) -> None:
     parser.add_argument(
         "--max-eval-samples", type=_positive_int, metavar="N", help="evaluate on a fixed subset"
     )
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (fp32)"
-    )
+    if precision:
+        parser.add_argument(
+            "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (fp32)"
+        )
 
 
 def _add_inspect(commands: Any) -> None:
@@ -235,9 +331,17 @@ def _compress(model: str, output: str, **options: Any) -> tuple[dict[str, Any], 
     ranks = options["ranks"]
     if ranks and len(ranks) == 1:
         options["ranks"] = ranks[0]
+    task, samples, data_dir = (
+        options.pop(name) for name in ("calibrate", "calibration_samples", "data_dir")
+    )
     config = mpop.CompressionConfig(**options)
+    batches = None
+    if task is not None:
+        from mpop.finetune import calibration_batches
+
+        batches = calibration_batches(model, task, data_dir, samples)
     loaded = load_as_saved(model)
-    report = mpop.compress(loaded, config)
+    report = mpop.compress(loaded, config, batches)
     mpop.save(loaded, output)
     _copy_tokenizer(model, output)
     return {"model": model, "output": output, **report.to_dict()}, str(report)
@@ -288,6 +392,29 @@ def _evaluate(model: str, **options: Any) -> tuple[dict[str, Any], str]:
 
     result = evaluate(model, **options)
     return result, _table(result)
+
+
+def _squeeze(model: str, **options: Any) -> tuple[dict[str, Any], str]:
+    from tqdm import tqdm
+
+    from mpop.squeeze_task import squeeze_on_task
+
+    def show(made: Any) -> None:
+        tqdm.write(
+            f"round {made.step}: {made.cuts} bonds cut, {made.parameters:,} parameters, "
+            f"metric {made.metric:.4f}, {'kept' if made.kept else 'undone'}",
+            file=sys.stderr,
+        )
+
+    result = squeeze_on_task(model, on_round=show, **options)
+    text = (
+        f"{result['output']}: {result['parameters']:,} of {result['parameters_before']:,} "
+        f"parameters, {result['metric_name']} {result['metric']:.4f} "
+        f"(before: {result['metric_before']:.4f})"
+    )
+    if result["parameters"] == result["parameters_before"]:
+        text += f"; no cut was within --max-drop {result['max_drop']}"
+    return result, text
 
 
 def _table(result: dict[str, Any]) -> str:

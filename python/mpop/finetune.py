@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -121,7 +122,7 @@ def finetune(
     mpo_rate = learning_rate if mpo_learning_rate is None else mpo_learning_rate
     _check_choice("eval_split", eval_split, EVAL_SPLITS)
     _check_choice("precision", precision, PRECISIONS)
-    _check_positive(
+    check_positive(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -134,16 +135,16 @@ def finetune(
     )
     check_output(output, model_name_or_path)
     glue_task = get_task(task)
-    train, evaluation = _load_data(
+    train, evaluation = load_data(
         glue_task, data_dir, eval_split, max_train_samples, max_eval_samples
     )
     set_seed(seed)  # the task head is drawn while the model is loaded
     tokenizer = load_tokenizer(model_name_or_path)
     model = load_for_training(model_name_or_path, glue_task, method, config)
     parameters = mpop.count_parameters(model)
-    max_length = _fitting(max_length, model, tokenizer)
-    train = _encode(train, tokenizer, max_length)
-    evaluation = {name: _encode(rows, tokenizer, max_length) for name, rows in evaluation.items()}
+    max_length = fitting(max_length, model, tokenizer)
+    train = encoded(train, tokenizer, max_length)
+    evaluation = {name: encoded(rows, tokenizer, max_length) for name, rows in evaluation.items()}
     arguments = TrainingArguments(
         **{
             "output_dir": str(output),
@@ -179,7 +180,7 @@ def finetune(
     reset_peak_memory(trainer)
     outcome = trainer.train(resume_from_checkpoint=resume or None)
     memory = peak_memory(trainer)
-    metrics, outputs = _predict(trainer, glue_task, evaluation)
+    metrics, outputs = predict(trainer, glue_task, evaluation)
     result = {
         **_result(glue_task, metrics, parameters),
         "train_seconds": outcome.metrics["train_runtime"],
@@ -235,13 +236,13 @@ def evaluate(
         ValueError: A bad argument or data file, or a checkpoint without this task's trained head.
     """
     _check_choice("precision", precision, PRECISIONS)
-    _check_positive(batch_size=batch_size, max_length=max_length, max_eval_samples=max_eval_samples)
+    check_positive(batch_size=batch_size, max_length=max_length, max_eval_samples=max_eval_samples)
     glue_task = get_task(task)
     evaluation = _load_dev(glue_task, data_dir, max_eval_samples)
     model = load_for_evaluation(model_name_or_path, glue_task)
     tokenizer = load_tokenizer(model_name_or_path)
-    max_length = _fitting(max_length, model, tokenizer)
-    evaluation = {name: _encode(rows, tokenizer, max_length) for name, rows in evaluation.items()}
+    max_length = fitting(max_length, model, tokenizer)
+    evaluation = {name: encoded(rows, tokenizer, max_length) for name, rows in evaluation.items()}
     arguments = TrainingArguments(
         output_dir=".",  # Trainer makes a folder even where nothing is written
         per_device_eval_batch_size=batch_size,
@@ -250,7 +251,7 @@ def evaluate(
     )
     trainer = Trainer(model=model, args=arguments, data_collator=Collator(tokenizer))
     reset_peak_memory(trainer)
-    metrics, outputs = _predict(trainer, glue_task, evaluation)
+    metrics, outputs = predict(trainer, glue_task, evaluation)
     if predictions is not None and trainer.is_world_process_zero():
         _save_predictions(predictions, outputs)
     return {
@@ -266,7 +267,25 @@ def evaluate(
     }
 
 
-def _load_data(
+def calibration_batches(
+    model_name_or_path: str | Path, task: str, data_dir: str | Path | None, samples: int
+) -> list[dict[str, Tensor]]:
+    """The first training rows of a task in a fixed order, as `mpop.compress` calibrates with."""
+    tokenizer = load_tokenizer(model_name_or_path)
+    rows = subset(load_split(get_task(task), "train", data_dir), samples)
+    rows = encoded(rows, tokenizer, min(128, tokenizer.model_max_length))
+    collate = Collator(tokenizer)
+    return [
+        {
+            name: value
+            for name, value in collate([rows[k] for k in range(i, min(i + 32, len(rows)))]).items()
+            if name != "labels"
+        }
+        for i in range(0, len(rows), 32)
+    ]
+
+
+def load_data(
     task: Task,
     data_dir: str | Path | None,
     eval_split: str,
@@ -280,31 +299,31 @@ def _load_data(
         if len(train) < 10:
             raise ValueError(f"{len(train)} training rows are too few to hold a tenth of them out")
         cut = len(train) - min(_MAX_HOLDOUT, len(train) // 10)
-        evaluation = {eval_split: _subset(train.select(range(cut, len(train))), max_eval_samples)}
+        evaluation = {eval_split: subset(train.select(range(cut, len(train))), max_eval_samples)}
         train = train.select(range(cut))
-    return _subset(train, max_train_samples), evaluation
+    return subset(train, max_train_samples), evaluation
 
 
 def _load_dev(
     task: Task, data_dir: str | Path | None, max_samples: int | None
 ) -> dict[str, Dataset]:
     return {
-        split: _subset(load_split(task, split, data_dir), max_samples) for split in task.dev_splits
+        split: subset(load_split(task, split, data_dir), max_samples) for split in task.dev_splits
     }
 
 
-def _subset(rows: Dataset, size: int | None) -> Dataset:
+def subset(rows: Dataset, size: int | None) -> Dataset:
     if size is None or size >= len(rows):
         return rows
     return rows.shuffle(seed=_SUBSET_SEED).select(range(size))
 
 
-def _fitting(max_length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def fitting(max_length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     positions = getattr(model.config, "max_position_embeddings", max_length)
     return min(max_length, positions, tokenizer.model_max_length)
 
 
-def _encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def encoded(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     texts = [name for name in ("text", "text_pair") if name in rows.column_names]
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -317,7 +336,7 @@ def _encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     return rows.map(encode, batched=True, remove_columns=rows.column_names)
 
 
-def _predict(
+def predict(
     trainer: Trainer, task: Task, evaluation: dict[str, Dataset]
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics and outputs; a second dev split's metrics carry its name, as in MNLI."""
@@ -355,7 +374,7 @@ def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_positive(**values: float | None) -> None:
+def check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")

@@ -16,7 +16,7 @@ from tiny_glue import real_glue, save_bert, write_glue
 from transformers import AutoModelForSequenceClassification
 
 import mpop
-from mpop.finetune import _load_data, evaluate, finetune
+from mpop.finetune import evaluate, finetune, load_data
 from mpop.glue import TASKS, load_split
 from mpop.pretrained import load_for_training
 from mpop.trainer import MPOTrainer, peak_memory
@@ -279,11 +279,11 @@ def test_holdout_is_not_trained_on_and_dev_is_not_read(bert, tmp_path):
 
 def test_subsets_are_fixed(data):
     settings = (TASKS["sst2"], data, "dev", 8, 6)
-    (train, evaluation), (train_again, evaluation_again) = (_load_data(*settings) for _ in "ab")
+    (train, evaluation), (train_again, evaluation_again) = (load_data(*settings) for _ in "ab")
     assert (len(train), len(evaluation["dev"])) == (8, 6)
     assert train[:] == train_again[:]
     assert evaluation["dev"][:] == evaluation_again["dev"][:]
-    held_out, rest = _load_data(TASKS["sst2"], data, "train-holdout", None, None)[::-1]
+    held_out, rest = load_data(TASKS["sst2"], data, "train-holdout", None, None)[::-1]
     assert len(held_out["train-holdout"]) + len(rest) == 48
     assert set(rest["text"]).isdisjoint(held_out["train-holdout"]["text"])
 

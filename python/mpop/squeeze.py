@@ -1,0 +1,340 @@
+"""Dimension squeezing: cut the bonds that carry least, fine-tune, and go on while quality holds."""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mpo_kernels import round_cores
+from mpo_kernels.gauge import bond_maps, carried
+from mpop.light import count_parameters
+from mpop.modules import MPO, mpo_modules
+
+# A round that cuts less than this fraction is not tried.
+_LEAST = 0.002
+_MOST = 0.2
+
+
+class Tuner(Protocol):
+    """What trains between the cuts: a `Settler`, or anything with its four members."""
+
+    optimizer: torch.optim.Optimizer
+
+    def __call__(self) -> float:
+        """Train until the loss settles; returns it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class SqueezeRound:
+    """One cut of several bonds, what came of it, and whether it was kept.
+
+    Attributes:
+        step: from 1.
+        fraction: of the parameters in cores that were to go.
+        cuts: bonds that became smaller.
+        estimate: root of the summed squares of the relative errors of the cut matrices, from
+            their discarded singular values.
+        parameters: of the whole model after the cut.
+        loss: after fine-tuning.
+        metric: likewise.
+        kept: whether the metric was within the bound.
+        seconds: of the round.
+    """
+
+    step: int
+    fraction: float
+    cuts: int
+    estimate: float
+    parameters: int
+    loss: float
+    metric: float
+    kept: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SqueezeReport:
+    """Where it began, every round, and the smallest model within the bound, which is the result."""
+
+    metric_before: float
+    parameters_before: int
+    metric: float
+    parameters: int
+    rounds: tuple[SqueezeRound, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dictionary."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        kept = sum(r.kept for r in self.rounds)
+        return (
+            f"{self.parameters_before:,} -> {self.parameters:,} parameters "
+            f"({self.parameters / self.parameters_before:.1%}), metric {self.metric_before:.4f} -> "
+            f"{self.metric:.4f}, {kept} of {len(self.rounds)} rounds kept"
+        )
+
+
+def squeeze(
+    model: nn.Module,
+    *,
+    evaluate: Callable[[], float],
+    finetune: Tuner,
+    max_drop: float,
+    max_steps: int = 50,
+    step: float = 0.05,
+    state: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    on_round: Callable[[SqueezeRound], None] | None = None,
+) -> SqueezeReport:
+    """Cut bonds of a compressed model while a metric stays within ``max_drop`` of where it began.
+
+    A round takes the bonds whose next singular values add least error, over all matrices, until
+    ``step`` of the parameters in cores are gone; rounds the cores from canonical form, the
+    optimizer's state going with them; fine-tunes until the loss settles; and evaluates. A round
+    within the bound is kept, and the next is larger where it was free; one outside is undone, and
+    a half as large one is tried. The paper (section 4.3) cuts one bond a round and stops at the
+    first drop.
+
+    Args:
+        model: with MPO modules; it ends as the smallest that was within the bound.
+        evaluate: the metric of the model as it is, higher is better.
+        finetune: trains it, usually lightly; see `Settler`.
+        max_drop: how far the metric may fall below what it is at the start.
+        max_steps: at most this many rounds.
+        step: fraction of the parameters in cores that the first round cuts.
+        state: a file that always holds a whole state, replaced after each round; `trace.jsonl`
+            beside it has a line for each.
+        resume: go on from that file, with the same result as without the interruption.
+        on_round: told of each round as it ends.
+
+    Raises:
+        ValueError: no MPO modules, no bond above 1, a bound below zero, a metric that is NaN, or
+            a state to resume that is not there or of another model. The model is as it was.
+    """
+    if not 0 <= max_drop < math.inf or not 0 < step < 1 or max_steps < 1:
+        raise ValueError(
+            "expected max_drop >= 0, 0 < step < 1 and max_steps >= 1, "
+            f"got {max_drop}, {step} and {max_steps}"
+        )
+    modules = dict(mpo_modules(model))
+    if not modules:
+        raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+    if all(rank == 1 for module in modules.values() for rank in module.shape.ranks):
+        raise ValueError("nothing to squeeze: every bond is 1 already")
+    run = _Run(model, modules, finetune, None if state is None else Path(state))
+    first = run.snapshot()
+    if resume:
+        run.load()
+    else:
+        run.metric_before = run.metric = _checked(evaluate())
+        run.parameters_before = run.parameters = count_parameters(model).total
+        run.fraction = step
+        run.save()
+    try:
+        while len(run.rounds) < max_steps and run.fraction >= _LEAST:
+            made = run.round(evaluate, max_drop)
+            if made is None:
+                break
+            if on_round is not None:
+                on_round(made)
+    except ValueError:
+        run.restore(first)
+        raise
+    except BaseException:
+        run.restore(run.best)
+        raise
+    run.restore(run.best)
+    return SqueezeReport(
+        run.metric_before, run.parameters_before, run.metric, run.parameters, tuple(run.rounds)
+    )
+
+
+def _checked(metric: float) -> float:
+    if not math.isfinite(metric):
+        raise ValueError(f"expected a finite metric, got {metric}")
+    return float(metric)
+
+
+class _Run:
+    """The state of a squeeze: what was best, and what is tried next."""
+
+    def __init__(
+        self, model: nn.Module, modules: dict[str, MPO], tuner: Tuner, file: Path | None
+    ) -> None:
+        self.model, self.modules, self.tuner, self.file = model, modules, tuner, file
+        self.rounds: list[SqueezeRound] = []
+        self.metric_before = self.metric = self.fraction = 0.0
+        self.parameters_before = self.parameters = 0
+        self.best = self.snapshot()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The model's tensors and the tuner's state, copied."""
+        tensors = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        return {"model": tensors, "tuner": copy.deepcopy(self.tuner.state_dict())}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        self.model.load_state_dict(snapshot["model"])
+        self.tuner.load_state_dict(copy.deepcopy(snapshot["tuner"]))
+
+    def save(self) -> None:
+        """Replace the file in one step."""
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        new = self.file.with_name(f"{self.file.name}.new")
+        fields = ("metric_before", "metric", "fraction", "parameters_before", "parameters")
+        progress = {name: getattr(self, name) for name in fields}
+        rounds = [asdict(made) for made in self.rounds]
+        torch.save({**self.best, "progress": progress, "rounds": rounds}, new)
+        os.replace(new, self.file)
+        trace = "".join(f"{json.dumps(made)}\n" for made in rounds)
+        self.file.with_name("trace.jsonl").write_text(trace, encoding="utf-8")
+
+    def load(self) -> None:
+        if self.file is None or not self.file.is_file():
+            raise ValueError(f"nothing to resume: there is no {self.file}")
+        held = torch.load(self.file, weights_only=True, map_location="cpu")
+        try:
+            self.restore({"model": held["model"], "tuner": held["tuner"]})
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"{self.file}: the state of another model ({error})") from error
+        for name, value in held["progress"].items():
+            setattr(self, name, value)
+        self.rounds = [SqueezeRound(**made) for made in held["rounds"]]
+        self.best = self.snapshot()
+
+    def round(self, evaluate: Callable[[], float], max_drop: float) -> SqueezeRound | None:
+        """One round, None where no bond is left to cut."""
+        start = time.perf_counter()
+        ranks, estimate = choose_cuts(self.modules, self.fraction)
+        if not ranks:
+            return None
+        cuts = 0
+        for name, wanted in ranks.items():
+            module = self.modules[name]
+            cuts += sum(a != b for a, b in zip(wanted, module.shape.ranks, strict=True))
+            round_trained(module, wanted, self.tuner.optimizer)
+        parameters = count_parameters(self.model).total
+        loss = self.tuner()
+        metric = _checked(evaluate())
+        kept = metric >= self.metric_before - max_drop
+        made = SqueezeRound(
+            step=len(self.rounds) + 1,
+            fraction=self.fraction,
+            cuts=cuts,
+            estimate=estimate,
+            parameters=parameters,
+            loss=loss,
+            metric=metric,
+            kept=kept,
+            seconds=time.perf_counter() - start,
+        )
+        self.rounds.append(made)
+        if kept:
+            is_free = metric >= self.metric
+            self.metric, self.parameters, self.best = metric, parameters, self.snapshot()
+            self.fraction = min(_MOST, 1.5 * self.fraction) if is_free else self.fraction
+        else:
+            self.restore(self.best)
+            self.fraction /= 2
+        self.save()
+        return made
+
+
+def choose_cuts(
+    modules: Mapping[str, MPO], fraction: float
+) -> tuple[dict[str, tuple[int, ...]], float]:
+    """The ranks after cutting the bonds that add least error, and the error they add.
+
+    Args:
+        modules: by name.
+        fraction: of the parameters in cores that are to go.
+
+    Returns:
+        Ranks of the modules that change, and the root of the summed squares of their relative
+        errors, estimated from the discarded singular values.
+    """
+    ranks = {name: list(module.shape.ranks) for name, module in modules.items()}
+    spectra = {name: _relative_squares(module) for name, module in modules.items()}
+    held = {name: module.shape.num_parameters for name, module in modules.items()}
+    left = fraction * sum(held.values())
+    # A bond shrinks by a sixteenth at a time, so that large ones do not take a round a rank.
+    queue: list[tuple[float, str, int, int]] = []
+
+    def offer(name: str, bond: int) -> None:
+        rank = ranks[name][bond]
+        if rank > 1:
+            smaller = rank - max(1, rank // 16)
+            heapq.heappush(queue, (sum(spectra[name][bond][smaller:rank]), name, bond, smaller))
+
+    for name in modules:
+        for bond in range(len(ranks[name])):
+            offer(name, bond)
+    changed: dict[str, tuple[int, ...]] = {}
+    error = 0.0
+    while queue and left > 0:
+        added, name, bond, smaller = heapq.heappop(queue)
+        ranks[name][bond] = smaller
+        size = modules[name].shape.with_ranks(ranks[name]).num_parameters
+        left -= held[name] - size
+        held[name], error = size, error + added
+        changed[name] = tuple(ranks[name])
+        offer(name, bond)
+    return changed, math.sqrt(error)
+
+
+def _relative_squares(module: MPO) -> list[list[float]]:
+    """λ² / Σλ² of each bond of the cores as they are now."""
+    squares = [spectrum.square() for spectrum in round_cores(list(module.cores)).spectra]
+    return [(square / square.sum().clamp(min=1e-300)).tolist() for square in squares]
+
+
+def round_trained(module: MPO, ranks: tuple[int, ...], optimizer: torch.optim.Optimizer) -> None:
+    """Round a module's cores in place, and carry what an optimizer knows of them over.
+
+    First moments follow the change of gauge exactly, second ones as those of independent entries.
+    """
+    old = [core.detach().clone() for core in module.cores]
+    new = module.round(ranks=ranks).cores
+    maps = bond_maps(old, new, module.central)
+    for k, core in enumerate(module.cores):
+        known = optimizer.state.get(core)
+        if not known:
+            continue
+        for name, value in known.items():
+            if isinstance(value, Tensor) and value.shape == old[k].shape:
+                is_square = "sq" in name
+                known[name] = carried(value, maps[k], maps[k + 1], squared=is_square)
+
+
+def plot_trace(report: SqueezeReport, path: str | os.PathLike[str]) -> None:
+    """Draw the metric against the parameters, round by round."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    kept = [(report.parameters_before, report.metric_before)]
+    kept += [(r.parameters, r.metric) for r in report.rounds if r.kept]
+    undone = [(r.parameters, r.metric) for r in report.rounds if not r.kept]
+    axes.plot(*zip(*kept, strict=True), "o-", label="kept")
+    if undone:
+        axes.plot(*zip(*undone, strict=True), "x", color="tab:red", label="undone")
+    axes.invert_xaxis()
+    axes.set(xlabel="parameters", ylabel="metric")
+    axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,146 @@
+"""Squeezing a fine-tuned MPO model on a GLUE task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainingArguments, set_seed
+
+import mpop
+from mpop.finetune import (
+    LEARNING_RATES,
+    check_positive,
+    encoded,
+    fitting,
+    load_data,
+    predict,
+)
+from mpop.glue import get_task
+from mpop.pretrained import check_output, is_compressed, load_for_training, load_tokenizer
+from mpop.settle import Settler
+from mpop.squeeze import SqueezeRound, plot_trace, squeeze
+from mpop.trainer import Collator, MPOTrainer, runtime_arguments
+
+
+def squeeze_on_task(
+    model_name_or_path: str | Path,
+    task: str,
+    output: str | Path,
+    *,
+    max_drop: float,
+    data_dir: str | Path | None = None,
+    eval_split: str = "dev",
+    max_rounds: int = 50,
+    step: float = 0.05,
+    settle_steps: int = 200,
+    window: int = 20,
+    batch_size: int = 32,
+    learning_rate: float | None = None,
+    max_length: int = 128,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    on_round: Callable[[SqueezeRound], None] | None = None,
+) -> dict[str, Any]:
+    """Squeeze a compressed, fine-tuned model with light fine-tuning between the cuts, and save it.
+
+    Beside the model lie `squeeze.json`, `squeeze/trace.jsonl` (a line a round), `squeeze/trace.png`
+    (metric against parameters) and `squeeze/state.pt`, from which `resume` goes on.
+
+    Args:
+        model_name_or_path: a folder with an MPO model of the task.
+        max_drop: how far the task's metric, a fraction of 1, may fall.
+        max_rounds, step: see `mpop.squeeze`.
+        settle_steps: optimizer steps between two cuts at most.
+        window: steps whose mean loss tells whether it has settled.
+        learning_rate: constant rate of all that is trained; by default that of light fine-tuning.
+        The other arguments are those of `finetune`.
+
+    Returns:
+        The content of `squeeze.json`: the report and the settings.
+
+    Raises:
+        ValueError: a bad argument, data file or checkpoint, or what `mpop.squeeze` says.
+        FloatingPointError: a loss that is no longer finite.
+    """
+    check_positive(
+        settle_steps=settle_steps,
+        window=window,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        max_train_samples=max_train_samples,
+        max_eval_samples=max_eval_samples,
+    )
+    if not is_compressed(model_name_or_path):
+        raise ValueError(
+            f"{model_name_or_path} is dense; fine-tune it with --method light first, then squeeze"
+        )
+    check_output(output, model_name_or_path)
+    glue_task = get_task(task)
+    train, evaluation = load_data(
+        glue_task, data_dir, eval_split, max_train_samples, max_eval_samples
+    )
+    set_seed(seed)
+    tokenizer = load_tokenizer(model_name_or_path)
+    model = load_for_training(model_name_or_path, glue_task, "light", None)
+    max_length = fitting(max_length, model, tokenizer)
+    train = encoded(train, tokenizer, max_length)
+    evaluation = {name: encoded(rows, tokenizer, max_length) for name, rows in evaluation.items()}
+    rate = LEARNING_RATES["light"] if learning_rate is None else learning_rate
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        per_device_eval_batch_size=batch_size,
+        learning_rate=rate,
+        weight_decay=0.01,
+        report_to="none",
+        disable_tqdm=True,
+        **runtime_arguments("fp32"),
+    )
+    trainer = MPOTrainer(model=model, args=arguments, mpo_learning_rate=rate)
+    model.to(arguments.device)  # type: ignore[arg-type]
+    judge = Trainer(model=model, args=arguments, data_collator=Collator(tokenizer))
+    tuner = Settler(
+        model,
+        train,
+        Collator(tokenizer),
+        trainer.create_optimizer(),
+        batch_size=batch_size,
+        window=window,
+        max_steps=settle_steps,
+        seed=seed,
+    )
+    folder = Path(output) / "squeeze"
+    report = squeeze(
+        model,
+        evaluate=lambda: predict(judge, glue_task, evaluation)[0][glue_task.metric],
+        finetune=tuner,
+        max_drop=max_drop,
+        max_steps=max_rounds,
+        step=step,
+        state=folder / "state.pt",
+        resume=resume,
+        on_round=on_round,
+    )
+    plot_trace(report, folder / "trace.png")
+    mpop.save(model, output)
+    tokenizer.save_pretrained(output)
+    result = {
+        "task": glue_task.name,
+        "metric_name": glue_task.metric,
+        **report.to_dict(),
+        "max_drop": max_drop,
+        "eval_split": eval_split,
+        "learning_rate": rate,
+        "train_samples": len(train),
+        "seed": seed,
+        "model": str(model_name_or_path),
+        "output": str(output),
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    (Path(output) / "squeeze.json").write_text(text, encoding="utf-8")
+    return result

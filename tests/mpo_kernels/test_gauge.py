@@ -1,0 +1,57 @@
+"""Gradients carried from one chain of cores to another, against autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpo_kernels import MPOShape, reconstruct, round_cores
+from mpo_kernels.gauge import bond_maps, carried
+from mpo_kernels.testing import ODD_SHAPES, random_cores
+
+
+def gradients(cores: list[Tensor], x: Tensor, grad: Tensor) -> list[Tensor]:
+    """Of <grad, x W> by autograd through an explicit product."""
+    leaves = [core.detach().clone().requires_grad_() for core in cores]
+    product = leaves[0]
+    for core in leaves[1:]:
+        product = torch.einsum("aijb,bklc->aikjlc", product, core).flatten(1, 2).flatten(2, 3)
+    return list(torch.autograd.grad((x @ product[0, :, :, 0] * grad).sum(), leaves))
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+def test_a_change_of_gauge_loses_nothing(shape: MPOShape) -> None:
+    shape = MPOShape(shape.in_factors, shape.out_factors, shape.ranks)
+    old = random_cores(shape, torch.float64, torch.device("cpu"))
+    rounded = round_cores(old)
+    new, central = rounded.cores, shape.central
+    x, grad = (
+        torch.randn(3, shape.in_features).double(),
+        torch.randn(3, shape.out_features).double(),
+    )
+    maps = bond_maps(old, new, central)
+    for k, (before, after) in enumerate(
+        zip(gradients(old, x, grad), gradients(new, x, grad), strict=True)
+    ):
+        torch.testing.assert_close(carried(before, maps[k], maps[k + 1]), after)
+
+
+def test_a_cut_keeps_what_concerns_the_rest() -> None:
+    shape = MPOShape((3, 4, 2), (2, 3, 5), (5, 7))
+    old = random_cores(shape, torch.float64, torch.device("cpu"))
+    x, grad = torch.randn(3, 24).double(), torch.randn(3, 30).double()
+    # Nearly of these smaller bonds, so that the cut takes almost nothing away.
+    small = round_cores(old, ranks=(3, 4)).cores
+    noise = [1e-7 * core for core in random_cores(shape, torch.float64, torch.device("cpu"))]
+    for kept, core in zip(small, noise, strict=True):
+        core[tuple(slice(size) for size in kept.shape)] += kept
+    cut = round_cores(noise, ranks=(3, 4))
+    torch.testing.assert_close(reconstruct(cut.cores), reconstruct(noise), atol=1e-5, rtol=0)
+    maps = bond_maps(noise, cut.cores, shape.central)
+    exact = gradients(cut.cores, x, grad)
+    for k, before in enumerate(gradients(noise, x, grad)):
+        found = carried(before, maps[k], maps[k + 1])
+        torch.testing.assert_close(found, exact[k], atol=1e-4, rtol=1e-4)
+        squares = carried(before.square(), maps[k], maps[k + 1], squared=True)
+        assert squares.shape == exact[k].shape and (squares >= 0).all()

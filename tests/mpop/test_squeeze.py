@@ -1,0 +1,373 @@
+"""Dimension squeezing: which bonds go, what is kept, and that it can be killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_glue import last_json
+from tiny_models import build, inputs
+from torch import Tensor, nn
+
+import mpop
+from mpo_kernels import MPOLinear, MPOShape, reconstruct, round_cores
+from mpop.cli import main
+from mpop.modules import mpo_modules
+from mpop.settle import Settler, has_settled
+from mpop.squeeze import choose_cuts, round_trained, squeeze
+
+
+class TestSettled:
+    def test_a_window_that_is_not_full_says_nothing(self) -> None:
+        assert not has_settled([1.0] * 9, 5, 0.02)
+        assert has_settled([1.0] * 10, 5, 0.02)
+
+    def test_a_falling_loss_has_not(self) -> None:
+        assert not has_settled([1 / (k + 1) for k in range(40)], 20, 0.02)
+        assert has_settled([1 / (k + 1) for k in range(40)] + [0.02] * 40, 20, 0.02)
+        assert has_settled([float(k) for k in range(1, 11)], 5, 0.02)  # a rising one has
+
+
+class Rows(nn.Module):
+    """A layer that is told to be another one; with dropout, so that random numbers matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        target = nn.Linear(24, 30)
+        self.layers = nn.ModuleList(
+            MPOLinear.from_linear(target, shape)
+            for shape in (MPOShape((4, 3, 2), (2, 3, 5)), MPOShape((6, 4), (5, 6)))
+        )
+        self.target = target.requires_grad_(False)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Any:
+        given = sum(layer(self.dropout(x)) for layer in self.layers) / 2
+        return SimpleNamespace(loss=(given - self.target(x)).square().mean())
+
+
+def rows_and_tuner(max_steps: int = 6) -> tuple[Rows, Settler]:
+    model = Rows()
+    torch.manual_seed(1)
+    data = list(torch.randn(50, 24))
+    for layer in model.layers:
+        layer.freeze_central()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    tuner = Settler(
+        model,
+        data,
+        lambda rows: {"x": torch.stack(rows)},
+        torch.optim.AdamW(trained, lr=1e-3),
+        batch_size=8,
+        window=2,
+        max_steps=max_steps,
+    )
+    return model, tuner
+
+
+def quality(model: Rows) -> Callable[[], float]:
+    """1 less the relative error of the outputs."""
+    x = torch.randn(100, 24, generator=torch.Generator().manual_seed(2))
+
+    def evaluate() -> float:
+        with torch.no_grad():
+            model.eval()
+            whole = (model.target(x) - model.target(x).mean(0)).square().mean()
+            return 1 - float((model(x).loss / whole).sqrt())
+
+    return evaluate
+
+
+def results(report: mpop.SqueezeReport) -> dict[str, Any]:
+    """All of it but the times."""
+    found = report.to_dict()
+    for made in found["rounds"]:
+        del made["seconds"]
+    return found
+
+
+class TestCuts:
+    def test_the_smallest_singular_values_go_first(self) -> None:
+        """Of two matrices with known spectra."""
+        flat, steep = (torch.linalg.qr(torch.randn(16, 16))[0] for _ in range(2))
+        steep = steep * torch.logspace(0, -6, 16)
+        modules = {}
+        for name, weight in (("flat", flat), ("steep", steep)):
+            linear = nn.Linear(16, 16)
+            linear.weight.data = weight.clone()
+            modules[name] = MPOLinear.from_linear(linear, MPOShape.low_rank(16, 16, 16))
+        ranks, error = choose_cuts(modules, 0.2)
+        assert set(ranks) == {"steep"}
+        kept = ranks["steep"][0]
+        squares = torch.logspace(0, -12, 16)
+        assert error == pytest.approx(
+            float((squares[kept:].sum() / squares.sum()).sqrt()), rel=1e-3
+        )
+        assert (16 - kept) * 32 >= 0.2 * 1024 > (16 - kept - 1) * 32
+
+    def test_trained_cores_are_cut_from_canonical_form(self) -> None:
+        torch.manual_seed(0)
+        layer = MPOLinear(24, 30, MPOShape((4, 3, 2), (2, 3, 5)))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        before = [core.detach().clone() for core in layer.cores]
+        round_trained(layer, (4, 6), optimizer)
+        best = round_cores(before, ranks=(4, 6))
+        assert all(torch.equal(a, b) for a, b in zip(layer.cores, best.cores, strict=True))
+        sliced = [before[0][..., :4], before[1][:4, ..., :6], before[2][:6]]
+        whole = mpop.modules.to_dense(layer).weight
+
+        def error(cores: list[Tensor]) -> float:
+            return float((reconstruct(cores) - reconstruct(before)).norm())
+
+        assert error(best.cores) < 0.9 * error(sliced)
+        torch.testing.assert_close(whole, mpop.modules.to_dense(layer).weight)
+
+    def test_the_optimizer_goes_on_with_what_it_knew(self) -> None:
+        model, tuner = rows_and_tuner()
+        tuner()
+        layer = model.layers[0]
+        known = {
+            k: tuner.optimizer.state[core]["exp_avg"].clone()
+            for k, core in enumerate(layer.cores)
+            if core.requires_grad
+        }
+        round_trained(layer, layer.shape.ranks, tuner.optimizer)  # a change of gauge alone
+        round_trained(layer, (3, 4), tuner.optimizer)
+        for k, core in enumerate(layer.cores):
+            if core.requires_grad:
+                state = tuner.optimizer.state[core]
+                assert state["exp_avg"].shape == state["exp_avg_sq"].shape == core.shape
+                assert (state["exp_avg_sq"] >= 0).all() and state["step"] == 6
+                assert 0.05 < state["exp_avg"].norm() / known[k].norm() < 20
+        before = [core.detach().clone() for core in layer.cores]
+        tuner()
+        moved = [not torch.equal(a, b) for a, b in zip(layer.cores, before, strict=True)]
+        assert moved == [core.requires_grad for core in layer.cores]
+
+
+class TestSqueeze:
+    def test_it_ends_with_the_smallest_within_the_bound(self, tmp_path: Path) -> None:
+        model, tuner = rows_and_tuner()
+        evaluate = quality(model)
+        told: list[Any] = []
+        report = squeeze(
+            model,
+            evaluate=evaluate,
+            finetune=tuner,
+            max_drop=0.3,
+            max_steps=12,
+            state=tmp_path / "s" / "state.pt",
+            on_round=told.append,
+        )
+        assert tuple(told) == report.rounds and len(told) <= 12
+        assert {made.kept for made in told} == {True, False}
+        kept = [made for made in told if made.kept]
+        assert report.parameters == kept[-1].parameters == min(r.parameters for r in kept)
+        assert report.parameters == mpop.count_parameters(model).total
+        assert evaluate() == pytest.approx(report.metric) and report.metric == kept[-1].metric
+        assert report.metric >= report.metric_before - 0.3
+        assert report.parameters < 0.9 * report.parameters_before
+        assert all(made.metric < report.metric_before - 0.3 for made in told if not made.kept)
+        assert "rounds kept" in str(report)
+        lines = (tmp_path / "s" / "trace.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [made.step for made in told]
+        mpop.plot_trace(report, tmp_path / "trace.png")
+        assert (tmp_path / "trace.png").stat().st_size > 1000
+
+    def test_free_cuts_grow_and_dear_ones_halve(self) -> None:
+        model, tuner = rows_and_tuner()
+        metrics = iter([0.9, 0.9, 0.95, 0.5, 0.92, 0.91, 0.91])
+        report = squeeze(
+            model,
+            evaluate=lambda: next(metrics),
+            finetune=tuner,
+            max_drop=0.1,
+            max_steps=5,
+            step=0.04,
+        )
+        assert [made.kept for made in report.rounds] == [True, True, False, True, True]
+        fractions = [made.fraction for made in report.rounds]
+        assert fractions == pytest.approx([0.04, 0.06, 0.09, 0.045, 0.045])
+
+    def test_nothing_that_may_go_leaves_the_model_as_it_was(self) -> None:
+        model, tuner = rows_and_tuner()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        metrics = iter([0.9])
+        report = squeeze(model, evaluate=lambda: next(metrics, 0.1), finetune=tuner, max_drop=0.1)
+        assert report.parameters == report.parameters_before and not any(
+            r.kept for r in report.rounds
+        )
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    @pytest.mark.parametrize("where", ["tuning", "evaluating", "between"])
+    @pytest.mark.parametrize("after", [1, 3])
+    def test_killed_and_resumed_it_ends_the_same(
+        self, where: str, after: int, tmp_path: Path
+    ) -> None:
+        def run(state: Path, resume: bool, fuse: float) -> tuple[Rows, mpop.SqueezeReport]:
+            model, tuner = rows_and_tuner()
+            torch.manual_seed(5 + resume)
+            measured, trained, seen = quality(model), tuner.__call__, [0, 0, 0]
+
+            def burn(which: int) -> None:
+                seen[which] += 1
+                if seen[which] > fuse:
+                    raise KeyboardInterrupt
+
+            class Fused:
+                optimizer = tuner.optimizer
+                state_dict, load_state_dict = tuner.state_dict, tuner.load_state_dict
+
+                def __call__(self) -> float:
+                    loss = trained()
+                    if where == "tuning":
+                        burn(0)
+                    return loss
+
+            def evaluate() -> float:
+                if where == "evaluating":
+                    burn(1)
+                return measured()
+
+            report = squeeze(
+                model,
+                evaluate=evaluate,
+                finetune=Fused(),
+                max_drop=0.3,
+                max_steps=6,
+                state=state,
+                resume=resume,
+                on_round=lambda made: burn(2) if where == "between" else None,
+            )
+            return model, report
+
+        torch.manual_seed(5)
+        whole, expected = run(tmp_path / "whole.pt", False, math.inf)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "state.pt", False, after)
+        again, found = run(tmp_path / "state.pt", True, math.inf)
+        assert results(found) == results(expected)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, again.state_dict()[name]), name
+
+    def test_a_transformers_model_with_a_tied_head(self) -> None:
+        model = build("bert-mlm")
+        mpop.compress(model, mpop.CompressionConfig(num_cores=3))
+        mpop.freeze_central(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        batch = inputs(model)
+        rows = [{name: value[k] for name, value in batch.items()} for k in range(2)]
+
+        def collate(given: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            made = {name: torch.stack([row[name] for row in given]) for name in given[0]}
+            return {**made, "labels": made["input_ids"]}
+
+        tuner = Settler(model, rows, collate, optimizer, batch_size=2, max_steps=2)
+        report = squeeze(
+            model, evaluate=lambda: 1.0, finetune=tuner, max_drop=0.0, max_steps=3, step=0.1
+        )
+        assert report.parameters < 0.85 * report.parameters_before
+        modules = dict(mpo_modules(model))
+        assert (
+            model.cls.predictions.decoder.cores[0]
+            is modules["bert.embeddings.word_embeddings"].cores[0]
+        )
+        model(**batch)
+
+    def test_refusals_leave_the_model_as_it_was(self, tmp_path: Path) -> None:
+        model, tuner = rows_and_tuner()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        good: dict[str, Any] = {"evaluate": quality(model), "finetune": tuner, "max_drop": 0.1}
+        metrics = iter([0.5, 0.5])
+        for options, message in [
+            ({"max_drop": -1}, "expected max_drop >= 0"),
+            ({"max_drop": math.nan}, "expected max_drop >= 0"),
+            ({"step": 1.5}, "0 < step < 1"),
+            ({"max_steps": 0}, "max_steps >= 1"),
+            ({"evaluate": lambda: math.nan}, "expected a finite metric, got nan"),
+            ({"evaluate": lambda: next(metrics, math.nan)}, "expected a finite metric, got nan"),
+            ({"resume": True, "state": tmp_path / "none.pt"}, "nothing to resume: there is no"),
+            ({"resume": True}, "nothing to resume"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                squeeze(model, **{**good, **options})
+            assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items()), message
+        with pytest.raises(ValueError, match="expected a compressed model, got a dense Linear"):
+            squeeze(nn.Linear(2, 2), **good)
+        small = MPOLinear(24, 30, MPOShape((4, 6), (5, 6), 1))
+        with pytest.raises(ValueError, match="nothing to squeeze: every bond is 1"):
+            squeeze(nn.Sequential(small), **good)
+        other, other_tuner = rows_and_tuner()
+        squeeze(
+            other, **{**good, "finetune": other_tuner, "max_steps": 1, "state": tmp_path / "s.pt"}
+        )
+        with pytest.raises(ValueError, match="the state of another model"):
+            squeeze(
+                nn.Sequential(MPOLinear(24, 30, MPOShape((4, 6), (5, 6)))),
+                **good,
+                state=tmp_path / "s.pt",
+                resume=True,
+            )
+
+
+class TestCommand:
+    def test_squeezing_a_task(self, data: Path, bert: Path, tmp_path: Path, capsys: Any) -> None:
+        common = ["--task", "sst2", "--data-dir", str(data), "--max-length", "16"]
+        light, small = str(tmp_path / "light"), str(tmp_path / "small")
+        made = ["finetune", "--model", str(bert), "--method", "light", "--output", light]
+        assert main([*made, *common, "--epochs", "1"]) == 0
+        options = ["--max-drop", "0.5", "--max-rounds", "3", "--settle-steps", "4", "--window", "1"]
+        command = ["squeeze", "--model", light, "--output", small, *common, *options, "--json"]
+        capsys.readouterr()
+        assert main(command) == 0
+        result = last_json(capsys.readouterr().out)
+        assert result["parameters"] < result["parameters_before"] and len(result["rounds"]) <= 3
+        for name in ("squeeze.json", "squeeze/trace.jsonl", "squeeze/trace.png", "config.json"):
+            assert Path(small, name).is_file()
+        assert mpop.count_parameters(mpop.load(small)).total == result["parameters"]
+        assert main(["evaluate", "--model", small, *common, "--json"]) == 0
+        assert last_json(capsys.readouterr().out)["value"] == pytest.approx(result["metric"])
+        # With more rounds allowed it goes on from where it ended.
+        assert main([*command, "--resume", "--max-rounds", "5"]) == 0
+        longer = last_json(capsys.readouterr().out)
+        assert longer["rounds"][:3] == result["rounds"] and len(longer["rounds"]) > 3
+
+    def test_refusals(self, data: Path, bert: Path, tmp_path: Path, capsys: Any) -> None:
+        command = ["squeeze", "--model", str(bert), "--output", str(tmp_path / "o")]
+        command += ["--task", "sst2", "--data-dir", str(data), "--max-drop", "0.1"]
+        assert main(command) == 2
+        assert "is dense; fine-tune it with --method light first" in capsys.readouterr().err
+        assert not (tmp_path / "o").exists()
+
+    def test_compressing_with_calibration(
+        self, data: Path, bert: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        command = ["compress", "--model", str(bert), "--output", str(tmp_path / "o"), "--json"]
+        command += ["--compression", "0.5", "--factors", "auto", "--no-embeddings"]
+        capsys.readouterr()
+        command += ["--calibrate", "sst2", "--data-dir", str(data)]
+        assert main(command) == 0
+        rows = last_json(capsys.readouterr().out)["rows"]
+        assert rows and all(0 < row["output_error"] < 1 for row in rows)
+        assert (
+            main(
+                [
+                    *command,
+                    "--calibrate",
+                    "sst2",
+                    "--data-dir",
+                    str(data),
+                    "--calibration-samples",
+                    "3",
+                ]
+            )
+            == 2
+        )
+        assert "give more text" in capsys.readouterr().err
