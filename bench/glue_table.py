@@ -1,8 +1,8 @@
-"""Dense, full and light fine-tuning on GLUE: `python -m bench.glue_table --data-dir D --output O`.
+"""Every method of `methods.py` on GLUE: `python -m bench.glue_table --data-dir D --output O`.
 
 For each task and method the rates of a small grid are tried with one seed on training rows held
 out; the best is then run with every seed and reported on dev. Each run is a process of its own
-(`mpop finetune --json`) and a line of `runs.jsonl` as soon as it ends; a run found there is not
+(`bench/methods.py`) and a line of `runs.jsonl` as soon as it ends; a run found there is not
 repeated, so that an interrupted or out-of-budget bench continues where it stopped. What there is
 so far is summed up in `table.md`, and with its conditions in `table.json`.
 """
@@ -27,14 +27,21 @@ from typing import Any
 import torch
 
 from bench import facts
+from bench.methods import METHODS
 from mpop.demo import default_model
 from mpop.glue import TASKS, get_task
 
-METHODS = ("dense", "full", "light")
 GRID = {
-    "dense": [(5e-5, 5e-5), (1e-4, 1e-4), (2e-4, 2e-4)],
-    "full": [(5e-5, 5e-5), (1e-4, 1e-4), (2e-4, 2e-4)],
-    "light": [(2e-4, 2e-4), (5e-4, 5e-4), (1e-3, 1e-3)],
+    name: [(rate, rate) for rate in rates]
+    for name, rates in {
+        **dict.fromkeys(METHODS, (5e-5, 1e-4, 2e-4)),
+        "light": (2e-4, 5e-4, 1e-3),
+        "light-encoder": (2e-4, 5e-4, 1e-3),
+        "lora": (2e-4, 5e-4, 1e-3),
+        "biases": (5e-4, 1e-3, 2e-3),
+        "chosen-light": (1e-4, 2e-4, 5e-4),
+        "squeezed": (2e-4,),
+    }.items()
 }
 Rates = tuple[float, float]
 
@@ -59,27 +66,18 @@ class Run:
     precision: str
     model: str
 
-    def command(self, model: str, data_dir: str | None, output: str) -> list[str]:
+    def command(self, model: str, data_dir: str | None, output: str, cache: str) -> list[str]:
         """The process to start; `model` is where the model named in the fields lies."""
-        options: dict[str, Any] = {
+        options = asdict(self) | {
             "model": model,
-            "task": self.task,
             "output": output,
-            "data-dir": data_dir,
-            "method": self.method,
-            "seed": self.seed,
-            "eval-split": self.eval_split,
-            "learning-rate": self.rates[0],
-            "mpo-learning-rate": self.rates[1],
-            "epochs": self.epochs,
-            "max-train-samples": self.max_train_samples,
-            "batch-size": self.batch_size,
-            "max-length": self.max_length,
-            "precision": self.precision,
+            "data_dir": data_dir,
+            "cache": cache,
+            "learning_rate": self.rates[0],
+            "mpo_learning_rate": self.rates[1],
         }
-        given = {name: value for name, value in options.items() if value is not None}
-        pairs = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-        return [sys.executable, "-m", "mpop", "finetune", "--json", *pairs]
+        del options["rates"]
+        return [sys.executable, "-m", "bench.methods", json.dumps(options)]
 
 
 class Bench:
@@ -109,7 +107,8 @@ class Bench:
             raise BudgetSpent
         say(f"{run.task} {run.method} seed {run.seed} rates {run.rates} on {run.eval_split}")
         with tempfile.TemporaryDirectory(prefix="glue-table-") as output:
-            command = run.command(self.options.model, self.options.data_dir, output)
+            where = self.options.model, self.options.data_dir, f"{output}/model"
+            command = run.command(*where, self.options.cache)
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=left)
             except subprocess.TimeoutExpired:
@@ -328,7 +327,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data-dir", help="a folder in GLUE's own layout; without it the hub")
     parser.add_argument("--model", help="a hub name or a folder (all-MiniLM-L6-v2, from pip)")
     parser.add_argument("--tasks", nargs="+", default=["rte"], metavar="TASK", help="(rte)")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="(all)")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="(all)"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     parser.add_argument(
         "--epochs", nargs="+", default=[], metavar="[TASK=]N", help="for all or one task (3)"
@@ -345,6 +346,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=[],
         metavar="[TASK=]N",
         help="rows to try rates on (as many)",
+    )
+    parser.add_argument(
+        "--cache",
+        default=str(Path(tempfile.gettempdir()) / "glue-table-models"),
+        help="folder for models that several runs start from (in the system's for temporary files)",
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
     parser.add_argument("--max-length", type=int, default=128, metavar="N", help="(128)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def finetune(
     save_steps: int | None = None,
     resume: bool = False,
     report_to: str = "none",
+    prepare: Callable[[PreTrainedModel], Any] | None = None,
     **training_arguments: Any,
 ) -> dict[str, Any]:
     """Fine-tune on a GLUE task, evaluate, and save the model, its tokenizer and the results.
@@ -106,6 +107,8 @@ def finetune(
         save_steps: Write a checkpoint that `resume` can use every so many steps.
         resume: Continue from the last checkpoint in `output`.
         report_to: A tracker that transformers knows, e.g. `"tensorboard"`.
+        prepare: Called with the loaded model; what it returns is trained instead, such as the
+            same with other parameters frozen, or with adapters of peft.
         **training_arguments: Anything else that `transformers.TrainingArguments` takes.
 
     Returns:
@@ -141,6 +144,8 @@ def finetune(
     set_seed(seed)  # the task head is drawn while the model is loaded
     tokenizer = load_tokenizer(model_name_or_path)
     model = load_for_training(model_name_or_path, glue_task, method, config)
+    if prepare is not None:
+        model = prepare(model)
     parameters = mpop.count_parameters(model)
     max_length = fitting(max_length, model, tokenizer)
     train = encoded(train, tokenizer, max_length)

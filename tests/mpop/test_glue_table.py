@@ -20,16 +20,17 @@ def finetune(monkeypatch):
     def run(command, **settings):
         if command[0] == "git":
             return real_run(command, **settings)
-        options = dict(zip(command[5::2], command[6::2], strict=True))
+        assert command[1:3] == ["-m", "bench.methods"]
+        options = json.loads(command[3])
         commands.append(options)
-        rate = float(options["--learning-rate"])
+        rate = options["learning_rate"]
         if rate > 1:
             return subprocess.CompletedProcess(command, 1, "", "noise\nmpop: the loss is nan")
         # Best at 0.5 on the held-out rows, at 1 on dev: the choice may look at the former alone.
-        best = 0.5 if options["--eval-split"] == "train-holdout" else 1
+        best = 0.5 if options["eval_split"] == "train-holdout" else 1
         result = {
             "metric": "accuracy",
-            "value": 1 - abs(rate - best) + 0.1 * int(options["--seed"]),
+            "value": 1 - abs(rate - best) + 0.1 * options["seed"],
             "trainable_parameters": 2_500_000,
             "total_parameters": 10_000_000,
             "train_seconds": 2.0,
@@ -55,11 +56,11 @@ def run(output, *more):
 
 def test_choice_table_and_resuming(finetune, tmp_path):
     table = run(tmp_path, "--max-train-samples", "rte=1200")
-    assert [command["--eval-split"] for command in finetune] == ["train-holdout"] * 4 + ["dev"] * 2
-    assert finetune[-1]["--learning-rate"] == "0.5"
-    assert finetune[-1]["--mpo-learning-rate"] == "0.1"
-    assert finetune[-1]["--epochs"] == "5.0"
-    assert finetune[-1]["--max-train-samples"] == "1200"
+    assert [command["eval_split"] for command in finetune] == ["train-holdout"] * 4 + ["dev"] * 2
+    assert finetune[-1]["learning_rate"] == 0.5
+    assert finetune[-1]["mpo_learning_rate"] == 0.1
+    assert finetune[-1]["epochs"] == 5.0
+    assert finetune[-1]["max_train_samples"] == 1200
     (row,) = table["rows"]
     assert (row["mean"], row["seeds"]) == (pytest.approx(0.55), [0, 1])
     assert row["sd"] == pytest.approx(0.1 / 2**0.5)
@@ -69,7 +70,7 @@ def test_choice_table_and_resuming(finetune, tmp_path):
     finetune.clear()
     assert run(tmp_path, "--max-train-samples", "rte=1200")["rows"] == [row]
     # Only the diverged rate is tried once more.
-    assert [command["--learning-rate"] for command in finetune] == ["2.0"]
+    assert [command["learning_rate"] for command in finetune] == [2.0]
 
 
 def test_no_time_left_writes_an_empty_table(finetune, tmp_path):
@@ -90,4 +91,4 @@ def test_bad_options(arguments, tmp_path, capsys):
 def test_a_tie_goes_to_the_lower_loss(finetune, tmp_path):
     # 0.25 and 0.75 are as far from the best; 0.75 has the higher loss at its end.
     run(tmp_path, "--grid", "light=0.75,0.25")
-    assert {command["--learning-rate"] for command in finetune[2:]} == {"0.25"}
+    assert {command["learning_rate"] for command in finetune[2:]} == {0.25}
