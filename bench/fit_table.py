@@ -1,0 +1,198 @@
+"""What cutting a real encoder's matrices costs their outputs: `python -m bench.fit_table`.
+
+Second moments come from training rows of a GLUE task; every error is measured on other rows of it.
+At the same parameters for each matrix: plain SVD, activation-aware SVD, the paper's five balanced
+factors, and the member that `mpo_kernels.family.choose` takes. Then the whole encoder at one
+budget: the error of its last hidden state with each of them, and with ranks shared by allocation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import mpop
+from bench import facts
+from mpo_kernels import Decomposition, MPOShape, decompose, reconstruct
+from mpo_kernels.family import Cost, choose, judged
+from mpop.calibration import Batches, Moments, second_moments
+from mpop.compress import select
+from mpop.demo import default_model
+from mpop.finetune import calibration_batches
+from mpop.modules import module_at, weight_of
+from mpop.pretrained import load_as_saved
+
+Fit = Callable[[Tensor, float, Moments], Decomposition]
+
+
+def _cut(kind: Callable[[int, int], MPOShape], aware: bool) -> Fit:
+    def fit(weight: Tensor, kept: float, moments: Moments) -> Decomposition:
+        shape = kind(weight.shape[1], weight.shape[0])
+        moment = moments.fit if aware else None
+        return decompose(weight, shape, compression=kept, second_moment=moment)
+
+    return fit
+
+
+def _low_rank(in_features: int, out_features: int) -> MPOShape:
+    return MPOShape.low_rank(in_features, out_features, min(in_features, out_features))
+
+
+def _chosen(weight: Tensor, kept: float, moments: Moments) -> Decomposition:
+    return choose(weight, kept * weight.numel(), Cost(), moments.fit, moments.judge)
+
+
+FITS: dict[str, Fit] = {
+    "SVD": _cut(_low_rank, aware=False),
+    "aware SVD": _cut(_low_rank, aware=True),
+    "five factors": _cut(MPOShape.balanced, aware=False),
+    "five factors, aware": _cut(MPOShape.balanced, aware=True),
+    "chosen": _chosen,
+}
+
+
+def last_hidden(model: PreTrainedModel, batches: Batches) -> Tensor:
+    """Rows of the last hidden state, without padding."""
+    rows = []
+    with torch.no_grad():
+        for batch in batches:
+            hidden = model.eval()(**batch).last_hidden_state
+            rows.append(hidden[batch["attention_mask"].bool()])
+    return torch.cat(rows)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Errors of every matrix, and of the whole, on the rows after those calibrated with."""
+    model = load_as_saved(options.model).float()
+    rows = options.samples + options.test_samples
+    batches = calibration_batches(options.model, options.task, options.data_dir, rows)
+    cut = options.samples // 32
+    calibration, test = batches[:cut], batches[cut:]
+    config = mpop.CompressionConfig(compression=options.kept, factors="auto", embeddings=False)
+    selected = select(model, config)
+    moments = second_moments(model, calibration, selected)
+    unseen = second_moments(model, test, selected)
+    exact = last_hidden(model, test)
+    whole = (exact - exact.mean(0)).norm()
+    matrices: dict[str, dict[str, Any]] = {names[0]: {} for names in selected}
+    changed: dict[str, float] = {}
+    for fit, make in FITS.items():
+        copied = copy.deepcopy(model)
+        for names in selected:
+            say(f"{fit}: {names[0]}")
+            weight = weight_of(module_at(model, names[0])).detach()
+            found = make(weight, options.kept, moments[names])
+            lost = judged(found, weight, _all(unseen[names])).output_error
+            matrices[names[0]][fit] = {"output_error": lost, "shape": found.shape.to_dict()}
+            module_at(copied, names[0]).weight.data = reconstruct(found.cores)
+        changed[fit] = float((last_hidden(copied, test) - exact).norm() / whole)
+    say("ranks shared by allocation")
+    report = mpop.compress(model, config, calibration)
+    changed["chosen, ranks allocated"] = float((last_hidden(model, test) - exact).norm() / whole)
+
+    def ratio(fits: dict[str, Any], fit: str, to: str) -> float:
+        return fits[fit]["output_error"] / fits[to]["output_error"]
+
+    each = list(matrices.values())
+    return {
+        "matrices": matrices,
+        "ratio_to_svd": {fit: statistics.fmean(ratio(m, fit, "SVD") for m in each) for fit in FITS},
+        "worst_to_aware_svd": max(ratio(m, "chosen", "aware SVD") for m in each),
+        "last_hidden_error": changed,
+        "allocated": report.to_dict()["rows"],
+    }
+
+
+def _all(moments: Moments) -> Tensor:
+    return moments.fit + moments.judge
+
+
+def markdown(found: dict[str, Any], conditions: dict[str, Any]) -> str:
+    """Means over the matrices by role, the whole encoder, and a caption."""
+
+    def row(name: str, cells: list[str]) -> str:
+        return f"| {name} | " + " | ".join(cells) + " |"
+
+    lines = ["| matrix | " + " | ".join(FITS) + " |", "|---|" + "---|" * len(FITS)]
+    roles: dict[str, list[dict[str, Any]]] = {}
+    for name, fits in found["matrices"].items():
+        role = ".".join(part for part in name.split(".") if not part.isdigit())
+        roles.setdefault(role.removeprefix("encoder.layer."), []).append(fits)
+    for role, fits in roles.items():
+        means = [statistics.fmean(f[fit]["output_error"] for f in fits) for fit in FITS]
+        lines.append(row(f"{role} (mean of {len(fits)})", [f"{mean:.3f}" for mean in means]))
+    ratios = [f"{found['ratio_to_svd'][fit]:.2f}" for fit in FITS]
+    lines.append(row("**mean ratio to SVD**", ratios))
+    whole = found["last_hidden_error"]
+    lines.append(row("last hidden state", [f"{whole[fit]:.3f}" for fit in FITS]))
+    versions, commit = conditions["versions"], (conditions["commit"] or "none")[:12]
+    lines += [
+        "",
+        f"Relative output errors on held-out rows of {conditions['task']}, "
+        f"{conditions['kept']:.0%} of each matrix's parameters; {conditions['model']}, calibrated "
+        f"with {conditions['samples']} rows, judged on {conditions['test_samples']} others. With "
+        "ranks allocated over the encoder under the same budget, the last hidden state's error is "
+        f"{whole['chosen, ranks allocated']:.3f}. The chosen member's error is at most "
+        f"{found['worst_to_aware_svd']:.3f} × aware SVD's on any matrix. torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; commit {commit}"
+        f"{' with changes' * conditions['dirty']}.",
+        "",
+        f"`{conditions['command']}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and write `fit.json` and `fit.md`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.fit_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", required=True, help="folder of fit.json and fit.md")
+    parser.add_argument("--data-dir", help="a folder in GLUE's own layout; without it the hub")
+    parser.add_argument("--model", help="a hub name or a folder (all-MiniLM-L6-v2, from pip)")
+    parser.add_argument("--task", default="sst2", help="(sst2)")
+    parser.add_argument("--kept", type=float, default=0.5, help="fraction of the parameters (0.5)")
+    parser.add_argument("--samples", type=int, default=1504, help="rows to calibrate with (1504)")
+    parser.add_argument("--test-samples", type=int, default=704, help="rows to judge by (704)")
+    options = parser.parse_args(argv)
+    named = Path(options.model).name if options.model else "all-MiniLM-L6-v2"
+    options.model = options.model or str(default_model())
+    found = measure(options)
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in argv]
+    conditions = {
+        "command": shlex.join(["python", "-m", "bench.fit_table", *arguments]),
+        "model": named,
+        **{name: getattr(options, name) for name in ("task", "kept", "samples", "test_samples")},
+        "machine": facts.machine(torch.device("cpu")),
+        "versions": facts.versions() | {"transformers": metadata.version("transformers")},
+        **facts.commit(),
+    }
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"conditions": conditions, **found}, indent=1) + "\n"
+    (output / "fit.json").write_text(content, encoding="utf-8")
+    (output / "fit.md").write_text(markdown(found, conditions), encoding="utf-8")
+    print(markdown(found, conditions))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
