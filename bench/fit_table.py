@@ -145,8 +145,8 @@ def markdown(found: dict[str, Any], conditions: dict[str, Any]) -> str:
         f"with {conditions['samples']} rows, judged on {conditions['test_samples']} others. With "
         "ranks allocated over the encoder under the same budget, the last hidden state's error is "
         f"{whole['chosen, ranks allocated']:.3f}. The chosen member's error is at most "
-        f"{found['worst_to_aware_svd']:.3f} × aware SVD's on any matrix. torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; commit {commit}"
+        f"{found['worst_to_aware_svd']:.3f} × aware SVD's on any matrix. "
+        f"torch {versions['torch']}, transformers {versions['transformers']}; commit {commit}"
         f"{' with changes' * conditions['dirty']}.",
         "",
         f"`{conditions['command']}`",

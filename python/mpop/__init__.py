@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 if find_spec("transformers") is not None:  # without it, the command still says what to install
+    from mpop.centres import dequantize_centres, quantize_centres
     from mpop.checkpoint import load, save
     from mpop.compress import CompressionReport, compress, merge
     from mpop.config import CompressionConfig, MPOConfig
@@ -34,6 +35,7 @@ __all__ = [
     "SqueezeReport",
     "compress",
     "count_parameters",
+    "dequantize_centres",
     "format_rows",
     "freeze_central",
     "inspect_model",
@@ -41,6 +43,7 @@ __all__ = [
     "merge",
     "plot_spectra",
     "plot_trace",
+    "quantize_centres",
     "save",
     "squeeze",
     "unfreeze",

@@ -179,6 +179,12 @@ def _add_finetune(commands: Any) -> None:
         help="dense: ordinary fine-tuning; full: compress at full rank, train every tensor; "
         "light: the same with the central tensors frozen (dense)",
     )
+    parser.add_argument(
+        "--centre-bits",
+        type=int,
+        choices=(4, 8),
+        help="hold the frozen centres of a light run in so many bits while it trains",
+    )
     _add_training_set(parser)
     parser.add_argument(
         "--epochs", type=_positive_float, default=3.0, metavar="N", help="passes over the data (3)"

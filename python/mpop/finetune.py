@@ -73,6 +73,7 @@ def finetune(
     resume: bool = False,
     report_to: str = "none",
     prepare: Callable[[PreTrainedModel], Any] | None = None,
+    centre_bits: int | None = None,
     **training_arguments: Any,
 ) -> dict[str, Any]:
     """Fine-tune on a GLUE task, evaluate, and save the model, its tokenizer and the results.
@@ -109,6 +110,8 @@ def finetune(
         report_to: A tracker that transformers knows, e.g. `"tensorboard"`.
         prepare: Called with the loaded model; what it returns is trained instead, such as the
             same with other parameters frozen, or with adapters of peft.
+        centre_bits: Hold the frozen centres of a light run in 8 or 4 bits while it trains; the
+            saved model has their values in its own precision.
         **training_arguments: Anything else that `transformers.TrainingArguments` takes.
 
     Returns:
@@ -136,6 +139,10 @@ def finetune(
         max_eval_samples=max_eval_samples,
         save_steps=save_steps,
     )
+    if centre_bits is not None and method != "light":
+        raise ValueError(
+            f"centre_bits: expected method light, whose centres are frozen, got {method}"
+        )
     check_output(output, model_name_or_path)
     glue_task = get_task(task)
     train, evaluation = load_data(
@@ -147,6 +154,8 @@ def finetune(
     if prepare is not None:
         model = prepare(model)
     parameters = mpop.count_parameters(model)
+    if centre_bits is not None:
+        mpop.quantize_centres(model, centre_bits)
     max_length = fitting(max_length, model, tokenizer)
     train = encoded(train, tokenizer, max_length)
     evaluation = {name: encoded(rows, tokenizer, max_length) for name, rows in evaluation.items()}
@@ -203,12 +212,15 @@ def finetune(
         "mpo_learning_rate": None if method == "dense" else mpo_rate,
         "max_length": max_length,
         "precision": precision,
+        "centre_bits": centre_bits,
         "device": device_name(trainer),
         "train_loss": outcome.training_loss,
         "losses": [
             [log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log
         ],
     }
+    if centre_bits is not None:
+        mpop.dequantize_centres(model)
     trainer.save_model()
     if trainer.is_world_process_zero():
         _save_predictions(Path(output) / "predictions.npz", outputs)
