@@ -206,6 +206,12 @@ class BlockwiseLinear(BlockwiseLayer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """As :attr:`MPOLinear.weight`: size and dtype, on the meta device."""
+        size = (self.out_features, self.in_features)
+        return torch.empty(size, dtype=self.auxiliary[0].dtype, device="meta")
+
     def operator(self, x: Tensor, cores: list[Tensor]) -> Tensor:
         return torch.ops.mpo_kernels.linear(x, cores, None, self.out_features)
 
