@@ -1,0 +1,1 @@
+"""Relatives of the method over the same engine, each a short script that trains."""
