@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -32,6 +32,7 @@ from mpop.modules import (
     update_ties,
     weight_of,
 )
+from mpop.permute import sort_hidden_units
 
 # Heads of models that are their own base, as a T5ForConditionalGeneration is.
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs")
@@ -291,7 +292,9 @@ def compress(
         _check_weight(model, names[0])
     before = count_parameters(model).total
     source = Calibration(model, calibration, calibration_memory)
+    undo: Callable[[], None] | None = None
     if config.factors == "auto":
+        undo = sort_hidden_units(model, selected)
         work = _fit_within(model, selected, config, source)
     else:
         work = _fit_planned(model, planned, source)
@@ -309,6 +312,8 @@ def compress(
         if rows:
             update_ties(model)
             attach(model)
+        elif undo is not None:
+            undo()
     return CompressionReport(tuple(rows), before, count_parameters(model).total)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import BUILDERS, build, inputs
+from tiny_models import BUILDERS, build, inputs, logits
 from torch import Tensor, nn
 
 import mpop
@@ -20,6 +20,7 @@ from mpop.allocation import Point, allocate, curve
 from mpop.calibration import Calibration, second_moments
 from mpop.compress import select
 from mpop.modules import dense_matrices, module_at, mpo_modules, weight_of
+from mpop.permute import blocks, sort_hidden_units
 
 CONFIG = mpop.CompressionConfig(compression=0.5, factors="auto", embeddings=False)
 
@@ -211,6 +212,37 @@ class TestMembers:
             Cost("speed")
         with pytest.raises(ValueError, match="rows: expected at least 1, got 0"):
             Cost("memory", rows=0)
+
+
+class TestHiddenUnits:
+    @pytest.mark.parametrize("name", BUILDERS)
+    def test_their_order_is_nothing_to_the_model(self, name: str) -> None:
+        model = build(name)
+        expected, before = logits(model).detach(), state(model)
+        selected = select(model, mpop.CompressionConfig())
+        found = list(blocks(selected))
+        # One shared block in ALBERT, several a layer in MobileBERT.
+        assert len(found) == 1 if "albert" in name else len(found) >= 2
+        undo = sort_hidden_units(model, selected)
+        moved = [not torch.equal(value, before[key]) for key, value in model.state_dict().items()]
+        assert sum(moved) >= 2 * len(found)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+        undo()
+        assert_unchanged(model, before)
+
+    def test_units_in_disorder_are_put_together(self) -> None:
+        """A matrix of bond 1 between digits, but for the order of its inputs."""
+        order = torch.randperm(24)
+        weight = torch.kron(torch.arange(1.0, 5).outer(torch.tensor([1.0, 9.0])), torch.ones(3, 12))
+        model = build("bert")
+        for layer in model.bert.encoder.layer:
+            linear = nn.Linear(24, 12)
+            linear.weight.data = weight[:, order]
+            layer.output.dense = linear
+            layer.intermediate.dense = nn.Linear(24, 24)
+        sort_hidden_units(model, select(model, CONFIG))
+        found = model.bert.encoder.layer[0].output.dense.weight
+        assert torch.equal(found, weight) or torch.equal(found, weight.flip(1))
 
 
 class TestCompress:
