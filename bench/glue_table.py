@@ -215,15 +215,48 @@ def summary(run: Run, seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "eval_samples": first["eval_samples"],
         "epochs": run.epochs,
         "steps": first["steps"],
+        # Of runs from before these were measured there is none.
+        "disk_bytes": first.get("disk_bytes"),
+        "latency_seconds": median_of(results, "latency_seconds"),
     }
+
+
+def median_of(results: Sequence[dict[str, Any]], key: str) -> float | None:
+    """Over the runs that have it."""
+    known = [result[key] for result in results if key in result]
+    return statistics.median(known) if known else None
+
+
+def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Metric against parameters, a panel a task, a colour a method; bars are one sd."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    drawn = Figure(figsize=(1 + 4.5 * len(tasks), 4.2), layout="constrained")
+    colours = {name: f"C{k % 10}" for k, name in enumerate(METHODS)}
+    for panel, task in zip(drawn.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for row in rows:
+            if row["task"] == task:
+                name = row["method"]
+                panel.errorbar(
+                    row["total_parameters"] / 1e6,
+                    100 * row["mean"],
+                    100 * (row["sd"] or 0),
+                    fmt="os^D"[list(METHODS).index(name) // 10],
+                    color=colours[name],
+                    label=f"{name} ({row['trainable_parameters'] / 1e6:.2f} M trained)",
+                )
+        panel.set(title=task, xlabel="parameters, millions", ylabel="metric on dev, %")
+        panel.legend(fontsize=6)
+    drawn.savefig(path, dpi=150)
 
 
 def markdown(rows: Sequence[dict[str, Any]], conditions: dict[str, Any]) -> str:
     """The table with a caption that says what it was measured on."""
     lines = [
-        "| task | train / dev rows | epochs | method | metric | value | #Pr | #To | train time "
-        "| peak memory | rates | seeds |",
-        "|" + "---|" * 12,
+        "| task | train / dev rows | epochs | method | metric | value | #Pr | #To | on disk "
+        "| a step | latency | peak memory | rates | seeds |",
+        "|" + "---|" * 14,
     ]
     for row in rows:
         spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
@@ -236,7 +269,9 @@ def markdown(rows: Sequence[dict[str, Any]], conditions: dict[str, Any]) -> str:
             f"{100 * row['mean']:.1f}{spread}",
             f"{row['trainable_parameters'] / 1e6:.2f} M",
             f"{row['total_parameters'] / 1e6:.2f} M",
-            f"{row['train_seconds']:.0f} s",
+            "–" if row["disk_bytes"] is None else f"{row['disk_bytes'] / 1e6:.0f} MB",
+            f"{1e3 * row['train_seconds'] / row['steps']:.0f} ms",
+            "–" if row["latency_seconds"] is None else f"{1e3 * row['latency_seconds']:.1f} ms",
             f"{row['peak_memory_bytes'] / 2**20:.0f} MiB",
             " / ".join(f"{rate:g}" for rate in dict.fromkeys(row["rates"])),
             len(row["seeds"]),
@@ -251,6 +286,8 @@ def markdown(rows: Sequence[dict[str, Any]], conditions: dict[str, Any]) -> str:
         for task in dict.fromkeys(row["task"] for row in rows)
     )
     kinds = ", ".join(dict.fromkeys(row["peak_memory_kind"] for row in rows)) or "none"
+    used = dict.fromkeys(row["method"] for row in rows)
+    lines += ["", *(f"- `{name}`: {METHODS[name].what}." for name in used)]
     lines += [
         "",
         f"{conditions['model']}; mean ± standard deviation over seeds, in percent, on dev. Rates: "
@@ -258,7 +295,8 @@ def markdown(rows: Sequence[dict[str, Any]], conditions: dict[str, Any]) -> str:
         f"{conditions['seeds'][0]} on training rows held out (a tenth, at most 1000; ties by the "
         "last quarter of the training loss), trained on "
         f"at most {grid_rows} rows. #Pr trained "
-        "and #To all parameters. Train time is wall-clock, beside whatever else ran. "
+        "and #To all parameters. Times are wall-clock, beside whatever else ran; latency is of one "
+        "text of 64 tokens. "
         f"Memory: {kinds}. Batch {conditions['batch_size']}, length "
         f"{conditions['max_length']}, {conditions['precision']}, {limit}. "
         f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads; torch "
@@ -386,6 +424,8 @@ def main(argv: Sequence[str]) -> None:
         content = json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n"
         (Path(options.output) / "table.json").write_text(content, encoding="utf-8")
         (Path(options.output) / "table.md").write_text(markdown(rows, conditions), encoding="utf-8")
+        if rows:
+            figure(rows, Path(options.output) / "table.png")
     print(markdown(rows, conditions))
 
 

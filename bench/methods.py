@@ -223,6 +223,7 @@ def _squeezed(options: dict[str, Any], split: str) -> dict[str, Any]:
         window=10,
         eval_split="train-holdout",
         learning_rate=options["mpo_learning_rate"],
+        prepare=METHODS["squeezed"].prepare,
         **shared,
     )
     found: dict[str, Any] = {"value": squeezed["metric"], "metrics": {}, "eval_samples": 0}
@@ -231,6 +232,7 @@ def _squeezed(options: dict[str, Any], split: str) -> dict[str, Any]:
         found = evaluate(output, **{name: options[name] for name in of_task})
     return {
         **{name: found[name] for name in ("value", "metrics", "eval_samples")},
+        "trainable_parameters": squeezed["trainable_parameters"],
         "total_parameters": squeezed["parameters"],
         "rounds": squeezed["rounds"],
     }
@@ -239,7 +241,7 @@ def _squeezed(options: dict[str, Any], split: str) -> dict[str, Any]:
 @torch.no_grad()
 def _latency(model: Any) -> float:
     device = next(model.parameters()).device
-    ids = torch.full((1, 64), 100, device=device)
+    ids = torch.ones(1, min(64, model.config.max_position_embeddings), dtype=int, device=device)
     model.eval()
     times = []
     for _ in range(23):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import mpop
 from mpop.finetune import (
@@ -45,6 +45,7 @@ def squeeze_on_task(
     seed: int = 0,
     resume: bool = False,
     on_round: Callable[[SqueezeRound], None] | None = None,
+    prepare: Callable[[PreTrainedModel], Any] | None = None,
 ) -> dict[str, Any]:
     """Squeeze a compressed, fine-tuned model with light fine-tuning between the cuts, and save it.
 
@@ -88,6 +89,8 @@ def squeeze_on_task(
     set_seed(seed)
     tokenizer = load_tokenizer(model_name_or_path)
     model = load_for_training(model_name_or_path, glue_task, "light", None)
+    if prepare is not None:
+        model = prepare(model)
     max_length = fitting(max_length, model, tokenizer)
     train = encoded(train, tokenizer, max_length)
     evaluation = {name: encoded(rows, tokenizer, max_length) for name, rows in evaluation.items()}
@@ -133,6 +136,7 @@ def squeeze_on_task(
         "task": glue_task.name,
         "metric_name": glue_task.metric,
         **report.to_dict(),
+        "trainable_parameters": mpop.count_parameters(model).trainable,
         "max_drop": max_drop,
         "eval_split": eval_split,
         "learning_rate": rate,

@@ -39,6 +39,8 @@ def finetune(monkeypatch):
             "train_samples": 1200,
             "eval_samples": 300,
             "steps": 7,
+            "disk_bytes": 40_000_000,
+            "latency_seconds": 0.005,
             "losses": [[k, 1 / k + (rate == 0.75)] for k in range(1, 20)],
         }
         return subprocess.CompletedProcess(command, 0, "log\n" + json.dumps(result), "")
@@ -65,8 +67,13 @@ def test_choice_table_and_resuming(finetune, tmp_path):
     assert (row["mean"], row["seeds"]) == (pytest.approx(0.55), [0, 1])
     assert row["sd"] == pytest.approx(0.1 / 2**0.5)
     text = (tmp_path / "table.md").read_text()
-    assert "55.0 ± 7.1 | 2.50 M | 10.00 M | 2 s | 1024 MiB | 0.5 / 0.1 | 2 |" in text
+    assert (
+        "55.0 ± 7.1 | 2.50 M | 10.00 M | 40 MB | 286 ms | 5.0 ms | 1024 MiB | 0.5 / 0.1 | 2 |"
+        in text
+    )
     assert "/some/where" not in text
+    assert "- `light`: MPOP_full+LFA" in text
+    assert (tmp_path / "table.png").stat().st_size > 1000
     finetune.clear()
     assert run(tmp_path, "--max-train-samples", "rte=1200")["rows"] == [row]
     # Only the diverged rate is tried once more.

@@ -1,0 +1,103 @@
+"""Every method of the table, and the table of fits, on a tiny encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_glue import save_bert, write_glue
+
+import mpop
+from bench import fit_table, methods
+from mpop.pretrained import load_as_saved
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_glue(tmp_path_factory.mktemp("glue"), train=160, dev=24)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bert(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_run_of_each(
+    method: str, glue: Path, encoder: Path, cache: Path, tmp_path: Path, capsys: Any
+) -> None:
+    options = {
+        "method": method,
+        "task": "sst2",
+        "model": str(encoder),
+        "data_dir": str(glue),
+        "cache": str(cache),
+        "output": str(tmp_path / "model"),
+        "seed": 0,
+        "eval_split": "dev",
+        "learning_rate": 1e-3,
+        "mpo_learning_rate": 1e-3,
+        "epochs": 1.0,
+        "max_train_samples": None,
+        "batch_size": 16,
+        "max_length": 16,
+        "precision": "fp32",
+    }
+    capsys.readouterr()
+    methods.main([json.dumps(options)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    dense = sum(p.numel() for p in load_as_saved(encoder).parameters()) + 2 * 33
+    trained, total = result["trainable_parameters"], result["total_parameters"]
+    assert 0 <= result["value"] <= 1 and result["disk_bytes"] > 10_000
+    assert result["latency_seconds"] > 0
+    assert result["eval_samples"] == 24
+    if method in ("light", "light-encoder", "lora", "biases", "squeezed", "chosen-light"):
+        assert trained < 0.65 * total
+    else:
+        assert trained == total
+    if method in ("svd", "aware-svd", "dir", "chosen", "chosen-light"):
+        encoder_weights = 2 * (4 * 32 * 32 + 2 * 32 * 64) + 32 * 32
+        assert 0.4 * encoder_weights < dense - total < 0.62 * encoder_weights
+    if method == "dense":
+        assert total == dense
+    if method == "squeezed":
+        assert result["rounds"]
+        loaded = mpop.load(tmp_path / "model-squeezed")
+        assert mpop.count_parameters(loaded).total == total
+
+
+def test_lora_trains_as_many_as_light_fine_tuning(encoder: Path) -> None:
+    models = []
+    for prepare, compress in ((methods.METHODS["lora"].prepare, False), (None, True)):
+        model = mpop.pretrained.load_for_training(
+            encoder,
+            mpop.glue.get_task("sst2"),
+            "light" if compress else "dense",
+            mpop.CompressionConfig(embeddings=False) if compress else None,
+        )
+        models.append(model if prepare is None else prepare(model))
+    adapters = [p for n, p in models[0].named_parameters() if p.requires_grad and "lora" in n]
+    cores = [p for n, p in models[1].named_parameters() if p.requires_grad and "cores" in n]
+    lora, light = (sum(p.numel() for p in tensors) for tensors in (adapters, cores))
+    assert lora == pytest.approx(light, rel=0.1)
+
+
+def test_the_table_of_fits(glue: Path, encoder: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ["--output", str(tmp_path), "--data-dir", str(glue), "--model", str(encoder)]
+    fit_table.main([*options, "--samples", "96", "--test-samples", "64"])
+    found = json.loads((tmp_path / "fit.json").read_text())
+    assert len(found["matrices"]) == 13
+    ratios = found["ratio_to_svd"]
+    assert ratios["SVD"] == 1 and ratios["aware SVD"] < 1 and ratios["chosen"] < 1
+    assert set(found["last_hidden_error"]) == {*fit_table.FITS, "chosen, ranks allocated"}
+    text = (tmp_path / "fit.md").read_text()
+    assert "mean ratio to SVD" in text and str(tmp_path) not in text
+    assert torch.isfinite(torch.tensor(list(found["last_hidden_error"].values()))).all()
