@@ -32,6 +32,7 @@ from mpop.compress import select
 from mpop.demo import default_model
 from mpop.finetune import calibration_batches
 from mpop.modules import module_at, weight_of
+from mpop.permute import sort_hidden_units
 from mpop.pretrained import load_as_saved
 
 Fit = Callable[[Tensor, float, Moments], Decomposition]
@@ -82,6 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     calibration, test = batches[:cut], batches[cut:]
     config = mpop.CompressionConfig(compression=options.kept, factors="auto", embeddings=False)
     selected = select(model, config)
+    sort_hidden_units(model, selected)  # as `compress` does; it changes no output
     moments = second_moments(model, calibration, selected)
     unseen = second_moments(model, test, selected)
     exact = last_hidden(model, test)
