@@ -41,7 +41,7 @@ Fit = Callable[[Tensor, float, Moments], Decomposition]
 def _cut(kind: Callable[[int, int], MPOShape], aware: bool) -> Fit:
     def fit(weight: Tensor, kept: float, moments: Moments) -> Decomposition:
         shape = kind(weight.shape[1], weight.shape[0])
-        moment = moments.fit if aware else None
+        moment = _all(moments) if aware else None
         return decompose(weight, shape, compression=kept, second_moment=moment)
 
     return fit
@@ -173,7 +173,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", help="a hub name or a folder (all-MiniLM-L6-v2, from pip)")
     parser.add_argument("--task", default="sst2", help="(sst2)")
     parser.add_argument("--kept", type=float, default=0.5, help="fraction of the parameters (0.5)")
-    parser.add_argument("--samples", type=int, default=1504, help="rows to calibrate with (1504)")
+    parser.add_argument("--samples", type=int, default=3008, help="rows to calibrate with (3008)")
     parser.add_argument("--test-samples", type=int, default=704, help="rows to judge by (704)")
     options = parser.parse_args(argv)
     named = Path(options.model).name if options.model else "all-MiniLM-L6-v2"

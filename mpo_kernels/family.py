@@ -130,8 +130,9 @@ def choose(
         budget: what it may cost, in the units of ``cost``.
         second_moment: of the layer's inputs; see :func:`mpo_kernels.decompose`. Without it the
             weight's own error decides.
-        judge: a second moment of other inputs, by which members are compared and whose
-            ``output_error`` the result has; default the same.
+        judge: a second moment of other inputs, in the same scale, by which members are compared.
+            The result's ``output_error`` is that of its member on them, fitted without them; its
+            cores are then fitted to both.
 
     Raises:
         ValueError: no member is that cheap.
@@ -161,7 +162,11 @@ def choose(
             best = found
     if best is None:
         raise ValueError(f"expected a budget that one rank meets, got {budget:g}")
-    return best
+    if second_moment is None or judge is None or judge is second_moment:
+        return best
+    # Chosen on what was held out, which then helps to fit as well.
+    refitted = decompose(weight, best.shape, second_moment=second_moment + judge)
+    return replace(refitted, output_error=best.output_error)
 
 
 def judged(found: Decomposition, weight: Tensor, second_moment: Tensor) -> Decomposition:

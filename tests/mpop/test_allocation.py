@@ -179,6 +179,9 @@ class TestMembers:
             rank = int(ratio * weight.numel() / 60)
             low = decompose(weight, MPOShape.low_rank(36, 24, rank), second_moment=fit)
             assert found.output_error <= output_error(weight, reconstruct(low.cores), judge)
+            both = fit + judge
+            refitted = decompose(weight, found.shape, second_moment=both)
+            assert torch.equal(reconstruct(found.cores), reconstruct(refitted.cores))
 
     def test_a_kronecker_product_is_recognised(self) -> None:
         """Of full rank, but of one two-core MPO with bond 1."""
