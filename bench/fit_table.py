@@ -79,8 +79,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = load_as_saved(options.model).float()
     rows = options.samples + options.test_samples
     batches = calibration_batches(options.model, options.task, options.data_dir, rows)
-    cut = options.samples // 32
-    calibration, test = batches[:cut], batches[cut:]
+    calibration = batches[: options.samples // 32]
+    test = batches[len(calibration) :]
+    if not test or len(batches) * 32 - rows >= 32:
+        raise ValueError(f"expected {rows} training rows of {options.task}, got fewer")
     config = mpop.CompressionConfig(compression=options.kept, factors="auto", embeddings=False)
     selected = select(model, config)
     sort_hidden_units(model, selected)  # as `compress` does; it changes no output
@@ -98,11 +100,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             found = make(weight, options.kept, moments[names])
             lost = judged(found, weight, _all(unseen[names])).output_error
             matrices[names[0]][fit] = {"output_error": lost, "shape": found.shape.to_dict()}
-            module_at(copied, names[0]).weight.data = reconstruct(found.cores)
+            sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+            module_at(copied, names[0]).weight.data = reconstruct(found.cores, **sizes)
         changed[fit] = float((last_hidden(copied, test) - exact).norm() / whole)
     say("ranks shared by allocation")
+    low = copy.deepcopy(model)
     report = mpop.compress(model, config, calibration)
     changed["chosen, ranks allocated"] = float((last_hidden(model, test) - exact).norm() / whole)
+    for row in report.rows:
+        weight = weight_of(module_at(low, row.name))
+        kept = row.parameters_after / row.parameters_before
+        cut = FITS["aware SVD"](weight.detach(), kept, moments[(row.name,)])
+        module_at(low, row.name).weight.data = reconstruct(cut.cores)
+    changed["aware SVD, ranks allocated"] = float((last_hidden(low, test) - exact).norm() / whole)
 
     def ratio(fits: dict[str, Any], fit: str, to: str) -> float:
         return fits[fit]["output_error"] / fits[to]["output_error"]
@@ -146,8 +156,9 @@ def markdown(found: dict[str, Any], conditions: dict[str, Any]) -> str:
         f"{conditions['kept']:.0%} of each matrix's parameters; {conditions['model']}, calibrated "
         f"with {conditions['samples']} rows, judged on {conditions['test_samples']} others. With "
         "ranks allocated over the encoder under the same budget, the last hidden state's error is "
-        f"{whole['chosen, ranks allocated']:.3f}. The chosen member's error is at most "
-        f"{found['worst_to_aware_svd']:.3f} × aware SVD's on any matrix. "
+        f"{whole['chosen, ranks allocated']:.3f} with the chosen members, and "
+        f"{whole['aware SVD, ranks allocated']:.3f} with aware SVD at their sizes. The chosen "
+        f"member's error is at most {found['worst_to_aware_svd']:.3f} × aware SVD's on any matrix. "
         f"torch {versions['torch']}, transformers {versions['transformers']}; commit {commit}"
         f"{' with changes' * conditions['dirty']}.",
         "",
@@ -173,7 +184,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", help="a hub name or a folder (all-MiniLM-L6-v2, from pip)")
     parser.add_argument("--task", default="sst2", help="(sst2)")
     parser.add_argument("--kept", type=float, default=0.5, help="fraction of the parameters (0.5)")
-    parser.add_argument("--samples", type=int, default=3008, help="rows to calibrate with (3008)")
+    parser.add_argument(
+        "--samples", type=int, default=3008, help="rows to calibrate with, by 32 (3008)"
+    )
     parser.add_argument("--test-samples", type=int, default=704, help="rows to judge by (704)")
     options = parser.parse_args(argv)
     named = Path(options.model).name if options.model else "all-MiniLM-L6-v2"

@@ -296,7 +296,9 @@ def markdown(rows: Sequence[dict[str, Any]], conditions: dict[str, Any]) -> str:
         "last quarter of the training loss), trained on "
         f"at most {grid_rows} rows. #Pr trained "
         "and #To all parameters. Times are wall-clock, beside whatever else ran; latency is of one "
-        "text of 64 tokens. "
+        "text of 64 tokens, adapters merged; a step and memory of `squeezed` are those of the "
+        "fine-tuning before it, and rates of a single choice were not searched. Calibration draws "
+        "from all training rows, without their labels. "
         f"Memory: {kinds}. Batch {conditions['batch_size']}, length "
         f"{conditions['max_length']}, {conditions['precision']}, {limit}. "
         f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads; torch "
@@ -311,7 +313,7 @@ def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str,
     """What the figures hold for; of absolute paths only the last part is kept."""
     arguments = [Path(a).name if Path(a).is_absolute() else a for a in argv]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = ("transformers", "accelerate", "datasets")
+    names = ("transformers", "accelerate", "datasets", "peft")
     return {
         "command": shlex.join(["python", "-m", "bench.glue_table", *arguments]),
         "model": options.model_name,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
 import mpop
+from bench import facts
 from mpo_kernels import MPOLinear
 from mpop.config import MatrixConfig
 from mpop.finetune import calibration_batches, evaluate, finetune
@@ -62,8 +65,6 @@ def _frozen_embeddings(model: PreTrainedModel) -> PreTrainedModel:
 
 def _lora(model: PreTrainedModel) -> Any:
     """As many trained parameters as light fine-tuning of the encoder's full-rank MPOs has."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
     matrices = [names[0] for names in dense_matrices(model.base_model)]
     linears = [
         name for name in matrices if isinstance(module_at(model.base_model, name), torch.nn.Linear)
@@ -161,7 +162,8 @@ def compressed(method: str, options: dict[str, Any], cache: Path) -> str:
         return str(options["model"])
     task = options["task"] if METHODS[method].calibrates else None
     kind = {"chosen-light": "chosen", "squeezed": "light-encoder"}.get(method, method)
-    key = hashlib.sha256(json.dumps([kind, task, str(options["model"])]).encode()).hexdigest()
+    made_of = [kind, task, str(options["model"]), str(options["data_dir"]), KEPT, CALIBRATION_ROWS]
+    key = hashlib.sha256(json.dumps([*made_of, facts.commit()["commit"]]).encode()).hexdigest()
     folder = cache / f"{kind}-{task or 'any'}-{key[:8]}"
     if not folder.is_dir():
         batches = None
@@ -170,8 +172,10 @@ def compressed(method: str, options: dict[str, Any], cache: Path) -> str:
             batches = calibration_batches(*source)
         model = load_as_saved(options["model"]).float()
         made(model, batches)
-        mpop.save(model, folder)
-        load_tokenizer(options["model"]).save_pretrained(folder)
+        new = folder.with_suffix(f".{os.getpid()}")  # a run may be stopped in the midst of it
+        mpop.save(model, new)
+        load_tokenizer(options["model"]).save_pretrained(new)
+        new.rename(folder)
     return str(folder)
 
 
@@ -204,7 +208,8 @@ def run(method: str, options: dict[str, Any], cache: Path) -> dict[str, Any]:
         result |= _squeezed(options, split)
         model, output = mpop.load(f"{output}-squeezed"), Path(f"{output}-squeezed")
     kept = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    if (output / "adapter_config.json").is_file():
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()  # as it would be served
         kept += sum(4 * parameter.numel() for parameter in load_as_saved(base).parameters())
     return {**result, "disk_bytes": kept, "latency_seconds": _latency(model)}
 

@@ -7,7 +7,7 @@ panels, slices of one of its bonds, each dequantised, used and dropped, in backw
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -51,7 +51,9 @@ def quantize_rows(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 8:
         return (127 * unit).round().to(torch.int8).view(rows, -1), scales
     middles = torch.tensor([(a + b) / 2 for a, b in pairwise(NF4)])
-    codes = torch.bucketize(unit, middles.to(unit.device)).to(torch.uint8).view(rows, -1)
+    codes = (
+        torch.bucketize(unit.contiguous(), middles.to(unit.device)).to(torch.uint8).view(rows, -1)
+    )
     return codes[:, ::2] | codes[:, 1::2] << 4, scales
 
 
@@ -123,8 +125,8 @@ class BlockwiseLayer(nn.Module, ABC):
 
     def __init__(self, layer: MPOModule, bits: int) -> None:
         super().__init__()
-        if bits not in (4, 8):
-            raise ValueError(f"bits: expected 4 or 8, got {bits}")
+        if type(bits) is not int or bits not in (4, 8):
+            raise ValueError(f"bits: expected 4 or 8, got {bits!r}")
         if len(layer.cores) < 2:
             raise ValueError("expected a layer of two cores or more, got one")
         self.bits, self.central, self.shape = bits, layer.central, layer.shape
@@ -138,6 +140,12 @@ class BlockwiseLayer(nn.Module, ABC):
         self.register_buffer("scales", scales)
         self.codes: Tensor
         self.scales: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        bits = self.scales.view(torch.int32)  # which no cast of a module touches
+        super()._apply(fn, recurse)
+        self.scales = fn(bits).view(torch.float32)
+        return self
 
     def _as_rows(self, centre: Tensor) -> Tensor:
         if self.central == 0:

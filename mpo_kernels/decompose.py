@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpo_kernels.cores import check_cores, check_finite, merge_cores, orthogonalise
-from mpo_kernels.fitting import check_second_moment, fit, output_error, padded_moment
+from mpo_kernels.fitting import check_second_moment, fit, output_error, padded_moment, scaled
 from mpo_kernels.shape import MPOShape
 
 
@@ -28,7 +28,8 @@ class Decomposition:
         rel_error: ‖W − MPO‖_F / ‖W‖_F, measured before the cores are cast to the input's dtype; 0
             for a zero matrix.
         spectra: singular values of each bond before it was cut, descending, float64.
-        output_error: ‖(W − MPO)S^½‖_F / ‖W S^½‖_F where a second moment S was given.
+        output_error: ‖(W − MPO)S^½‖_F / ‖W S^½‖_F where a second moment S was given, measured
+            before the cast as well.
     """
 
     cores: list[Tensor]
@@ -138,7 +139,7 @@ def decompose(
         cores = _truncate(orthogonalise(cores, 0), kept_ranks, None)[0]
     lost = None
     if second_moment is not None:
-        second_moment = second_moment.detach().to(work)
+        second_moment = scaled(second_moment.detach()).to(work)
         cores = fit(cores, padded, padded_moment(second_moment, len(padded)), max_sweeps=max_sweeps)
         ranks = [core.shape[3] for core in cores[:-1]]
         cores = _truncate(orthogonalise(cores, 0), ranks, None)[0]

@@ -26,7 +26,8 @@ def check_second_moment(second_moment: Tensor, in_features: int) -> None:
     """Raise unless it is ``[in, in]``, or ``[in]`` where it is diagonal, finite and not zero."""
     sizes = ((in_features, in_features), (in_features,))
     if not isinstance(second_moment, Tensor) or not second_moment.is_floating_point():
-        raise TypeError(f"expected a floating-point second moment, got {type(second_moment)}")
+        got = second_moment.dtype if isinstance(second_moment, Tensor) else type(second_moment)
+        raise TypeError(f"expected a floating-point second moment, got {got}")
     if tuple(second_moment.shape) not in sizes:
         raise ValueError(
             f"expected a second moment {list(sizes[0])}, or {list(sizes[1])} of a diagonal one, "
@@ -35,17 +36,29 @@ def check_second_moment(second_moment: Tensor, in_features: int) -> None:
     diagonal = _diagonal(second_moment)
     if not torch.isfinite(second_moment).all() or (diagonal < 0).any() or not diagonal.any():
         raise ValueError("expected a finite second moment of inputs that are not all zero")
+    if second_moment.dim() == 2:
+        skew = (second_moment - second_moment.t()).abs().max()
+        if skew > 0.01 * diagonal.max():
+            raise ValueError("expected a symmetric second moment")
 
 
 def _diagonal(second_moment: Tensor) -> Tensor:
     return second_moment if second_moment.dim() == 1 else second_moment.diagonal()
 
 
+def scaled(second_moment: Tensor) -> Tensor:
+    """With mean diagonal 1, whatever the range of its dtype."""
+    diagonal = _diagonal(second_moment).double()
+    largest = diagonal.max()
+    mean = (diagonal / largest).mean()
+    return ((second_moment.double() / largest) / mean).to(second_moment.dtype)
+
+
 def regularised(second_moment: Tensor) -> Tensor:
     """The same with mean diagonal 1, and a little of the identity where it is singular."""
-    scaled = second_moment / _diagonal(second_moment).mean()
-    _diagonal(scaled).add_(RIDGE)
-    return scaled
+    moment = scaled(second_moment)
+    _diagonal(moment).add_(RIDGE)
+    return moment
 
 
 def padded_moment(second_moment: Tensor, size: int) -> Tensor:

@@ -54,11 +54,11 @@ def second_moments(
     training, device = model.training, next(model.parameters()).device
     model.eval()
     with ExitStack() as hooks:
-        mask = _Mask()
+        mask = _Mask(model)
         for names, stream in streams.items():
             for name in names:
                 if isinstance(module_at(model, name), nn.Embedding) == stream.is_diagonal:
-                    hook = stream.hook(mask)
+                    hook = stream.hook(mask, mask.is_decoder(name))
                     hooks.callback(module_at(model, name).register_forward_pre_hook(hook).remove)
         hooks.callback(model.train, training)
         for number, batch in enumerate(batches):
@@ -87,6 +87,13 @@ class Calibration:
             first = next(iter(batches), None)
             if first is None:
                 raise ValueError("expected calibration batches, got none")
+            if not isinstance(first, Mapping) or not all(
+                isinstance(value, Tensor) for value in first.values()
+            ):
+                raise TypeError(
+                    "calibration: expected batches of named tensors, as a tokenizer makes them "
+                    f"with return_tensors='pt', got {type(first).__name__}"
+                )
             self._probe = first
             if iter(batches) is batches:
                 self._batches = chain([first], batches)
@@ -126,10 +133,11 @@ class Calibration:
         finally:
             hook.remove()
             model.train(training)
-        mask = _Mask()
+        mask = _Mask(self._model)
         mask.of(inputs)
+        is_decoder = bool(self._model.config.is_encoder_decoder)
         return [
-            mask.rows(output, output.shape[:-1]).float()
+            mask.rows(output, output.shape[:-1], is_decoder).float()
             for output in outputs
             if isinstance(output, Tensor) and output.is_floating_point()
         ]
@@ -149,7 +157,7 @@ class Calibration:
         if iter(self._batches) is self._batches:
             raise ValueError(
                 f"expected calibration batches that can be iterated {2 * len(groups)} times, as a "
-                "list or DataLoader, since the moments do not fit in memory at once"
+                "list or DataLoader, or a larger calibration_memory: all moments do not fit in it"
             )
         for group in groups:
             yield group, second_moments(self._model, self._batches, group)
@@ -171,21 +179,33 @@ class Calibration:
 
 
 class _Mask:
-    """Which positions of the batch at hand are no padding."""
+    """Which positions of the batch at hand are no padding, on the two sides of a model."""
 
-    def __init__(self) -> None:
-        self._masks: list[Tensor] = []
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._has_decoder = bool(model.config.is_encoder_decoder)
+        self._masks: dict[bool, Tensor | None] = {}
 
     def of(self, inputs: Mapping[str, Any]) -> None:
-        masks = (inputs.get(f"{part}attention_mask") for part in ("", "decoder_"))
-        self._masks = [mask.bool() for mask in masks if mask is not None and mask.dim() == 2]
+        for is_decoder, part in ((False, ""), (True, "decoder_")):
+            mask = inputs.get(f"{part}attention_mask")
+            self._masks[is_decoder] = None if mask is None else mask.bool()
 
-    def rows(self, x: Tensor, positions: torch.Size) -> Tensor:
+    def is_decoder(self, name: str) -> bool:
+        """Whether a module sees what a decoder does; keys and values across see the encoder's."""
+        parts = name.split(".")
+        crosses = not _CROSS.isdisjoint(parts) and parts[-1] in _KEYS_AND_VALUES
+        return self._has_decoder and "decoder" in parts and not crosses
+
+    def rows(self, x: Tensor, positions: torch.Size, is_decoder: bool) -> Tensor:
         """``x [*positions, …]`` as the rows that count."""
-        for mask in self._masks:
-            if mask.shape == positions:
-                return x[mask]
+        mask = self._masks[is_decoder]
+        if mask is not None and mask.shape == positions:
+            return x[mask]
         return x.flatten(0, len(positions) - 1)
+
+
+_CROSS = {"EncDecAttention", "encoder_attn", "crossattention"}
+_KEYS_AND_VALUES = {"k", "v", "k_proj", "v_proj", "key", "value"}
 
 
 class _Stream:
@@ -200,14 +220,14 @@ class _Stream:
         self._sums = [torch.zeros(size, device=weight.device) for _ in range(2)]
         self._rows = torch.zeros(2, dtype=torch.int64, device=weight.device)
 
-    def hook(self, mask: _Mask) -> Any:
+    def hook(self, mask: _Mask, is_decoder: bool) -> Any:
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x, which = inputs[0], int(self.is_judging)
             if self.is_diagonal:
-                rows = mask.rows(x, x.shape)
+                rows = mask.rows(x, x.shape, is_decoder)
                 self._sums[which] += torch.bincount(rows, minlength=len(self._sums[which]))
             else:
-                rows = mask.rows(x, x.shape[:-1]).float()
+                rows = mask.rows(x, x.shape[:-1], is_decoder).float()
                 self._sums[which].addmm_(rows.t(), rows)
             self._rows[which] += len(rows)
 
@@ -226,8 +246,11 @@ class _Stream:
                 f"quarter as many to judge by, got {fitted} and {judging}: give more "
                 "text, in several batches"
             )
-        if self.is_diagonal and not (fit.any() and judge.any()):
-            raise ValueError(f"{self.name}: expected ids to calibrate with, got none")
+        if not (fit.any() and judge.any()):
+            raise ValueError(
+                f"{self.name}: expected inputs to calibrate with that are not all zero, and others "
+                "to judge by, in two batches or more: give more text"
+            )
         if not (torch.isfinite(fit).all() and torch.isfinite(judge).all()):
             raise ValueError(f"{self.name}: expected finite inputs, got NaN or Inf in calibration")
         return Moments(fit, judge, fitted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -408,7 +409,8 @@ def _squeeze(model: str, **options: Any) -> tuple[dict[str, Any], str]:
     def show(made: Any) -> None:
         tqdm.write(
             f"round {made.step}: {made.cuts} bonds cut, {made.parameters:,} parameters, "
-            f"metric {made.metric:.4f}, {'kept' if made.kept else 'undone'}",
+            f"metric {math.nan if made.metric is None else made.metric:.4f}, "
+            f"{'kept' if made.kept else 'undone'}",
             file=sys.stderr,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -256,8 +257,9 @@ def compress(
     """Replace the matrices of a transformers model by MPOs, in place.
 
     Linears and Conv1Ds of the base model and the word embeddings are replaced, an output head tied
-    to them as well, and the tie is kept; position and type embeddings and heads are not. One
-    dense matrix at a time is decomposed and freed. Everything is checked before the first.
+    to them as well, and the tie is kept; position and type embeddings and heads are not. Without
+    calibration one dense matrix at a time is decomposed and freed, all being checked before the
+    first; with it, or under one budget, none is replaced before all are fitted.
 
     Where `torch.distributed` is initialised, each process decomposes its share of the matrices
     and counts its own batches; all of them hold the same result.
@@ -269,8 +271,7 @@ def compress(
             fitted to what the layers' outputs lose on them, and a quarter of them is kept to
             report it (`output_error`).
         calibration_memory: bytes for second moments at a time; where that is too little for all
-            matrices, the batches are passed through several times, later matrices seeing what the
-            earlier MPOs give.
+            matrices, the batches are passed through the model several times.
 
     Raises:
         TypeError: another kind of model, or a weight that is not floating-point.
@@ -298,13 +299,16 @@ def compress(
         work = _fit_within(model, selected, config, source)
     else:
         work = _fit_planned(model, planned, source)
-    rows = []
     weights = sum(weight_of(module_at(model, names[0])).numel() for names in selected)
     is_quick = weights < _QUICK and calibration is None
+    rows = []
     try:
         # `disable=None`: no bar where stderr is not a terminal.
-        bar = tqdm(work, "compress", len(selected), disable=is_quick or None)
-        for names, decomposition in bar:
+        fitted: Iterable[Fitted] = tqdm(work, "compress", len(selected), disable=is_quick or None)
+        if calibration is not None or config.factors == "auto":
+            # What is wrong with the batches may show late: nothing is replaced before all is there.
+            fitted = list(fitted)
+        for names, decomposition in fitted:
             if decomposition is not None:
                 rows.append(_replace(model, names, decomposition))
     finally:
@@ -367,8 +371,20 @@ def _fit_within(
     for group, moments in source.groups(selected):
         curves.update(over_processes(group, partial(losses, moments)))
     dense = {names: cost.of_dense(*weight_at(names).shape[::-1]) for names in selected}
-    points = allocate(list(curves.values()), budget * sum(dense.values()))
+    whole, least = sum(dense.values()), sum(points[0].cost for points in curves.values())
+    if budget * whole < least:
+        raise ValueError(
+            f"expected a compression of at least {math.ceil(1e4 * least / whole) / 1e4:.4g}, the "
+            f"cheapest that {len(curves)} matrices can be in {config.objective}, got {budget:g}"
+        )
+    points = allocate(list(curves.values()), budget * whole)
     budgets = {names: point.cost for names, point in zip(curves, points, strict=True)}
+
+    if all(budgets[names] >= dense[names] for names in selected):
+        raise ValueError(
+            f"no matrix is worth an MPO within a compression of {budget:g} in {config.objective}: "
+            "expected a lower one"
+        )
 
     def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition | None:
         if budgets[names] >= dense[names]:

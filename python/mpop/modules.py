@@ -12,6 +12,7 @@ from transformers.models.mobilebert.modeling_mobilebert import MobileBertLMPredi
 from transformers.pytorch_utils import Conv1D
 
 from mpo_kernels import MPOEmbedding, MPOLinear, MPOShape
+from mpo_kernels.blockwise import BlockwiseLayer
 from mpop.config import ModuleSpec, MPOConfig
 
 Dense: TypeAlias = nn.Linear | Conv1D | nn.Embedding
@@ -62,7 +63,13 @@ def dense_matrices(model: PreTrainedModel) -> list[Names]:
 
 
 def mpo_matrices(model: nn.Module) -> list[Names]:
-    """The compressed matrices."""
+    """The compressed matrices.
+
+    Raises:
+        ValueError: centres that are quantised.
+    """
+    if any(isinstance(module, BlockwiseLayer) for module in model.modules()):
+        raise ValueError("the centres are quantised: call mpop.dequantize_centres(model) first")
     held = {
         name: module.cores[0]
         for name, module in model.named_modules(remove_duplicate=False)

@@ -97,17 +97,21 @@ class Settler:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer, the place in the data, and torch's random numbers."""
+        on_device = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,
             "random": torch.get_rng_state(),
+            "random_on_device": on_device,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.batch = state["epoch"], state["batch"]
         torch.set_rng_state(state["random"])
+        if state["random_on_device"]:
+            torch.cuda.set_rng_state_all(state["random_on_device"])
 
 
 def has_settled(losses: Sequence[float], window: int, tolerance: float) -> bool:

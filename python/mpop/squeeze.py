@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,9 @@ from mpop.modules import MPO, mpo_modules
 # A round that cuts less than this fraction is not tried.
 _LEAST = 0.002
 _MOST = 0.2
+# What torch's optimizers call their moments: of gradients, and of their squares.
+_FIRST = {"exp_avg", "momentum_buffer", "grad_avg"}
+_SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"}
 
 
 class Tuner(Protocol):
@@ -49,8 +53,8 @@ class SqueezeRound:
         estimate: root of the summed squares of the relative errors of the cut matrices, from
             their discarded singular values.
         parameters: of the whole model after the cut.
-        loss: after fine-tuning.
-        metric: likewise.
+        loss: after fine-tuning; None where it diverged.
+        metric: likewise; None where that or the metric was not finite.
         kept: whether the metric was within the bound.
         seconds: of the round.
     """
@@ -60,8 +64,8 @@ class SqueezeRound:
     cuts: int
     estimate: float
     parameters: int
-    loss: float
-    metric: float
+    loss: float | None
+    metric: float | None
     kept: bool
     seconds: float
 
@@ -99,6 +103,7 @@ def squeeze(
     step: float = 0.05,
     state: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    settings: Mapping[str, Any] | None = None,
     on_round: Callable[[SqueezeRound], None] | None = None,
 ) -> SqueezeReport:
     """Cut bonds of a compressed model while a metric stays within ``max_drop`` of where it began.
@@ -119,12 +124,17 @@ def squeeze(
         step: fraction of the parameters in cores that the first round cuts.
         state: a file that always holds a whole state, replaced after each round; `trace.jsonl`
             beside it has a line for each.
-        resume: go on from that file, with the same result as without the interruption.
+        resume: go on from that file, with the same result as without the interruption; from the
+            beginning where there is none yet.
+        settings: what the result depends on besides, JSON-like; a state of others is refused.
         on_round: told of each round as it ends.
 
+    A round whose training diverges or whose metric is NaN is undone like one outside the bound.
+
     Raises:
-        ValueError: no MPO modules, no bond above 1, a bound below zero, a metric that is NaN, or
-            a state to resume that is not there or of another model. The model is as it was.
+        ValueError: no MPO modules, no bond above 1, a bound below zero, a metric that is NaN at the
+            start, a state that is there without `resume`, or one to resume that is of another
+            model or other settings. The model is as it was.
     """
     if not 0 <= max_drop < math.inf or not 0 < step < 1 or max_steps < 1:
         raise ValueError(
@@ -136,15 +146,22 @@ def squeeze(
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
     if all(rank == 1 for module in modules.values() for rank in module.shape.ranks):
         raise ValueError("nothing to squeeze: every bond is 1 already")
-    run = _Run(model, modules, finetune, None if state is None else Path(state))
-    first = run.snapshot()
-    if resume:
+    if resume and state is None:
+        raise ValueError("expected the state's file to resume from")
+    file, training = None if state is None else Path(state), model.training
+    settings = {"max_drop": max_drop, "step": step, **(settings or {})}
+    run = _Run(model, modules, finetune, file, settings)
+    if file is not None and file.exists():
+        if not resume:
+            raise ValueError(f"{file} holds a squeeze: resume it, or choose another place")
         run.load()
     else:
-        run.metric_before = run.metric = _checked(evaluate())
+        run.metric_before = run.metric = float(evaluate())
+        if not math.isfinite(run.metric):
+            raise ValueError(f"expected a finite metric, got {run.metric}")
         run.parameters_before = run.parameters = count_parameters(model).total
         run.fraction = step
-        run.save()
+    run.save()
     try:
         while len(run.rounds) < max_steps and run.fraction >= _LEAST:
             made = run.round(evaluate, max_drop)
@@ -152,31 +169,27 @@ def squeeze(
                 break
             if on_round is not None:
                 on_round(made)
-    except ValueError:
-        run.restore(first)
-        raise
-    except BaseException:
+    finally:
         run.restore(run.best)
-        raise
-    run.restore(run.best)
+        model.train(training)
     return SqueezeReport(
         run.metric_before, run.parameters_before, run.metric, run.parameters, tuple(run.rounds)
     )
-
-
-def _checked(metric: float) -> float:
-    if not math.isfinite(metric):
-        raise ValueError(f"expected a finite metric, got {metric}")
-    return float(metric)
 
 
 class _Run:
     """The state of a squeeze: what was best, and what is tried next."""
 
     def __init__(
-        self, model: nn.Module, modules: dict[str, MPO], tuner: Tuner, file: Path | None
+        self,
+        model: nn.Module,
+        modules: dict[str, MPO],
+        tuner: Tuner,
+        file: Path | None,
+        settings: dict[str, Any],
     ) -> None:
         self.model, self.modules, self.tuner, self.file = model, modules, tuner, file
+        self.settings = settings
         self.rounds: list[SqueezeRound] = []
         self.metric_before = self.metric = self.fraction = 0.0
         self.parameters_before = self.parameters = 0
@@ -200,18 +213,30 @@ class _Run:
         fields = ("metric_before", "metric", "fraction", "parameters_before", "parameters")
         progress = {name: getattr(self, name) for name in fields}
         rounds = [asdict(made) for made in self.rounds]
-        torch.save({**self.best, "progress": progress, "rounds": rounds}, new)
+        whole = {"progress": progress, "rounds": rounds, "settings": self.settings}
+        torch.save({**self.best, **whole}, new)
         os.replace(new, self.file)
         trace = "".join(f"{json.dumps(made)}\n" for made in rounds)
         self.file.with_name("trace.jsonl").write_text(trace, encoding="utf-8")
 
     def load(self) -> None:
-        if self.file is None or not self.file.is_file():
-            raise ValueError(f"nothing to resume: there is no {self.file}")
-        held = torch.load(self.file, weights_only=True, map_location="cpu")
+        assert self.file is not None
+        try:
+            held = torch.load(self.file, weights_only=True, map_location="cpu")
+            found = held["settings"]
+        except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.file}: not the state of a squeeze") from error
+        for name in {**found, **self.settings}:
+            if found.get(name) != self.settings.get(name):
+                raise ValueError(
+                    f"{self.file}: expected the state of {name} = {self.settings.get(name)!r}, "
+                    f"got one of {found.get(name)!r}"
+                )
+        before = self.best
         try:
             self.restore({"model": held["model"], "tuner": held["tuner"]})
         except (RuntimeError, ValueError, KeyError) as error:
+            self.restore(before)
             raise ValueError(f"{self.file}: the state of another model ({error})") from error
         for name, value in held["progress"].items():
             setattr(self, name, value)
@@ -230,9 +255,13 @@ class _Run:
             cuts += sum(a != b for a, b in zip(wanted, module.shape.ranks, strict=True))
             round_trained(module, wanted, self.tuner.optimizer)
         parameters = count_parameters(self.model).total
-        loss = self.tuner()
-        metric = _checked(evaluate())
-        kept = metric >= self.metric_before - max_drop
+        try:
+            loss: float | None = self.tuner()
+            metric = float(evaluate())
+        except FloatingPointError:
+            loss, metric = None, math.nan
+        # So that a drop of just the bound, in floating point, is within it.
+        kept = self.metric_before - metric <= max_drop + 1e-12
         made = SqueezeRound(
             step=len(self.rounds) + 1,
             fraction=self.fraction,
@@ -240,7 +269,7 @@ class _Run:
             estimate=estimate,
             parameters=parameters,
             loss=loss,
-            metric=metric,
+            metric=metric if math.isfinite(metric) else None,
             kept=kept,
             seconds=time.perf_counter() - start,
         )
@@ -308,18 +337,24 @@ def round_trained(module: MPO, ranks: tuple[int, ...], optimizer: torch.optim.Op
     """Round a module's cores in place, and carry what an optimizer knows of them over.
 
     First moments follow the change of gauge exactly, second ones as those of independent entries.
+    Of an optimizer whose moments are not known by name, what it knows of the core is dropped.
     """
     old = [core.detach().clone() for core in module.cores]
     new = module.round(ranks=ranks).cores
     maps = bond_maps(old, new, module.central)
     for k, core in enumerate(module.cores):
-        known = optimizer.state.get(core)
-        if not known:
+        known = optimizer.state.get(core, {})
+        moments = {
+            name: value
+            for name, value in known.items()
+            if isinstance(value, Tensor) and value.dim() > 0
+        }
+        if not moments.keys() <= _FIRST | _SECOND:
+            del optimizer.state[core]
             continue
-        for name, value in known.items():
-            if isinstance(value, Tensor) and value.shape == old[k].shape:
-                is_square = "sq" in name
-                known[name] = carried(value, maps[k], maps[k + 1], squared=is_square)
+        for name, value in moments.items():
+            squared = name in _SECOND
+            known[name] = carried(value, maps[k], maps[k + 1], squared=squared)
 
 
 def plot_trace(report: SqueezeReport, path: str | os.PathLike[str]) -> None:
@@ -328,9 +363,9 @@ def plot_trace(report: SqueezeReport, path: str | os.PathLike[str]) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    kept = [(report.parameters_before, report.metric_before)]
+    kept: list[tuple[int, float | None]] = [(report.parameters_before, report.metric_before)]
     kept += [(r.parameters, r.metric) for r in report.rounds if r.kept]
-    undone = [(r.parameters, r.metric) for r in report.rounds if not r.kept]
+    undone = [(r.parameters, r.metric) for r in report.rounds if not r.kept and r.metric]
     axes.plot(*zip(*kept, strict=True), "o-", label="kept")
     if undone:
         axes.plot(*zip(*undone, strict=True), "x", color="tab:red", label="undone")

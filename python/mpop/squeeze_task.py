@@ -127,6 +127,19 @@ def squeeze_on_task(
         step=step,
         state=folder / "state.pt",
         resume=resume,
+        settings={
+            "task": glue_task.name,
+            "eval_split": eval_split,
+            "eval_samples": sum(map(len, evaluation.values())),
+            "train_samples": len(train),
+            "model": Path(model_name_or_path).name,
+            "learning_rate": rate,
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "settle_steps": settle_steps,
+            "window": window,
+            "seed": seed,
+        },
         on_round=on_round,
     )
     plot_trace(report, folder / "trace.png")

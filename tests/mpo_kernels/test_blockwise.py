@@ -140,6 +140,7 @@ def test_autocast_and_casts() -> None:
     y.float().sum().backward()
     assert x.grad.dtype == light.auxiliary[0].grad.dtype == torch.float32
     half = copy.deepcopy(light).bfloat16()
+    assert torch.equal(half.scales, light.scales) and torch.equal(half.codes, light.codes)
     assert half(x.detach().bfloat16()).dtype == torch.bfloat16
     restored = BlockwiseLinear(MPOLinear(12, 12, shape), 8)
     restored.load_state_dict(light.state_dict())

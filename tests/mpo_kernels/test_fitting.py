@@ -151,6 +151,14 @@ class TestSecondMoments:
         exact = decompose(weight.double(), shape, second_moment=moment)
         assert fitted.output_error == pytest.approx(exact.output_error, rel=1e-2)
 
+    @pytest.mark.parametrize("scale", [1e38, 1e-37])
+    def test_of_any_range(self, shape: MPOShape, scale: float) -> None:
+        weight, moment = torch.randn(20, 12), moment_of(12)
+        moment = moment / moment.diagonal().max()
+        exact = decompose(weight, shape, second_moment=moment)
+        found = decompose(weight, shape, second_moment=(scale * moment).float())
+        assert found.output_error == pytest.approx(exact.output_error, rel=1e-3)
+
     def test_of_fewer_rows_than_features(self, shape: MPOShape) -> None:
         """Nothing is known of most directions: there the weight stays near what it was."""
         weight, x = torch.randn(20, 12), torch.randn(4, 12)
@@ -166,6 +174,7 @@ class TestSecondMoments:
             (torch.zeros(12), "inputs that are not all zero"),
             (-eye, "inputs that are not all zero"),
             (eye * torch.nan, "finite second moment"),
+            (torch.randn(12, 12).abs() + eye, "symmetric second moment"),
         ]:
             with pytest.raises(ValueError, match=message):
                 decompose(weight, shape, second_moment=bad)

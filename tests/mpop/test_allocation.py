@@ -118,6 +118,38 @@ class TestSecondMoments:
         with pytest.raises(ValueError, match=r"can be iterated \d+ times, as a list"):
             mpop.compress(build("bert"), CONFIG, iter(batches()), calibration_memory=8 * 48**2)
         assert mpop.compress(build("bert"), CONFIG, iter(batches())).rows
+        for config in (CONFIG, mpop.CompressionConfig(ranks=4, embeddings=False)):
+            model = build("bert")
+            before = state(model)
+            with pytest.raises(ValueError, match=r"output.dense: expected at least 48 rows"):
+                # Enough for the matrices that come first.
+                mpop.compress(model, config, batches(5, 1, 12), calibration_memory=8 * 24**2)
+            assert_unchanged(model, before)
+
+    def test_the_two_sides_of_a_t5_have_masks_of_their_own(self) -> None:
+        model = build("t5")
+        ids = torch.randint(2, 50, (16, 12))
+        masks = torch.arange(12).expand(16, 12) < torch.tensor([[3], [9]])[:, :, None]
+        batch = {"input_ids": ids, "attention_mask": masks[0].long()}
+        batch |= {"decoder_input_ids": ids, "decoder_attention_mask": masks[1].long()}
+        stem = "decoder.block.0.layer"
+        names = {
+            (f"{stem}.0.SelfAttention.q",): 9,
+            (f"{stem}.1.EncDecAttention.q",): 9,
+            (f"{stem}.1.EncDecAttention.k",): 3,
+            ("encoder.block.0.layer.0.SelfAttention.q",): 3,
+        }
+        found = second_moments(model, [batch] * 4, list(names))
+        assert {name: moments.rows for name, moments in found.items()} == {
+            name: 3 * 16 * length for name, length in names.items()
+        }
+
+    def test_batches_that_are_none(self) -> None:
+        for wrong in ("abc", [{"input_ids": [[1, 2]]}]):
+            with pytest.raises(TypeError, match="expected batches of named tensors"):
+                mpop.compress(build("bert"), CONFIG, wrong)
+        with pytest.raises(ValueError, match="in two batches or more"):
+            mpop.compress(build("bert"), mpop.CompressionConfig(), batches(1, 64))
 
 
 class TestAllocate:
@@ -149,7 +181,10 @@ class TestAllocate:
         model = build("bert")
         before = state(model)
         config = mpop.CompressionConfig(compression=0.01, factors="auto")
-        with pytest.raises(ValueError, match="budget of at least"):
+        with pytest.raises(ValueError, match=r"compression of at least 0\.\d+, the cheapest"):
+            mpop.compress(model, config)
+        config = mpop.CompressionConfig(compression=1.5, factors="auto")
+        with pytest.raises(ValueError, match=r"no matrix is worth an MPO .*expected a lower one"):
             mpop.compress(model, config)
         assert_unchanged(model, before)
 

@@ -71,7 +71,20 @@ def test_refusals(data: Path, bert: Path, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(ValueError, match="bits: expected 4 or 8, got 2"):
         mpop.quantize_centres(model, 2)
     assert list(mpo_modules(model))
+    mpop.quantize_centres(model)
+    for action in (
+        lambda: mpop.save(model, tmp_path / "q"),
+        lambda: model.save_pretrained(tmp_path / "q"),
+        lambda: mpop.merge(model),
+        lambda: mpop.quantize_centres(model),
+    ):
+        with pytest.raises(ValueError, match=r"call mpop\.dequantize_centres"):
+            action()
+    assert not list((tmp_path / "q").glob("*.safetensors"))
     command = ["finetune", "--model", str(bert), "--task", "sst2", "--data-dir", str(data)]
     command += ["--output", str(tmp_path / "o"), "--method", "full", "--centre-bits", "4"]
     assert main(command) == 2
     assert "expected method light" in capsys.readouterr().err
+    command[command.index("full")] = "light"
+    assert main([*command, "--save-steps", "2"]) == 2
+    assert "expected no save_steps" in capsys.readouterr().err

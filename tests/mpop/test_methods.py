@@ -97,7 +97,11 @@ def test_the_table_of_fits(glue: Path, encoder: Path, tmp_path: Path, capsys: An
     assert len(found["matrices"]) == 13
     ratios = found["ratio_to_svd"]
     assert ratios["SVD"] == 1 and ratios["aware SVD"] < 1 and ratios["chosen"] < 1
-    assert set(found["last_hidden_error"]) == {*fit_table.FITS, "chosen, ranks allocated"}
+    assert set(found["last_hidden_error"]) == {
+        *fit_table.FITS,
+        "chosen, ranks allocated",
+        "aware SVD, ranks allocated",
+    }
     text = (tmp_path / "fit.md").read_text()
     assert "mean ratio to SVD" in text and str(tmp_path) not in text
     assert torch.isfinite(torch.tensor(list(found["last_hidden_error"].values()))).all()

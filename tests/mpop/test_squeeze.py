@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -206,6 +207,50 @@ class TestSqueeze:
         )
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
+    def test_a_round_that_diverges_or_has_no_metric_is_undone(self) -> None:
+        model, tuner = rows_and_tuner()
+        metrics = iter([0.9, 0.9, math.nan, 0.9, 0.9])
+        calls = iter(range(100))
+
+        class Fragile:
+            optimizer = tuner.optimizer
+            state_dict, load_state_dict = tuner.state_dict, tuner.load_state_dict
+
+            def __call__(self) -> float:
+                if next(calls) == 2:
+                    raise FloatingPointError("the loss is nan")
+                return tuner()
+
+        report = squeeze(
+            model, evaluate=lambda: next(metrics), finetune=Fragile(), max_drop=0.1, max_steps=5
+        )
+        assert [made.kept for made in report.rounds] == [True, False, False, True, True]
+        assert [made.metric for made in report.rounds] == [0.9, None, None, 0.9, 0.9]
+        assert report.rounds[2].loss is None
+        mpop.plot_trace(report, io.BytesIO())
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+
+    def test_a_drop_of_just_the_bound_is_within_it(self) -> None:
+        model, tuner = rows_and_tuner()
+        metrics = iter([0.8, 0.7])
+        report = squeeze(
+            model, evaluate=lambda: next(metrics), finetune=tuner, max_drop=0.1, max_steps=1
+        )
+        assert report.rounds[0].kept
+
+    @pytest.mark.parametrize(
+        "name", ["AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Adafactor", "NAdam"]
+    )
+    def test_optimizers_of_torch(self, name: str) -> None:
+        model, tuner = rows_and_tuner()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        more = {"momentum": 0.9} if name == "SGD" else {}
+        tuner.optimizer = getattr(torch.optim, name)(trained, lr=1e-3, **more)
+        report = squeeze(
+            model, evaluate=lambda: 1.0, finetune=tuner, max_drop=0.1, max_steps=3, step=0.1
+        )
+        assert all(made.kept and made.loss < 1 for made in report.rounds)
+
     @pytest.mark.parametrize("where", ["tuning", "evaluating", "between"])
     @pytest.mark.parametrize("after", [1, 3])
     def test_killed_and_resumed_it_ends_the_same(
@@ -285,16 +330,17 @@ class TestSqueeze:
         model, tuner = rows_and_tuner()
         before = {name: value.clone() for name, value in model.state_dict().items()}
         good: dict[str, Any] = {"evaluate": quality(model), "finetune": tuner, "max_drop": 0.1}
-        metrics = iter([0.5, 0.5])
+        garbage = tmp_path / "garbage.pt"
+        garbage.write_bytes(b"garbage")
         for options, message in [
             ({"max_drop": -1}, "expected max_drop >= 0"),
             ({"max_drop": math.nan}, "expected max_drop >= 0"),
             ({"step": 1.5}, "0 < step < 1"),
             ({"max_steps": 0}, "max_steps >= 1"),
             ({"evaluate": lambda: math.nan}, "expected a finite metric, got nan"),
-            ({"evaluate": lambda: next(metrics, math.nan)}, "expected a finite metric, got nan"),
-            ({"resume": True, "state": tmp_path / "none.pt"}, "nothing to resume: there is no"),
-            ({"resume": True}, "nothing to resume"),
+            ({"resume": True}, "expected the state's file"),
+            ({"resume": True, "state": garbage}, "garbage.pt: not the state of a squeeze"),
+            ({"state": garbage}, "garbage.pt holds a squeeze: resume it, or choose another"),
         ]:
             with pytest.raises(ValueError, match=message):
                 squeeze(model, **{**good, **options})
@@ -305,9 +351,12 @@ class TestSqueeze:
         with pytest.raises(ValueError, match="nothing to squeeze: every bond is 1"):
             squeeze(nn.Sequential(small), **good)
         other, other_tuner = rows_and_tuner()
-        squeeze(
-            other, **{**good, "finetune": other_tuner, "max_steps": 1, "state": tmp_path / "s.pt"}
-        )
+        state = tmp_path / "s.pt"
+        squeeze(other, **{**good, "finetune": other_tuner}, max_steps=1, state=state)
+        with pytest.raises(ValueError, match=r"expected the state of max_drop = 0\.2, got"):
+            squeeze(other, **{**good, "max_drop": 0.2}, state=state, resume=True)
+        with pytest.raises(ValueError, match="expected the state of task = 'b', got one of None"):
+            squeeze(other, **good, state=state, resume=True, settings={"task": "b"})
         with pytest.raises(ValueError, match="the state of another model"):
             squeeze(
                 nn.Sequential(MPOLinear(24, 30, MPOShape((4, 6), (5, 6)))),
@@ -335,6 +384,10 @@ class TestCommand:
         assert main(["evaluate", "--model", small, *common, "--json"]) == 0
         assert last_json(capsys.readouterr().out)["value"] == pytest.approx(result["metric"])
         # With more rounds allowed it goes on from where it ended.
+        assert main(command) == 2
+        assert "holds a squeeze: resume it" in capsys.readouterr().err
+        assert main([*command, "--resume", "--seed", "3"]) == 2
+        assert "expected the state of seed = 3, got one of 0" in capsys.readouterr().err
         assert main([*command, "--resume", "--max-rounds", "5"]) == 0
         longer = last_json(capsys.readouterr().out)
         assert longer["rounds"][:3] == result["rounds"] and len(longer["rounds"]) > 3
