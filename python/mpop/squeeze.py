@@ -108,8 +108,8 @@ def squeeze(
 ) -> SqueezeReport:
     """Cut bonds of a compressed model while a metric stays within ``max_drop`` of where it began.
 
-    A round takes the bonds whose next singular values add least error, over all matrices, until
-    ``step`` of the parameters in cores are gone; rounds the cores from canonical form, the
+    A round takes the bonds whose next cut adds least error for a parameter, over all matrices,
+    until ``step`` of the parameters in cores are gone; rounds the cores from canonical form, the
     optimizer's state going with them; fine-tunes until the loss settles; and evaluates. A round
     within the bound is kept, and the next is larger where it was free; one outside is undone, and
     a half as large one is tried. The paper (section 4.3) cuts one bond a round and stops at the
@@ -288,7 +288,7 @@ class _Run:
 def choose_cuts(
     modules: Mapping[str, MPO], fraction: float
 ) -> tuple[dict[str, tuple[int, ...]], float]:
-    """The ranks after cutting the bonds that add least error, and the error they add.
+    """The ranks after cutting the bonds that add least error for a parameter, and that error.
 
     Args:
         modules: by name.
@@ -300,30 +300,44 @@ def choose_cuts(
     """
     ranks = {name: list(module.shape.ranks) for name, module in modules.items()}
     spectra = {name: _relative_squares(module) for name, module in modules.items()}
-    held = {name: module.shape.num_parameters for name, module in modules.items()}
-    left = fraction * sum(held.values())
-    # A bond shrinks by a sixteenth at a time, so that large ones do not take a round a rank.
-    queue: list[tuple[float, str, int, int]] = []
+    left = fraction * sum(module.shape.num_parameters for module in modules.values())
 
-    def offer(name: str, bond: int) -> None:
+    def smaller(name: str, bond: int) -> int:
+        # By a sixteenth at a time, so that large bonds do not take a round a rank.
         rank = ranks[name][bond]
-        if rank > 1:
-            smaller = rank - max(1, rank // 16)
-            heapq.heappush(queue, (sum(spectra[name][bond][smaller:rank]), name, bond, smaller))
+        return rank - max(1, rank // 16)
 
-    for name in modules:
-        for bond in range(len(ranks[name])):
-            offer(name, bond)
+    def price(name: str, bond: int) -> tuple[float, float, int]:
+        """Error for a parameter, error, and parameters of the bond's next cut."""
+        after = list(ranks[name])
+        after[bond] = smaller(name, bond)
+        shape = modules[name].shape
+        saved = (
+            shape.with_ranks(ranks[name]).num_parameters - shape.with_ranks(after).num_parameters
+        )
+        added = sum(spectra[name][bond][after[bond] : ranks[name][bond]])
+        return added / saved, added, saved
+
+    queue = [
+        (price(name, bond)[0], name, bond)
+        for name in modules
+        for bond in range(len(ranks[name]))
+        if ranks[name][bond] > 1
+    ]
+    heapq.heapify(queue)
     changed: dict[str, tuple[int, ...]] = {}
     error = 0.0
     while queue and left > 0:
-        added, name, bond, smaller = heapq.heappop(queue)
-        ranks[name][bond] = smaller
-        size = modules[name].shape.with_ranks(ranks[name]).num_parameters
-        left -= held[name] - size
-        held[name], error = size, error + added
+        known, name, bond = heapq.heappop(queue)
+        cost, added, saved = price(name, bond)
+        if cost > known:  # a neighbour was cut since, and there is less to save
+            heapq.heappush(queue, (cost, name, bond))
+            continue
+        ranks[name][bond] = smaller(name, bond)
+        left, error = left - saved, error + added
         changed[name] = tuple(ranks[name])
-        offer(name, bond)
+        if ranks[name][bond] > 1:
+            heapq.heappush(queue, (price(name, bond)[0], name, bond))
     return changed, math.sqrt(error)
 
 

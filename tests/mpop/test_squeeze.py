@@ -113,6 +113,19 @@ class TestCuts:
         )
         assert (16 - kept) * 32 >= 0.2 * 1024 > (16 - kept - 1) * 32
 
+    def test_equal_matrices_are_cut_alike(self) -> None:
+        """Of flat spectra no bond goes far ahead of the others."""
+        torch.manual_seed(0)
+        modules = {
+            f"layer {k}": MPOLinear.from_linear(nn.Linear(64, 64), MPOShape.balanced(64, 64, 3))
+            for k in range(4)
+        }
+        ranks, error = choose_cuts(modules, 0.1)
+        first = MPOShape.balanced(64, 64, 3).ranks
+        assert len(ranks) == 4 and error < 1
+        for made in ranks.values():
+            assert all(rank > 0.7 * full for rank, full in zip(made, first, strict=True))
+
     def test_trained_cores_are_cut_from_canonical_form(self) -> None:
         torch.manual_seed(0)
         layer = MPOLinear(24, 30, MPOShape((4, 3, 2), (2, 3, 5)))
