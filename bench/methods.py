@@ -227,7 +227,7 @@ def _squeezed(options: dict[str, Any], split: str) -> dict[str, Any]:
         settle_steps=40,
         window=10,
         eval_split="train-holdout",
-        learning_rate=options["mpo_learning_rate"],
+        learning_rate=options["mpo_learning_rate"] / 10,
         prepare=METHODS["squeezed"].prepare,
         **shared,
     )

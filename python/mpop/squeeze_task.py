@@ -58,7 +58,8 @@ def squeeze_on_task(
         max_rounds, step: see `mpop.squeeze`.
         settle_steps: optimizer steps between two cuts at most.
         window: steps whose mean loss tells whether it has settled.
-        learning_rate: constant rate of all that is trained; by default that of light fine-tuning.
+        learning_rate: constant rate of all that is trained; by default a tenth of light
+            fine-tuning's peak, since the model has been trained to the end of its schedule.
         The other arguments are those of `finetune`.
 
     Returns:
@@ -94,7 +95,7 @@ def squeeze_on_task(
     max_length = fitting(max_length, model, tokenizer)
     train = encoded(train, tokenizer, max_length)
     evaluation = {name: encoded(rows, tokenizer, max_length) for name, rows in evaluation.items()}
-    rate = LEARNING_RATES["light"] if learning_rate is None else learning_rate
+    rate = LEARNING_RATES["light"] / 10 if learning_rate is None else learning_rate
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_eval_batch_size=batch_size,
