@@ -281,6 +281,7 @@ def markdown(rows: Sequence[dict[str, Any]], conditions: dict[str, Any]) -> str:
     commit = (conditions["commit"] or "none")[:12] + (" with changes" * conditions["dirty"])
     budget = conditions["budget_minutes"]
     limit = "no limit of time" if budget == float("inf") else f"at most {budget:g} minutes"
+    limit = "only runs that were there before" if budget == 0 else limit
     grid_rows = ", ".join(
         f"{task} {conditions['grid_train_samples'][task] or 'all'}"
         for task in dict.fromkeys(row["task"] for row in rows)
