@@ -37,6 +37,8 @@ from mpop.permute import sort_hidden_units
 
 # Heads of models that are their own base, as a T5ForConditionalGeneration is.
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs")
+# A relative error whose effect on the model is not lost in rounding.
+_MEASURABLE = 1e-3
 # Below this many weights no progress bar is shown: it is done at once.
 _QUICK = 10_000_000
 
@@ -361,11 +363,16 @@ def _fit_within(
         out_features, in_features = weight.shape
         moment = moments[names].fit
         rank = max(1, int(budget * weight.numel() / sum(weight.shape)))
-        shape = MPOShape.low_rank(in_features, out_features, min(rank, *weight.shape))
-        cut = decompose(weight, shape, second_moment=moment)
-        change = source.change(names, reconstruct(cut.cores))
-        sensitivity = change / cut.output_error**2 if cut.output_error else 0.0
-        return curve(weight, moment, cost, sensitivity)
+        while True:
+            shape = MPOShape.low_rank(in_features, out_features, min(rank, *weight.shape))
+            cut = decompose(weight, shape, second_moment=moment)
+            lost = cut.output_error or 0.0
+            if lost > _MEASURABLE:
+                change = source.change(names, reconstruct(cut.cores))
+                return curve(weight, moment, cost, change / lost**2)
+            if rank == 1:
+                return curve(weight, moment, cost)
+            rank //= 2  # a matrix of low rank loses nothing yet
 
     curves: dict[Names, list[Point]] = {}
     for group, moments in source.groups(selected):

@@ -310,6 +310,15 @@ class TestCompress:
         idle = kept["bert.encoder.layer.1.attention.self.value"]
         assert idle < 0.15 < kept.get("bert.encoder.layer.1.intermediate.dense", 1.0)
 
+    def test_a_matrix_of_low_rank_keeps_it(self) -> None:
+        """The cut that its sensitivity is measured by must be one that loses something."""
+        model = build("bert")
+        weight = model.bert.encoder.layer[0].intermediate.dense.weight
+        weight.data = torch.randn(48, 4) @ torch.randn(4, 24) / 5
+        report = mpop.compress(model, CONFIG, batches())
+        (row,) = [r for r in report.rows if r.name.endswith("layer.0.intermediate.dense")]
+        assert row.output_error < 1e-3 and row.parameters_after < 0.5 * row.parameters_before
+
     def test_calibration_lowers_the_errors_of_planned_factors_too(self) -> None:
         config = mpop.CompressionConfig(num_cores=3, compression=0.4, embeddings=True)
         aware = mpop.compress(build("bert"), config, batches(40))
