@@ -163,13 +163,20 @@ class Bench:
         return replace(run, rates=max(known, key=quality).rates)
 
     def trials(self, run: Run, grid: list[Rates]) -> list[Run]:
-        """`run` at every rate, on fewer rows where so asked, judged on training rows held out."""
-        sizes = [run.max_train_samples, self.options.grid_train_samples[run.task]]
-        rows = min((size for size in sizes if size), default=None)
-        return [
-            replace(run, rates=rates, eval_split="train-holdout", max_train_samples=rows)
-            for rates in grid
-        ]
+        """`run` at every rate, on fewer rows where so asked, judged on training rows held out.
+
+        On its own task, or on the one that speaks for all.
+        """
+        task = self.options.grid_task or run.task
+        sizes = [self.options.max_train_samples[task], self.options.grid_train_samples[task]]
+        trial = replace(
+            run,
+            task=task,
+            epochs=self.options.epochs[task],
+            eval_split="train-holdout",
+            max_train_samples=min((size for size in sizes if size), default=None),
+        )
+        return [replace(trial, rates=rates) for rates in grid]
 
     def measure(self) -> None:
         """All grids, then all tasks and methods seed by seed, so that a budget cuts seeds first."""
@@ -382,6 +389,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--grid", nargs="+", default=[], metavar="METHOD=LR[:MPO_LR],…", help="rates to try"
     )
     parser.add_argument(
+        "--grid-task", metavar="TASK", help="the one task whose rates serve all (each its own)"
+    )
+    parser.add_argument(
         "--grid-train-samples",
         nargs="+",
         default=[],
@@ -404,6 +414,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         options.model_name = Path(options.model).name if options.model else "all-MiniLM-L6-v2"
         options.model = options.model or str(default_model())
         options.tasks = [get_task(task).name for task in options.tasks]
+        options.grid_task = options.grid_task and get_task(options.grid_task).name
         options.epochs = by_task(float, 3.0, options.epochs)
         options.max_train_samples = by_task(int, None, options.max_train_samples)
         options.grid_train_samples = by_task(int, None, options.grid_train_samples)
