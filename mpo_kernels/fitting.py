@@ -18,8 +18,8 @@ from mpo_kernels.shape import MPOShape
 
 # Directions that no input took count as much as this fraction of a mean one.
 RIDGE = 0.01
-# Of one core's least squares; the sweeps go on from there.
-_ITERATIONS = 16
+# Of one core's least squares, in the first sweep and in the others, which go on from there.
+_FIRST_ITERATIONS, _ITERATIONS = 4, 16
 
 
 def check_second_moment(second_moment: Tensor, in_features: int) -> None:
@@ -98,8 +98,25 @@ def weighted_spectrum(weight: Tensor, second_moment: Tensor | None) -> Tensor:
         gram = matrix.t() @ matrix if matrix.shape[1] <= len(matrix) else matrix @ matrix.t()
         return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
     moment = regularised(second_moment.double())
-    values = torch.linalg.eigvalsh(matrix.t() @ weigh(moment, matrix)).flip(0)
-    return values[: min(matrix.shape)].clamp(min=0).sqrt()
+    if matrix.shape[1] <= len(matrix):
+        gram = matrix.t() @ weigh(moment, matrix)
+    else:
+        gram = _gram_of_inputs(matrix, moment)[0]
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+
+
+def _gram_of_inputs(matrix: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """``Lᵀ A Aᵀ L`` and ``Aᵀ L`` with ``L Lᵀ = S``: for fewer inputs than outputs.
+
+    Its eigenvalues are those of ``Aᵀ S A`` that are not zero, and ``Aᵀ L`` takes its eigenvectors to
+    those of it.
+    """
+    if second_moment.dim() == 1:
+        seen = matrix.t() * second_moment.sqrt()
+    else:
+        values, vectors = torch.linalg.eigh(second_moment)
+        seen = matrix.t() @ (vectors * values.clamp(min=0).sqrt())
+    return seen.t() @ seen, seen
 
 
 def fit(
@@ -133,6 +150,11 @@ def _projected(matrix: Tensor, second_moment: Tensor, shape: MPOShape, rank: int
     (i0, i1), (j0, j1) = shape.in_factors, shape.out_factors
     weighted = weigh(second_moment, matrix).view(-1, j0, j1)
     matrix = matrix.view(-1, j0, j1)
+    if i0 == 1 and j1 == 1 and len(matrix) < j0 and rank < len(matrix):
+        gram, seen = _gram_of_inputs(matrix[..., 0].double(), second_moment.double())
+        kept = torch.linalg.qr(seen @ torch.linalg.eigh(gram)[1][:, -rank:].flip(1))[0]
+        kept = kept.to(matrix.dtype)
+        return [kept[None, None], torch.einsum("iaj,ar->rij", matrix, kept)[..., None]]
     if i0 == 1:
         gram = torch.einsum("iaj,ibj->ab", matrix.double(), weighted.double())
         kept = torch.linalg.eigh(gram)[1][:, -rank:].flip(1).to(matrix.dtype)
@@ -148,12 +170,13 @@ def _alternated(
 ) -> list[Tensor]:
     cores, last = orthogonalise(cores, 0), len(cores) - 1
     error = before = float("inf")
-    for _ in range(max_sweeps):
+    for sweep in range(max_sweeps):
+        steps = _ITERATIONS if sweep else _FIRST_ITERATIONS
         for k in range(last):
-            _fit_core(cores, k, matrix, second_moment)
+            _fit_core(cores, k, matrix, second_moment, steps)
             move_centre(cores, k, k + 1)
         for k in range(last, 0, -1):
-            error = _fit_core(cores, k, matrix, second_moment)
+            error = _fit_core(cores, k, matrix, second_moment, steps)
             move_centre(cores, k, k - 1)
         if not error < (1 - tolerance) * before:
             break
@@ -161,7 +184,9 @@ def _alternated(
     return cores
 
 
-def _fit_core(cores: list[Tensor], k: int, matrix: Tensor, second_moment: Tensor) -> float:
+def _fit_core(
+    cores: list[Tensor], k: int, matrix: Tensor, second_moment: Tensor, steps: int
+) -> float:
     """Least squares for core k with the others as they are; returns the error under S."""
     one = matrix.new_ones(1, 1, 1, 1)
     left = merge_cores(cores[:k] or [one])[0]  # [i before, j before, D_k]
@@ -188,7 +213,7 @@ def _fit_core(cores: list[Tensor], k: int, matrix: Tensor, second_moment: Tensor
     step = torch.zeros_like(gradient)
     direction, square = gradient.clone(), gradient.square().sum()
     least = 1e-8 * square
-    for _ in range(_ITERATIONS):
+    for _ in range(steps):
         if not square > least:
             break
         curved = project(weigh(second_moment, expand(direction)))
