@@ -137,20 +137,10 @@ def decompose(
     if compression is not None:
         kept_ranks = _ranks_within(spectra, shape, compression, caps)
         cores = _truncate(orthogonalise(cores, 0), kept_ranks, None)[0]
-    lost = None
     if second_moment is not None:
-        second_moment = scaled(second_moment.detach()).to(work)
-        cores = fit(cores, padded, padded_moment(second_moment, len(padded)), max_sweeps=max_sweeps)
-        ranks = [core.shape[3] for core in cores[:-1]]
-        cores = _truncate(orthogonalise(cores, 0), ranks, None)[0]
-    cores = orthogonalise(cores, shape.central)
-    merged = merge_cores(cores)[0, :, :, 0]
-    error = torch.linalg.norm(merged - padded)
-    if second_moment is not None:
-        fitted = merged[: shape.in_features, : shape.out_features].t()
-        lost = output_error(work, fitted, second_moment)
-    norm = torch.linalg.norm(work)
-    return _decomposition(cores, shape, weight.dtype, error, norm, spectra, lost)
+        cores = _fitted(cores, padded, second_moment, max_sweeps)
+    error, lost = _errors(cores, padded, shape, second_moment)
+    return _decomposition(cores, shape, weight.dtype, error, spectra, lost)
 
 
 @torch.no_grad()
@@ -162,11 +152,14 @@ def round_cores(
     ranks: Iterable[int] | None = None,
     in_features: int | None = None,
     out_features: int | None = None,
+    second_moment: Tensor | None = None,
+    max_sweeps: int = 20,
 ) -> Decomposition:
     """Cut the bonds of any cores, trained ones included: re-canonicalise, then truncate by SVD.
 
     The result is canonical about the central tensor; with no bound given, only bonds above the
-    full rank shrink. Its error is that of sequential rounding, √(Σ discarded λ²) at most.
+    full rank shrink. Its error is that of sequential rounding, √(Σ discarded λ²) at most. With a
+    second moment of the layer's inputs the cores are then fitted to what its output loses.
 
     Args:
         cores: core k ``[D_k, i_k, j_k, D_{k+1}]``; not changed.
@@ -175,9 +168,11 @@ def round_cores(
         ranks: exactly these n − 1 bonds, none larger than now.
         in_features: true input size where the factors are padded.
         out_features: true output size, likewise.
+        second_moment, max_sweeps: see :func:`decompose`.
 
     Raises:
-        ValueError: bounds or ranks that do not fit, or NaN or Inf in a core.
+        ValueError: bounds or ranks that do not fit, NaN or Inf in a core, or a second moment as
+            :func:`decompose` refuses it.
     """
     check_cores(cores)
     check_finite(cores)
@@ -189,6 +184,8 @@ def round_cores(
         in_features=in_features,
         out_features=out_features,
     )
+    if second_moment is not None:
+        check_second_moment(second_moment, shape.in_features)
     bonds = [core.shape[3] for core in cores[:-1]]
     if ranks is not None:
         wanted = shape.with_ranks(tuple(ranks)).ranks
@@ -205,26 +202,51 @@ def round_cores(
         float(spectrum[core.shape[3] :].square().sum())
         for spectrum, core in zip(spectra, rounded, strict=False)
     )
-    norm = torch.linalg.norm(canonical[0])
-    centred = orthogonalise(rounded, shape.central)
-    return _decomposition(
-        centred, shape, dtype, norm.new_tensor(math.sqrt(discarded)), norm, spectra
-    )
+    if second_moment is not None:
+        matrix = merge_cores(work)[0, :, :, 0]
+        rounded = _fitted(rounded, matrix, second_moment, max_sweeps)
+        error, lost = _errors(rounded, matrix, shape, second_moment)
+        return _decomposition(rounded, shape, dtype, error, spectra, lost)
+    norm = float(torch.linalg.norm(canonical[0]))
+    error = math.sqrt(discarded) / norm if norm > 0 else 0.0
+    return _decomposition(rounded, shape, dtype, error, spectra)
+
+
+def _fitted(
+    cores: list[Tensor], matrix: Tensor, second_moment: Tensor, max_sweeps: int
+) -> list[Tensor]:
+    """Cores of these bonds, closest to ``matrix [∏ i, ∏ j]`` under the second moment."""
+    moment = scaled(second_moment.detach()).to(matrix)
+    cores = fit(cores, matrix, padded_moment(moment, len(matrix)), max_sweeps=max_sweeps)
+    ranks = [core.shape[3] for core in cores[:-1]]
+    return _truncate(orthogonalise(cores, 0), ranks, None)[0]
+
+
+def _errors(
+    cores: list[Tensor], matrix: Tensor, shape: MPOShape, second_moment: Tensor | None
+) -> tuple[float, float | None]:
+    """Relative errors of cores for ``matrix [∏ i, ∏ j]``: its own, and its output's."""
+    merged = merge_cores(cores)[0, :, :, 0]
+    norm = float(torch.linalg.norm(matrix))
+    error = float(torch.linalg.norm(merged - matrix)) / norm if norm > 0 else 0.0
+    if second_moment is None:
+        return error, None
+    true, fitted = (m[: shape.in_features, : shape.out_features].t() for m in (matrix, merged))
+    return error, output_error(true, fitted, scaled(second_moment.detach()).to(matrix))
 
 
 def _decomposition(
     cores: list[Tensor],
     shape: MPOShape,
     dtype: torch.dtype,
-    error: Tensor,
-    norm: Tensor,
+    error: float,
     spectra: list[Tensor],
     lost: float | None = None,
 ) -> Decomposition:
     return Decomposition(
-        cores=[core.to(dtype).contiguous() for core in cores],
+        cores=[core.to(dtype).contiguous() for core in orthogonalise(cores, shape.central)],
         shape=shape.with_ranks(tuple(core.shape[3] for core in cores[:-1])),
-        rel_error=float(error / norm) if norm > 0 else 0.0,
+        rel_error=error,
         spectra=spectra,
         output_error=lost,
     )

@@ -108,8 +108,8 @@ def weighted_spectrum(weight: Tensor, second_moment: Tensor | None) -> Tensor:
 def _gram_of_inputs(matrix: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
     """``Lᵀ A Aᵀ L`` and ``Aᵀ L`` with ``L Lᵀ = S``: for fewer inputs than outputs.
 
-    Its eigenvalues are those of ``Aᵀ S A`` that are not zero, and ``Aᵀ L`` takes its eigenvectors to
-    those of it.
+    Its eigenvalues are those of ``Aᵀ S A`` that are not zero, whose eigenvectors are ``Aᵀ L`` times
+    its own.
     """
     if second_moment.dim() == 1:
         seen = matrix.t() * second_moment.sqrt()

@@ -76,6 +76,7 @@ class MPOModule(nn.Module):
         max_rank: int | None = None,
         rel_error: float | None = None,
         ranks: Iterable[int] | None = None,
+        second_moment: Tensor | None = None,
     ) -> Decomposition:
         """Cut the bonds in place, from canonical form; see :func:`mpo_kernels.round_cores`.
 
@@ -89,6 +90,7 @@ class MPOModule(nn.Module):
             ranks=ranks,
             in_features=self.shape.in_features,
             out_features=self.shape.out_features,
+            second_moment=second_moment,
         )
         for parameter, core in zip(self.cores, rounded.cores, strict=True):
             parameter.data, parameter.grad = core, None

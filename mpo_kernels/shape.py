@@ -151,6 +151,14 @@ class MPOShape:
             min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, self.num_cores)
         )
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it is plain low rank: one core has the whole input, the other all the output."""
+        if self.num_cores != 2:
+            return False
+        (i_0, i_1), (j_0, j_1) = self.in_factors, self.out_factors
+        return i_0 == j_1 == 1 or i_1 == j_0 == 1
+
     @cached_property
     def central(self) -> int:
         """Index of the central tensor: the core that is largest at full rank, whatever the ranks.

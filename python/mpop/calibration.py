@@ -9,14 +9,19 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from mpop.distributed import sum_over_processes
-from mpop.modules import Names, module_at, weight_of
+from mpop.modules import Names, inputs_of, is_embedding, module_at
 
 # A model's keyword arguments, such as a tokenizer makes them: tensors [rows, …].
 Batches: TypeAlias = Iterable[Mapping[str, Tensor]]
 
+# A relative error whose effect on the model is not lost in rounding.
+MEASURABLE = 1e-3
+# Bytes for second moments at a time.
+MEMORY = 4 * 2**30
 # One batch in so many is kept for judging what was fitted to the others.
 _JUDGE_EVERY = 4
 
@@ -39,13 +44,13 @@ class Moments(NamedTuple):
 def second_moments(
     model: PreTrainedModel, batches: Batches, matrices: Sequence[Names]
 ) -> dict[Names, Moments]:
-    """Second moments of the inputs of dense matrices, over all positions that no mask hides.
+    """Second moments of the inputs of matrices, over all positions that no mask hides.
 
     Args:
         model: in any mode, on any device; it is as it was afterwards.
         batches: what the model is called with, `**batch`; at least two.
-        matrices: as `mpop.modules.dense_matrices` gives them. A matrix that several modules
-            share sees the inputs of all of them.
+        matrices: as `mpop.modules.dense_matrices` or `mpo_matrices` gives them. A matrix that
+            several modules share sees the inputs of all of them.
 
     Raises:
         ValueError: fewer rows than a matrix has inputs, or NaN or Inf in an input.
@@ -57,7 +62,7 @@ def second_moments(
         mask = _Mask(model)
         for names, stream in streams.items():
             for name in names:
-                if isinstance(module_at(model, name), nn.Embedding) == stream.is_diagonal:
+                if is_embedding(module_at(model, name)) == stream.is_diagonal:
                     hook = stream.hook(mask, mask.is_decoder(name))
                     hooks.callback(module_at(model, name).register_forward_pre_hook(hook).remove)
         hooks.callback(model.train, training)
@@ -75,11 +80,14 @@ def second_moments(
 class Calibration:
     """Second moments of a model's matrices by groups, within a memory; none without batches.
 
+    Args:
+        model: of transformers; any other where there are no batches.
+
     Raises:
         ValueError: batches that can be passed only once, where they are needed more often.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Batches | None, memory: int) -> None:
+    def __init__(self, model: Any, batches: Batches | None, memory: int = MEMORY) -> None:
         self._model, self._batches, self._memory = model, batches, memory
         self._kept: dict[Names, Moments] = {}
         self._unchanged: list[Tensor] | None = None
@@ -99,47 +107,36 @@ class Calibration:
                 self._batches = chain([first], batches)
 
     @torch.no_grad()
-    def change(self, names: Names, weight: Tensor) -> float:
-        """Relative squared change of the base model's outputs where a matrix is ``weight``.
+    def change(self, parameters: Mapping[str, Tensor]) -> float:
+        """Relative squared change of the model's output with these in place of its parameters.
 
-        Measured on the first batch; the model is as it was afterwards.
+        Its logits, or where it has no head its hidden state and what is pooled of it, on the
+        first batch.
         """
         if self._unchanged is None:
-            self._unchanged = self._outputs()
-        module = module_at(self._model, names[0])
-        held = module.weight.data
-        module.weight.data = weight if isinstance(module, nn.Linear) else weight.t()
-        try:
-            changed = self._outputs()
-        finally:
-            module.weight.data = held
+            self._unchanged = self._outputs({})
         return sum(
             float((after - before).square().sum() / before.square().sum())
-            for before, after in zip(self._unchanged, changed, strict=True)
+            for before, after in zip(self._unchanged, self._outputs(parameters), strict=True)
         )
 
-    def _outputs(self) -> list[Tensor]:
-        """Rows of what the base model gives: its last hidden state, a pooled one beside it."""
-        model, outputs = self._model, []
+    def _outputs(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        model = self._model
         device, training = next(model.parameters()).device, model.training
         inputs = {key: value.to(device) for key, value in self._probe.items()}
-        # The whole model is called, since some make inputs of their base model.
-        hook = model.base_model.register_forward_hook(
-            lambda module, inputs, output: outputs.extend(output.to_tuple())
-        )
         model.eval()
         try:
-            model(**inputs)
+            output = functional_call(model, dict(parameters), (), inputs)
         finally:
-            hook.remove()
             model.train(training)
-        mask = _Mask(self._model)
+        mask = _Mask(model)
         mask.of(inputs)
-        is_decoder = bool(self._model.config.is_encoder_decoder)
+        is_decoder = bool(model.config.is_encoder_decoder)
+        tensors = (output.logits,) if "logits" in output else output.to_tuple()
         return [
-            mask.rows(output, output.shape[:-1], is_decoder).float()
-            for output in outputs
-            if isinstance(output, Tensor) and output.is_floating_point()
+            mask.rows(tensor, tensor.shape[:-1], is_decoder).float()
+            for tensor in tensors
+            if isinstance(tensor, Tensor) and tensor.is_floating_point()
         ]
 
     def groups(
@@ -167,8 +164,8 @@ class Calibration:
         used = 0
         for names in matrices:
             module = module_at(self._model, names[0])
-            size = weight_of(module).shape[1]
-            needed = 2 * 4 * (size if isinstance(module, nn.Embedding) else size**2)
+            size = inputs_of(module)
+            needed = 2 * 4 * (size if is_embedding(module) else size**2)
             if group and used + needed > self._memory:
                 yield group
                 group, used = [], 0
@@ -214,11 +211,11 @@ class _Stream:
     def __init__(self, model: nn.Module, names: Names) -> None:
         module = module_at(model, names[0])
         self.name, self.is_judging = names[0], False
-        self.is_diagonal = isinstance(module, nn.Embedding)
-        weight = weight_of(module)
-        size = weight.shape[1:] if self.is_diagonal else (weight.shape[1],) * 2
-        self._sums = [torch.zeros(size, device=weight.device) for _ in range(2)]
-        self._rows = torch.zeros(2, dtype=torch.int64, device=weight.device)
+        self.is_diagonal = is_embedding(module)
+        size = (inputs_of(module),) * (1 if self.is_diagonal else 2)
+        device = next(module.parameters()).device
+        self._sums = [torch.zeros(size, device=device) for _ in range(2)]
+        self._rows = torch.zeros(2, dtype=torch.int64, device=device)
 
     def hook(self, mask: _Mask, is_decoder: bool) -> Any:
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -159,13 +159,7 @@ def _add_compress(commands: Any) -> None:
         metavar="TASK",
         help="fit what the layers' outputs lose on this GLUE task's training rows",
     )
-    parser.add_argument(
-        "--calibration-samples",
-        type=_positive_int,
-        default=1500,
-        metavar="N",
-        help="rows to calibrate with (1500)",
-    )
+    _add_calibration_samples(parser)
     _add_data_dir(parser)
 
 
@@ -236,7 +230,7 @@ def _add_squeeze(commands: Any) -> None:
         _squeeze,
     )
     _add_output(parser)
-    _add_data(parser, precision=False)
+    _add_data(parser, ("fp32", "bf16"))
     parser.add_argument(
         "--max-drop",
         type=_positive_float,
@@ -272,7 +266,18 @@ def _add_squeeze(commands: Any) -> None:
         "--learning-rate", type=_positive_float, metavar="LR", help="constant rate (2e-5)"
     )
     _add_training_set(parser)
+    _add_calibration_samples(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the squeeze in --output")
+
+
+def _add_calibration_samples(parser: _Parser) -> None:
+    parser.add_argument(
+        "--calibration-samples",
+        type=_positive_int,
+        default=1500,
+        metavar="N",
+        help="training rows to calibrate with (1500)",
+    )
 
 
 def _add_training_set(parser: _Parser) -> None:
@@ -298,7 +303,7 @@ def _add_data_dir(parser: _Parser) -> None:
     )
 
 
-def _add_data(parser: _Parser, *, precision: bool = True) -> None:
+def _add_data(parser: _Parser, precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")) -> None:
     parser.add_argument("--task", required=True, type=_task, help="a GLUE task, e.g. rte or SST-2")
     _add_data_dir(parser)
     parser.add_argument(
@@ -310,10 +315,7 @@ def _add_data(parser: _Parser, *, precision: bool = True) -> None:
     parser.add_argument(
         "--max-eval-samples", type=_positive_int, metavar="N", help="evaluate on a fixed subset"
     )
-    if precision:
-        parser.add_argument(
-            "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (fp32)"
-        )
+    parser.add_argument("--precision", choices=precisions, default="fp32", help="autocast (fp32)")
 
 
 def _add_inspect(commands: Any) -> None:

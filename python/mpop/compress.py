@@ -17,7 +17,7 @@ from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape, decomp
 from mpo_kernels.cores import check_finite
 from mpo_kernels.family import Cost, choose, judged
 from mpop.allocation import Point, allocate, curve
-from mpop.calibration import Batches, Calibration, Moments
+from mpop.calibration import MEASURABLE, MEMORY, Batches, Calibration, Moments
 from mpop.checkpoint import MPOQuantizer, attach
 from mpop.config import CompressionConfig, MatrixConfig, MPOConfig, matches
 from mpop.distributed import over_processes
@@ -26,6 +26,7 @@ from mpop.modules import (
     MPO,
     Names,
     dense_matrices,
+    is_embedding,
     module_at,
     mpo_matrices,
     swap,
@@ -37,8 +38,6 @@ from mpop.permute import sort_hidden_units
 
 # Heads of models that are their own base, as a T5ForConditionalGeneration is.
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs")
-# A relative error whose effect on the model is not lost in rounding.
-_MEASURABLE = 1e-3
 # Below this many weights no progress bar is shown: it is done at once.
 _QUICK = 10_000_000
 
@@ -172,7 +171,7 @@ def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
     candidates = dense_matrices(model)
     chosen = _included(model, candidates, config.include)
     if not config.embeddings:
-        chosen = [names for names in chosen if not _is_embedding(model, names)]
+        chosen = [names for names in chosen if not is_embedding(module_at(model, names[0]))]
     for pattern in config.exclude:
         _check_matches("exclude", pattern, candidates)
         chosen = [names for names in chosen if not matches(pattern, names)]
@@ -216,10 +215,6 @@ def _check_matches(where: str, pattern: str, candidates: list[Names]) -> None:
         )
 
 
-def _is_embedding(model: PreTrainedModel, names: Names) -> bool:
-    return isinstance(module_at(model, names[0]), nn.Embedding)
-
-
 def _plan_matrix(model: PreTrainedModel, names: Names, config: MatrixConfig) -> MatrixPlan:
     out_features, in_features = weight_of(module_at(model, names[0])).shape
     try:
@@ -254,7 +249,7 @@ def compress(
     config: CompressionConfig | None = None,
     calibration: Batches | None = None,
     *,
-    calibration_memory: int = 4 * 2**30,
+    calibration_memory: int = MEMORY,
 ) -> CompressionReport:
     """Replace the matrices of a transformers model by MPOs, in place.
 
@@ -367,8 +362,10 @@ def _fit_within(
             shape = MPOShape.low_rank(in_features, out_features, min(rank, *weight.shape))
             cut = decompose(weight, shape, second_moment=moment)
             lost = cut.output_error or 0.0
-            if lost > _MEASURABLE:
-                change = source.change(names, reconstruct(cut.cores))
+            if lost > MEASURABLE:
+                new = reconstruct(cut.cores)
+                is_linear = isinstance(module_at(model, names[0]), nn.Linear)
+                change = source.change({f"{names[0]}.weight": new if is_linear else new.t()})
                 return curve(weight, moment, cost, change / lost**2)
             if rank == 1:
                 return curve(weight, moment, cost)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -294,16 +295,13 @@ def calibration_batches(
     """The first training rows of a task in a fixed order, as `mpop.compress` calibrates with."""
     tokenizer = load_tokenizer(model_name_or_path)
     rows = subset(load_split(get_task(task), "train", data_dir), samples)
-    rows = encoded(rows, tokenizer, min(128, tokenizer.model_max_length))
-    collate = Collator(tokenizer)
-    return [
-        {
-            name: value
-            for name, value in collate([rows[k] for k in range(i, min(i + 32, len(rows)))]).items()
-            if name != "labels"
-        }
-        for i in range(0, len(rows), 32)
-    ]
+    return unlabelled(encoded(rows, tokenizer, min(128, tokenizer.model_max_length)), tokenizer)
+
+
+def unlabelled(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+    """Batches of encoded rows, 32 in each, without their labels."""
+    batches = DataLoader(rows, 32, collate_fn=Collator(tokenizer))
+    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
 
 
 def load_data(

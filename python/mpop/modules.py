@@ -34,7 +34,7 @@ def _shared(model: nn.Module, held: dict[str, Tensor]) -> list[Names]:
         groups.setdefault(id(tensor), []).append(name)
 
     def is_head(name: str) -> bool:
-        return not isinstance(module_at(model, name), nn.Embedding | MPOEmbedding)
+        return not is_embedding(module_at(model, name))
 
     return [tuple(sorted(names, key=is_head)) for names in groups.values()]
 
@@ -97,6 +97,16 @@ def describe(model: nn.Module) -> MPOConfig:
 def weight_of(dense: Dense) -> Tensor:
     """The weight as `[out, in]`, where an embedding is a map from the vocabulary."""
     return dense.weight if isinstance(dense, nn.Linear) else dense.weight.t()
+
+
+def inputs_of(module: Dense | MPO) -> int:
+    """The size of what a matrix maps: features, or the vocabulary."""
+    return module.shape.in_features if isinstance(module, MPO) else weight_of(module).shape[1]
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether its inputs are ids."""
+    return isinstance(module, nn.Embedding | MPOEmbedding)
 
 
 def empty_mpo(dense: Dense, shape: MPOShape) -> MPO:

@@ -28,6 +28,7 @@ class Settler:
         tolerance: relative fall of a window's mean that still counts.
         max_steps: at most this many steps a call.
         max_grad_norm: gradients are clipped to this norm.
+        autocast: the dtype that the forward pass is autocast to; None for none.
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class Settler:
         max_steps: int = 200,
         max_grad_norm: float = 1.0,
         seed: int = 0,
+        autocast: torch.dtype | None = None,
     ) -> None:
         if min(batch_size, window, max_steps) < 1:
             raise ValueError("expected a batch_size, window and max_steps of at least 1")
         self.model, self.optimizer = model, optimizer
         self.dataset, self.collate, self.batch_size = dataset, collate, batch_size
         self.window, self.tolerance, self.max_steps = window, tolerance, max_steps
-        self.max_grad_norm, self.seed = max_grad_norm, seed
+        self.max_grad_norm, self.seed, self.autocast = max_grad_norm, seed, autocast
         self.epoch = self.batch = 0
 
     def __call__(self) -> float:
@@ -64,7 +66,8 @@ class Settler:
         batches = self._batches()
         for _ in range(self.max_steps):
             inputs = {key: value.to(device) for key, value in next(batches).items()}
-            loss = self.model(**inputs).loss
+            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                loss = self.model(**inputs).loss
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"the loss is {losses[-1]}; lower the learning rate")

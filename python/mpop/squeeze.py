@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,10 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mpo_kernels import round_cores
+from mpo_kernels import reconstruct, round_cores
+from mpo_kernels.fitting import weighted_spectrum
 from mpo_kernels.gauge import bond_maps, carried
+from mpop.calibration import MEASURABLE, Batches, Calibration, Moments
 from mpop.light import count_parameters
-from mpop.modules import MPO, mpo_modules
+from mpop.modules import MPO, is_embedding, mpo_matrices, mpo_modules
 
 # A round that cuts less than this fraction is not tried.
 _LEAST = 0.002
@@ -51,7 +53,8 @@ class SqueezeRound:
         fraction: of the parameters in cores that were to go.
         cuts: bonds that became smaller.
         estimate: root of the summed squares of the relative errors of the cut matrices, from
-            their discarded singular values.
+            their discarded singular values; with calibration, of what they do to the model's
+            output.
         parameters: of the whole model after the cut.
         loss: after fine-tuning; None where it diverged.
         metric: likewise; None where that or the metric was not finite.
@@ -99,6 +102,7 @@ def squeeze(
     evaluate: Callable[[], float],
     finetune: Tuner,
     max_drop: float,
+    calibration: Batches | None = None,
     max_steps: int = 50,
     step: float = 0.05,
     state: str | os.PathLike[str] | None = None,
@@ -120,6 +124,10 @@ def squeeze(
         evaluate: the metric of the model as it is, higher is better.
         finetune: trains it, usually lightly; see `Settler`.
         max_drop: how far the metric may fall below what it is at the start.
+        calibration: batches that a model of transformers is called with, `model(**batch)`, before
+            each cut: singular values count by what the model's output loses with them, and the
+            cores are fitted to what their layers' outputs lose. Without it each matrix's own
+            relative error counts.
         max_steps: at most this many rounds.
         step: fraction of the parameters in cores that the first round cuts.
         state: a file that always holds a whole state, replaced after each round; `trace.jsonl`
@@ -150,7 +158,10 @@ def squeeze(
         raise ValueError("expected the state's file to resume from")
     file, training = None if state is None else Path(state), model.training
     settings = {"max_drop": max_drop, "step": step, **(settings or {})}
-    run = _Run(model, modules, finetune, file, settings)
+    if calibration is not None and iter(calibration) is calibration:
+        raise ValueError("expected calibration batches for every cut, as a list or DataLoader")
+    Calibration(model, calibration)  # what is wrong with the batches shows before anything is cut
+    run = _Run(model, modules, finetune, calibration, file, settings)
     if file is not None and file.exists():
         if not resume:
             raise ValueError(f"{file} holds a squeeze: resume it, or choose another place")
@@ -185,10 +196,12 @@ class _Run:
         model: nn.Module,
         modules: dict[str, MPO],
         tuner: Tuner,
+        calibration: Batches | None,
         file: Path | None,
         settings: dict[str, Any],
     ) -> None:
         self.model, self.modules, self.tuner, self.file = model, modules, tuner, file
+        self.calibration = calibration
         self.settings = settings
         self.rounds: list[SqueezeRound] = []
         self.metric_before = self.metric = self.fraction = 0.0
@@ -246,14 +259,24 @@ class _Run:
     def round(self, evaluate: Callable[[], float], max_drop: float) -> SqueezeRound | None:
         """One round, None where no bond is left to cut."""
         start = time.perf_counter()
-        ranks, estimate = choose_cuts(self.modules, self.fraction)
+        source = Calibration(self.model, self.calibration)
+        matrices, losses = mpo_matrices(self.model), {}
+        for group, moments in source.groups(matrices):
+            for names in group:
+                losses[names[0]] = self.losses(source, names[0], moments.get(names))
+        ranks, estimate = choose_cuts(self.modules, losses, self.fraction)
         if not ranks:
             return None
         cuts = 0
-        for name, wanted in ranks.items():
-            module = self.modules[name]
-            cuts += sum(a != b for a, b in zip(wanted, module.shape.ranks, strict=True))
-            round_trained(module, wanted, self.tuner.optimizer)
+        for group, moments in source.groups(matrices):
+            for names in group:
+                name, module = names[0], self.modules[names[0]]
+                if name not in ranks:
+                    continue
+                before = module.shape.ranks
+                cuts += sum(a != b for a, b in zip(ranks[name], before, strict=True))
+                moment = _fitting_moment(module, moments.get(names))
+                round_trained(module, ranks[name], self.tuner.optimizer, moment)
         parameters = count_parameters(self.model).total
         try:
             loss: float | None = self.tuner()
@@ -284,22 +307,44 @@ class _Run:
         self.save()
         return made
 
+    def losses(self, source: Calibration, name: str, moments: Moments | None) -> list[list[float]]:
+        """Squared relative errors of a matrix, or with calibration of the model's output."""
+        module = self.modules[name]
+        moment = _fitting_moment(module, moments)
+        squares = relative_squares(module, moment)
+        if moments is None:
+            return squares
+        # Cut by itself, it shows what its error does to the model.
+        ranks, error = choose_cuts({name: module}, {name: squares}, self.fraction)
+        if name not in ranks or error < MEASURABLE:
+            return squares
+        cut = round_cores(
+            list(module.cores),
+            ranks=ranks[name],
+            in_features=module.shape.in_features,
+            out_features=module.shape.out_features,
+            second_moment=moment,
+        )
+        cores = {f"{name}.cores.{k}": core for k, core in enumerate(cut.cores)}
+        sensitivity = source.change(cores) / error**2
+        return [[sensitivity * square for square in bond] for bond in squares]
+
 
 def choose_cuts(
-    modules: Mapping[str, MPO], fraction: float
+    modules: Mapping[str, MPO], losses: Mapping[str, Sequence[Sequence[float]]], fraction: float
 ) -> tuple[dict[str, tuple[int, ...]], float]:
-    """The ranks after cutting the bonds that add least error for a parameter, and that error.
+    """The ranks after cutting the bonds that add least loss for a parameter, and that loss.
 
     Args:
         modules: by name.
+        losses: for each bond of each module what goes with each of its singular values, largest
+            first: a squared relative error.
         fraction: of the parameters in cores that are to go.
 
     Returns:
-        Ranks of the modules that change, and the root of the summed squares of their relative
-        errors, estimated from the discarded singular values.
+        Ranks of the modules that change, and the root of the sum of what goes with the cut.
     """
     ranks = {name: list(module.shape.ranks) for name, module in modules.items()}
-    spectra = {name: _relative_squares(module) for name, module in modules.items()}
     left = fraction * sum(module.shape.num_parameters for module in modules.values())
 
     def smaller(name: str, bond: int) -> int:
@@ -308,14 +353,14 @@ def choose_cuts(
         return rank - max(1, rank // 16)
 
     def price(name: str, bond: int) -> tuple[float, float, int]:
-        """Error for a parameter, error, and parameters of the bond's next cut."""
+        """Loss for a parameter, loss, and parameters of the bond's next cut."""
         after = list(ranks[name])
         after[bond] = smaller(name, bond)
         shape = modules[name].shape
         saved = (
             shape.with_ranks(ranks[name]).num_parameters - shape.with_ranks(after).num_parameters
         )
-        added = sum(spectra[name][bond][after[bond] : ranks[name][bond]])
+        added = sum(losses[name][bond][after[bond] : ranks[name][bond]])
         return added / saved, added, saved
 
     queue = [
@@ -341,20 +386,37 @@ def choose_cuts(
     return changed, math.sqrt(error)
 
 
-def _relative_squares(module: MPO) -> list[list[float]]:
-    """λ² / Σλ² of each bond of the cores as they are now."""
-    squares = [spectrum.square() for spectrum in round_cores(list(module.cores)).spectra]
+def relative_squares(module: MPO, second_moment: Tensor | None = None) -> list[list[float]]:
+    """λ² / Σλ² of each bond of the cores as they are now, of plain low rank under S if given."""
+    if second_moment is not None and module.shape.is_low_rank:
+        size = {"in_features": module.shape.in_features, "out_features": module.shape.out_features}
+        spectra = [weighted_spectrum(reconstruct(list(module.cores), **size), second_moment)]
+    else:
+        spectra = round_cores(list(module.cores)).spectra
+    squares = [spectrum.square() for spectrum in spectra]
     return [(square / square.sum().clamp(min=1e-300)).tolist() for square in squares]
 
 
-def round_trained(module: MPO, ranks: tuple[int, ...], optimizer: torch.optim.Optimizer) -> None:
+def _fitting_moment(module: MPO, moments: Moments | None) -> Tensor | None:
+    """Of a linear layer's inputs; an embedding's table is too large to be fitted at every cut."""
+    if moments is None or is_embedding(module):
+        return None
+    return moments.fit + moments.judge
+
+
+def round_trained(
+    module: MPO,
+    ranks: tuple[int, ...],
+    optimizer: torch.optim.Optimizer,
+    second_moment: Tensor | None = None,
+) -> None:
     """Round a module's cores in place, and carry what an optimizer knows of them over.
 
     First moments follow the change of gauge exactly, second ones as those of independent entries.
     Of an optimizer whose moments are not known by name, what it knows of the core is dropped.
     """
     old = [core.detach().clone() for core in module.cores]
-    new = module.round(ranks=ranks).cores
+    new = module.round(ranks=ranks, second_moment=second_moment).cores
     maps = bond_maps(old, new, module.central)
     for k, core in enumerate(module.cores):
         known = optimizer.state.get(core, {})

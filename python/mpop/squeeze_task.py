@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import mpop
@@ -17,6 +18,8 @@ from mpop.finetune import (
     fitting,
     load_data,
     predict,
+    subset,
+    unlabelled,
 )
 from mpop.glue import get_task
 from mpop.pretrained import check_output, is_compressed, load_for_training, load_tokenizer
@@ -42,6 +45,8 @@ def squeeze_on_task(
     max_length: int = 128,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    calibration_samples: int = 1500,
+    precision: str = "fp32",
     seed: int = 0,
     resume: bool = False,
     on_round: Callable[[SqueezeRound], None] | None = None,
@@ -60,6 +65,8 @@ def squeeze_on_task(
         window: steps whose mean loss tells whether it has settled.
         learning_rate: constant rate of all that is trained; by default a tenth of light
             fine-tuning's peak, since the model has been trained to the end of its schedule.
+        calibration_samples: training rows that show what a cut does to the model's output.
+        precision: `"fp32"`, or autocast to `"bf16"`.
         The other arguments are those of `finetune`.
 
     Returns:
@@ -77,7 +84,10 @@ def squeeze_on_task(
         max_length=max_length,
         max_train_samples=max_train_samples,
         max_eval_samples=max_eval_samples,
+        calibration_samples=calibration_samples,
     )
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision: expected fp32 or bf16, got {precision!r}")
     if not is_compressed(model_name_or_path):
         raise ValueError(
             f"{model_name_or_path} is dense; fine-tune it with --method light first, then squeeze"
@@ -103,7 +113,7 @@ def squeeze_on_task(
         weight_decay=0.01,
         report_to="none",
         disable_tqdm=True,
-        **runtime_arguments("fp32"),
+        **runtime_arguments(precision),
     )
     trainer = MPOTrainer(model=model, args=arguments, mpo_learning_rate=rate)
     model.to(arguments.device)  # type: ignore[arg-type]
@@ -117,6 +127,7 @@ def squeeze_on_task(
         window=window,
         max_steps=settle_steps,
         seed=seed,
+        autocast=torch.bfloat16 if precision == "bf16" else None,
     )
     folder = Path(output) / "squeeze"
     report = squeeze(
@@ -124,6 +135,7 @@ def squeeze_on_task(
         evaluate=lambda: predict(judge, glue_task, evaluation)[0][glue_task.metric],
         finetune=tuner,
         max_drop=max_drop,
+        calibration=unlabelled(subset(train, calibration_samples), tokenizer),
         max_steps=max_rounds,
         step=step,
         state=folder / "state.pt",
@@ -139,6 +151,8 @@ def squeeze_on_task(
             "max_length": max_length,
             "settle_steps": settle_steps,
             "window": window,
+            "calibration_samples": calibration_samples,
+            "precision": precision,
             "seed": seed,
         },
         on_round=on_round,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_glue import last_json
-from tiny_models import build, inputs
+from tiny_models import batches, build, inputs
 from torch import Tensor, nn
 
 import mpop
@@ -21,7 +21,7 @@ from mpo_kernels import MPOLinear, MPOShape, reconstruct, round_cores
 from mpop.cli import main
 from mpop.modules import mpo_modules
 from mpop.settle import Settler, has_settled
-from mpop.squeeze import choose_cuts, round_trained, squeeze
+from mpop.squeeze import choose_cuts, relative_squares, round_trained, squeeze
 
 
 class TestSettled:
@@ -94,6 +94,10 @@ def results(report: mpop.SqueezeReport) -> dict[str, Any]:
     return found
 
 
+def squares_of(modules: dict[str, MPOLinear]) -> dict[str, list[list[float]]]:
+    return {name: relative_squares(module) for name, module in modules.items()}
+
+
 class TestCuts:
     def test_the_smallest_singular_values_go_first(self) -> None:
         """Of two matrices with known spectra."""
@@ -104,7 +108,9 @@ class TestCuts:
             linear = nn.Linear(16, 16)
             linear.weight.data = weight.clone()
             modules[name] = MPOLinear.from_linear(linear, MPOShape.low_rank(16, 16, 16))
-        ranks, error = choose_cuts(modules, 0.2)
+        ranks, error = choose_cuts(
+            modules, {name: relative_squares(m) for name, m in modules.items()}, 0.2
+        )
         assert set(ranks) == {"steep"}
         kept = ranks["steep"][0]
         squares = torch.logspace(0, -12, 16)
@@ -120,11 +126,32 @@ class TestCuts:
             f"layer {k}": MPOLinear.from_linear(nn.Linear(64, 64), MPOShape.balanced(64, 64, 3))
             for k in range(4)
         }
-        ranks, error = choose_cuts(modules, 0.1)
+        ranks, error = choose_cuts(
+            modules, {name: relative_squares(m) for name, m in modules.items()}, 0.1
+        )
         first = MPOShape.balanced(64, 64, 3).ranks
         assert len(ranks) == 4 and error < 1
         for made in ranks.values():
             assert all(rank > 0.7 * full for rank, full in zip(made, first, strict=True))
+
+    def test_under_a_second_moment_low_rank_knows_what_its_output_loses(self) -> None:
+        torch.manual_seed(0)
+        layer = MPOLinear(30, 21, MPOShape.low_rank(30, 21, 12))
+        x = torch.randn(500, 30) * torch.logspace(0, -2, 30)
+        moment = x.t() @ x
+        squares = relative_squares(layer, moment)[0]
+        assert len(squares) == 21 and sum(squares) == pytest.approx(1)
+        with torch.no_grad():
+            before = layer(x)
+        plain = mpop.modules.to_dense(layer).weight
+        lost = layer.round(ranks=(5,), second_moment=moment).output_error
+        assert lost == pytest.approx(math.sqrt(sum(squares[5:])), rel=0.02)  # but for the ridge
+        with torch.no_grad():
+            measured = (layer(x) - before).norm() / (before - layer.bias).norm()
+        assert measured == pytest.approx(lost, rel=0.02)
+        cut = torch.linalg.svd(plain)
+        truncated = cut.U[:, :5] * cut.S[:5] @ cut.Vh[:5]
+        assert measured < 0.9 * ((plain - truncated) @ x.t()).norm() / (plain @ x.t()).norm()
 
     def test_trained_cores_are_cut_from_canonical_form(self) -> None:
         torch.manual_seed(0)
@@ -338,6 +365,51 @@ class TestSqueeze:
             is modules["bert.embeddings.word_embeddings"].cores[0]
         )
         model(**batch)
+
+    def test_with_calibration_what_the_output_does_not_notice_goes_first(
+        self, tmp_path: Path
+    ) -> None:
+        model = build("bert")
+        layers = model.base_model.encoder.layer
+        unseen = "bert.encoder.layer.1.intermediate.dense"
+        torch.nn.init.zeros_(layers[1].output.dense.weight)
+        config = mpop.CompressionConfig(embeddings=False, num_cores=2)
+        mpop.compress(model, config)
+        mpop.freeze_central(model)
+        data = batches()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        rows = [{name: value[0] for name, value in data[0].items()}]
+
+        def collate(given: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            made = {name: torch.stack([row[name] for row in given]) for name in given[0]}
+            return {**made, "labels": torch.zeros(len(given), dtype=torch.int64)}
+
+        tuner = Settler(model, rows, collate, optimizer, batch_size=1, max_steps=1)
+        before = {name: module.shape for name, module in mpo_modules(model)}
+        report = squeeze(
+            model,
+            evaluate=lambda: 1.0,
+            finetune=tuner,
+            max_drop=0.0,
+            calibration=data,
+            max_steps=1,
+            step=0.03,
+            state=tmp_path / "state.pt",
+        )
+        kept = {
+            name: module.shape.num_parameters / before[name].num_parameters
+            for name, module in mpo_modules(model)
+        }
+        assert min(kept, key=kept.__getitem__) == unseen and kept[unseen] < 0.8
+        assert report.rounds[0].estimate < 0.5
+        with pytest.raises(ValueError, match="expected calibration batches for every cut"):
+            squeeze(
+                model,
+                evaluate=lambda: 1.0,
+                finetune=tuner,
+                max_drop=0.0,
+                calibration=iter(data),
+            )
 
     def test_refusals_leave_the_model_as_it_was(self, tmp_path: Path) -> None:
         model, tuner = rows_and_tuner()

@@ -96,3 +96,14 @@ def inputs(model: hf.PreTrainedModel) -> dict[str, Tensor]:
 
 def logits(model: hf.PreTrainedModel) -> Tensor:
     return model(**inputs(model)).logits
+
+
+def batches(count: int = 8, rows: int = 8, length: int = 12) -> list[dict[str, Tensor]]:
+    """Ids with padding on the right."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(5, 50, (rows, length), generator=generator)
+        mask = torch.arange(length) < torch.randint(4, length + 1, (rows, 1), generator=generator)
+        made.append({"input_ids": ids * mask, "attention_mask": mask.long()})
+    return made
