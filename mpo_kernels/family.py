@@ -149,12 +149,16 @@ def choose(
         return found.rel_error if found.output_error is None else found.output_error
 
     best: Decomposition | None = None
+    is_hopeless = False
     for shape in members(weight.shape[1], weight.shape[0]):
+        if is_hopeless and shape.num_cores > 2:
+            break  # of balanced chains the longer lose more
         ratio = _ratio_within(shape, budget, cost)
         if ratio is None:
             continue
         found = fitted(shape, ratio, 1)
-        if cost.of(found.shape) > budget or (best and lost(found) > _HOPELESS * lost(best)):
+        is_hopeless = best is not None and lost(found) > _HOPELESS * lost(best)
+        if is_hopeless or cost.of(found.shape) > budget:
             continue
         if second_moment is not None and best is not None:
             found = fitted(shape, ratio, 20)

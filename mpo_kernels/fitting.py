@@ -169,14 +169,16 @@ def _alternated(
     cores: list[Tensor], matrix: Tensor, second_moment: Tensor, max_sweeps: int, tolerance: float
 ) -> list[Tensor]:
     cores, last = orthogonalise(cores, 0), len(cores) - 1
+    residual = matrix - merge_cores(cores)[0, :, :, 0]
+    state = residual, weigh(second_moment, residual)
     error = before = float("inf")
     for sweep in range(max_sweeps):
         steps = _ITERATIONS if sweep else _FIRST_ITERATIONS
         for k in range(last):
-            _fit_core(cores, k, matrix, second_moment, steps)
+            _fit_core(cores, k, state, second_moment, steps)
             move_centre(cores, k, k + 1)
         for k in range(last, 0, -1):
-            error = _fit_core(cores, k, matrix, second_moment, steps)
+            error = _fit_core(cores, k, state, second_moment, steps)
             move_centre(cores, k, k - 1)
         if not error < (1 - tolerance) * before:
             break
@@ -185,10 +187,18 @@ def _alternated(
 
 
 def _fit_core(
-    cores: list[Tensor], k: int, matrix: Tensor, second_moment: Tensor, steps: int
+    cores: list[Tensor],
+    k: int,
+    state: tuple[Tensor, Tensor],
+    second_moment: Tensor,
+    steps: int,
 ) -> float:
-    """Least squares for core k with the others as they are; returns the error under S."""
-    one = matrix.new_ones(1, 1, 1, 1)
+    """Least squares for core k with the others as they are; returns the error under S.
+
+    ``state``, updated in place: what the cores leave of the matrix, and S times that.
+    """
+    residual, weighted = state
+    one = residual.new_ones(1, 1, 1, 1)
     left = merge_cores(cores[:k] or [one])[0]  # [i before, j before, D_k]
     right = merge_cores(cores[k + 1 :] or [one])[..., 0]  # [D_{k+1}, i after, j after]
     (i0, j0, _), (_, i2, j2), (_, i1, j1, _) = left.shape, right.shape, cores[k].shape
@@ -206,28 +216,24 @@ def _fit_core(
         digits = torch.einsum("xizyjw,bzw->xiyjb", digits, right)
         return torch.einsum("xiyjb,xya->aijb", digits, left)
 
-    residual = matrix - expand(cores[k])
-    weighted = weigh(second_moment, residual)
-    error = before = _norm(residual, weighted)
     gradient = project(weighted)
-    step = torch.zeros_like(gradient)
     direction, square = gradient.clone(), gradient.square().sum()
     least = 1e-8 * square
     for _ in range(steps):
-        if not square > least:
+        moved = expand(direction)
+        seen = weigh(second_moment, moved)
+        curved = project(seen)
+        curvature = (direction * curved).sum()
+        if not (square > least and curvature > 0):
             break
-        curved = project(weigh(second_moment, expand(direction)))
-        length = square / (direction * curved).sum()
-        step.add_(direction * length)
+        length = square / curvature
+        cores[k] = cores[k] + direction * length
+        residual.sub_(moved * length)
+        weighted.sub_(seen * length)
         gradient.sub_(curved * length)
         previous, square = square, gradient.square().sum()
         direction = gradient + direction * (square / previous)
-    core = cores[k] + step
-    residual = matrix - expand(core)
-    error = _norm(residual, weigh(second_moment, residual))
-    if error < before:  # not so only where rounding is all that is left
-        cores[k] = core
-    return min(error, before)
+    return _norm(residual, weighted)
 
 
 def _norm(residual: Tensor, weighted: Tensor) -> float:
