@@ -3,8 +3,9 @@
 For each task and method the rates of a small grid are tried with one seed on training rows held
 out; the best is then run with every seed and reported on dev. Each run is a process of its own
 (`bench/methods.py`) and a line of `runs.jsonl` as soon as it ends; a run found there is not
-repeated, so that an interrupted or out-of-budget bench continues where it stopped. What there is
-so far is summed up in `table.md`, and with its conditions in `table.json`.
+repeated, so that an interrupted or out-of-budget bench continues where it stopped. With `--time`
+what each method costs is measured at the end, with nothing beside it (`bench/times.py`). What there
+is so far is summed up in `table.md`, and with its conditions in `table.json`.
 """
 
 from __future__ import annotations
@@ -34,15 +35,22 @@ from mpop.glue import TASKS, get_task
 GRID = {
     name: [(rate, rate) for rate in rates]
     for name, rates in {
-        **dict.fromkeys(METHODS, (5e-5, 1e-4, 2e-4)),
-        "light": (2e-4, 5e-4, 1e-3),
+        **dict.fromkeys(METHODS, (1e-4, 2e-4, 4e-4)),
+        "full": (5e-5, 1e-4, 2e-4),
+        "light": (1e-4, 2e-4, 5e-4),
         "light-encoder": (2e-4, 5e-4, 1e-3),
-        "lora": (2e-4, 5e-4, 1e-3),
-        "biases": (5e-4, 1e-3, 2e-3),
-        "chosen-light": (1e-4, 2e-4, 5e-4),
-        "squeezed": (2e-4,),
+        "lora": (5e-4, 1e-3, 2e-3),
+        "biases": (2e-3, 5e-3, 1e-2),
     }.items()
 }
+GRID |= {
+    # The dense steps of what is cut are at dense's rate; that of the steps after it is tried.
+    name: [(2e-4, rate) for rate in ((1e-4,) if method.squeezes else (1e-4, 4e-4))]
+    for name, method in METHODS.items()
+    if method.cuts
+}
+# Training rows of a model that is made for its times alone.
+_FEW = 320
 Rates = tuple[float, float]
 
 
@@ -66,15 +74,13 @@ class Run:
     precision: str
     model: str
 
-    def command(self, model: str, data_dir: str | None, output: str, cache: str) -> list[str]:
-        """The process to start; `model` is where the model named in the fields lies."""
+    def command(self, keep: Path | None, **where: str | None) -> list[str]:
+        """The process to start; among `where` is that of the model named in the fields."""
         options = asdict(self) | {
-            "model": model,
-            "output": output,
-            "data_dir": data_dir,
-            "cache": cache,
             "learning_rate": self.rates[0],
             "mpo_learning_rate": self.rates[1],
+            "keep": keep and str(keep),
+            **where,
         }
         del options["rates"]
         return [sys.executable, "-m", "bench.methods", json.dumps(options)]
@@ -106,25 +112,72 @@ class Bench:
         if left is not None and left <= 0:
             raise BudgetSpent
         say(f"{run.task} {run.method} seed {run.seed} rates {run.rates} on {run.eval_split}")
-        with tempfile.TemporaryDirectory(prefix="glue-table-") as output:
-            where = self.options.model, self.options.data_dir, f"{output}/model"
-            command = run.command(*where, self.options.cache)
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=left)
-            except subprocess.TimeoutExpired:
-                raise BudgetSpent from None
+        done = self.start(run, self.kept(run), left)
         result = error = None
         if done.returncode == 0:
             result = json.loads(done.stdout.splitlines()[-1])
             result["model"] = run.model
             self.results[run] = result
-            say(f"  {result['metric']} {result['value']:.4f} in {result['train_seconds']:.0f} s")
+            say(f"  {result['metric']} {result['value']:.4f}")
         else:
             error = (done.stderr.splitlines() or ["no message"])[-1]
             say(f"  failed: {error}")
         with self.file.open("a") as file:
             record = {"run": asdict(run), "result": result, "error": error}
             file.write(json.dumps(record) + "\n")
+
+    def start(
+        self, run: Run, keep: Path | None, seconds: float | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Do the run in a process of its own.
+
+        Raises:
+            BudgetSpent: It took longer.
+        """
+        with tempfile.TemporaryDirectory(prefix="glue-table-") as folder:
+            options = self.options
+            command = run.command(
+                keep,
+                model=options.model,
+                data_dir=options.data_dir,
+                output=f"{folder}/model",
+                cache=options.cache,
+            )
+            try:
+                return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+            except subprocess.TimeoutExpired:
+                raise BudgetSpent from None
+
+    def kept(self, run: Run) -> Path | None:
+        """The file for the run's model, of which times are measured: of one run a method."""
+        options = self.options
+        if (run.task, run.seed, run.eval_split) != (options.tasks[0], options.seeds[0], "dev"):
+            return None
+        Path(options.cache).mkdir(parents=True, exist_ok=True)
+        return Path(options.cache) / f"{run.task}-{run.method}.pt"
+
+    def time(self) -> None:
+        """Measure what the methods cost, one at a time, and write `times.json`.
+
+        Where no run of this bench has left its model, a run on a few rows makes one of its kind.
+        """
+        found = {}
+        for run, grid in self.plan():
+            chosen = self.chosen(run, grid)
+            file = chosen and self.kept(chosen)
+            if chosen is None or file is None:
+                continue
+            if not file.exists():
+                self.start(replace(chosen, max_train_samples=_FEW), file).check_returncode()
+            say(f"times of {run.method}")
+            command = [sys.executable, "-m", "bench.times", str(file), run.precision]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found[run.method] = json.loads(done.stdout.splitlines()[-1])
+        self.times_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def times_file(self) -> Path:
+        return self.file.with_name("times.json")
 
     def plan(self) -> Iterator[tuple[Run, list[Rates]]]:
         """The first dev run of each task and method, without a rate yet, and its grid."""
@@ -199,9 +252,13 @@ class Bench:
                     rows.append(summary(chosen, done))
         return rows
 
+    def times(self) -> dict[str, dict[str, Any]]:
+        """By method, as they were last measured."""
+        return json.loads(self.times_file.read_text()) if self.times_file.exists() else {}
+
 
 def summary(run: Run, seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds; time and memory as means."""
+    """Mean and standard deviation over seeds; parameters and size as means."""
     results = list(seeds.values())
     values = [result["value"] for result in results]
     first = results[0]
@@ -213,25 +270,14 @@ def summary(run: Run, seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "sd": statistics.stdev(values) if len(values) > 1 else None,
         "seeds": list(seeds),
         "rates": run.rates,
-        "trainable_parameters": first["trainable_parameters"],
-        "total_parameters": first["total_parameters"],
-        "train_seconds": statistics.fmean(result["train_seconds"] for result in results),
-        "peak_memory_bytes": statistics.fmean(result["peak_memory_bytes"] for result in results),
-        "peak_memory_kind": first["peak_memory_kind"],
+        **{
+            name: statistics.fmean(result[name] for result in results)
+            for name in ("trainable_parameters", "total_parameters", "disk_bytes")
+        },
         "train_samples": first["train_samples"],
         "eval_samples": first["eval_samples"],
         "epochs": run.epochs,
-        "steps": first["steps"],
-        # Of runs from before these were measured there is none.
-        "disk_bytes": first.get("disk_bytes"),
-        "latency_seconds": median_of(results, "latency_seconds"),
     }
-
-
-def median_of(results: Sequence[dict[str, Any]], key: str) -> float | None:
-    """Over the runs that have it."""
-    known = [result[key] for result in results if key in result]
-    return statistics.median(known) if known else None
 
 
 def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -258,63 +304,91 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     drawn.savefig(path, dpi=150)
 
 
-def markdown(rows: Sequence[dict[str, Any]], conditions: dict[str, Any]) -> str:
+def markdown(
+    rows: Sequence[dict[str, Any]], times: dict[str, dict[str, Any]], conditions: dict[str, Any]
+) -> str:
     """The table with a caption that says what it was measured on."""
-    lines = [
-        "| task | train / dev rows | epochs | method | metric | value | #Pr | #To | on disk "
-        "| a step | latency | peak memory | rates | seeds |",
-        "|" + "---|" * 14,
-    ]
-    for row in rows:
-        spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
+    tasks = {row["task"]: row for row in rows}
+    methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    columns = (
+        "method",
+        *(get_task(name).folder for name in tasks),
+        *("mean", "#Pr", "#To", "on disk", "a step", "its memory", "latency"),
+    )
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+    for method in methods:
+        of_task = {row["task"]: row for row in rows if row["method"] == method}
+        found = of_task.values()
+        is_whole = len(found) == len(tasks)
+        mean = f"{100 * statistics.fmean(row['mean'] for row in found):.1f}" if is_whole else "–"
+
+        def average(name: str, found: Any = found) -> float:
+            return statistics.fmean(row[name] for row in found) / 1e6
+
         cells = (
-            row["task"],
-            f"{row['train_samples']:,} / {row['eval_samples']:,}",
-            f"{row['epochs']:g}",
-            row["method"],
-            row["metric"],
-            f"{100 * row['mean']:.1f}{spread}",
-            f"{row['trainable_parameters'] / 1e6:.2f} M",
-            f"{row['total_parameters'] / 1e6:.2f} M",
-            "–" if row["disk_bytes"] is None else f"{row['disk_bytes'] / 1e6:.0f} MB",
-            f"{1e3 * row['train_seconds'] / row['steps']:.0f} ms",
-            "–" if row["latency_seconds"] is None else f"{1e3 * row['latency_seconds']:.1f} ms",
-            f"{row['peak_memory_bytes'] / 2**20:.0f} MiB",
-            " / ".join(f"{rate:g}" for rate in dict.fromkeys(row["rates"])),
-            len(row["seeds"]),
+            f"`{method}`",
+            *(value_of(of_task.get(task)) for task in tasks),
+            mean,
+            f"{average('trainable_parameters'):.2f} M",
+            f"{average('total_parameters'):.2f} M",
+            f"{average('disk_bytes'):.0f} MB",
+            *cost_of(times.get(method)),
         )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("| " + " | ".join(cells) + " |")
     machine, versions = conditions["machine"], conditions["versions"]
     commit = (conditions["commit"] or "none")[:12] + (" with changes" * conditions["dirty"])
-    budget = conditions["budget_minutes"]
-    limit = "no limit of time" if budget == float("inf") else f"at most {budget:g} minutes"
-    limit = "only runs that were there before" if budget == 0 else limit
-    grid_rows = ", ".join(
-        f"{task} {conditions['grid_train_samples'][task] or 'all'}"
-        for task in dict.fromkeys(row["task"] for row in rows)
+    sizes = ", ".join(
+        f"{get_task(name).folder} {row['train_samples']:,} / {row['eval_samples']:,}, "
+        f"{row['epochs']:g} epoch" + "s" * (row["epochs"] != 1)
+        for name, row in tasks.items()
     )
-    kinds = ", ".join(dict.fromkeys(row["peak_memory_kind"] for row in rows)) or "none"
-    used = dict.fromkeys(row["method"] for row in rows)
-    lines += ["", *(f"- `{name}`: {METHODS[name].what}." for name in used)]
+    metrics = "; ".join(f"{get_task(n).folder} {row['metric']}" for n, row in tasks.items())
+    rates = dict.fromkeys(
+        f"`{row['method']}` {' / '.join(f'{rate:g}' for rate in dict.fromkeys(row['rates']))}"
+        for row in rows
+    )
+    counts = {len(row["seeds"]) for row in rows}
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "no"
+    grid_task = conditions["grid_task"]
+    tried = f"rows of {get_task(grid_task).folder}, for all tasks" if grid_task else "rows"
+    threads = f"{machine['threads']} threads"
+    lines += ["", *(f"- `{name}`: {METHODS[name].what}." for name in methods)]
     lines += [
         "",
-        f"{conditions['model']}; mean ± standard deviation over seeds, in percent, on dev. Rates: "
-        "ordinary parameters / MPO tensors (one number where equal), chosen with seed "
-        f"{conditions['seeds'][0]} on training rows held out (a tenth, at most 1000; ties by the "
-        "last quarter of the training loss), trained on "
-        f"at most {grid_rows} rows. #Pr trained "
-        "and #To all parameters. Times are wall-clock, beside whatever else ran; latency is of one "
-        "text of 64 tokens, adapters merged; a step and memory of `squeezed` are those of the "
-        "fine-tuning before it, and rates of a single choice were not searched. Calibration draws "
-        "from all training rows, without their labels. "
-        f"Memory: {kinds}. Batch {conditions['batch_size']}, length "
-        f"{conditions['max_length']}, {conditions['precision']}, {limit}. "
-        f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads; torch "
-        f"{versions['torch']}, transformers {versions['transformers']}; commit {commit}.",
+        f"{conditions['model']}: mean ± standard deviation over {seeds} seeds, in percent, on dev "
+        f"({metrics}). Train / dev rows: {sizes}. What is cut has two thirds of its steps before "
+        "the cut and one after, except `squeezed`, which has up to 10 rounds of 20 steps instead. "
+        f"Batch {conditions['batch_size']}, length {conditions['max_length']}, "
+        f"{conditions['precision']}. #Pr trained and #To all parameters. "
+        f"Rates (ordinary parameters / MPO tensors): {', '.join(rates)}; chosen with seed "
+        f"{conditions['seeds'][0]} on held-out training {tried}, where there was a choice. "
+        "Calibration draws from all training rows, without their labels. A step of 32 texts of 64 "
+        "tokens, the peak memory of the process (the device's on a GPU) after it, and the latency "
+        f"of one text are medians, with nothing else running, {threads}. "
+        f"{machine.get('gpu', machine['cpu'])}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, peft {versions['peft']}; commit {commit}.",
         "",
         f"`{conditions['command']}`",
     ]
     return "\n".join(lines) + "\n"
+
+
+def value_of(row: dict[str, Any] | None) -> str:
+    """A cell of the metric."""
+    if row is None:
+        return "–"
+    return f"{100 * row['mean']:.1f}" + ("" if row["sd"] is None else f" ± {100 * row['sd']:.1f}")
+
+
+def cost_of(times: dict[str, Any] | None) -> tuple[str, str, str]:
+    """The cells of what a method costs."""
+    if times is None:
+        return "–", "–", "–"
+    return (
+        f"{1e3 * times['step_seconds']:.0f} ms",
+        f"{times['peak_memory_bytes'] / 2**20:.0f} MiB",
+        f"{1e3 * times['latency_seconds']:.1f} ms",
+    )
 
 
 def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
@@ -326,11 +400,11 @@ def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str,
         "command": shlex.join(["python", "-m", "bench.glue_table", *arguments]),
         "model": options.model_name,
         "seeds": options.seeds,
+        "grid_task": options.grid_task,
         "grid_train_samples": options.grid_train_samples,
         "batch_size": options.batch_size,
         "max_length": options.max_length,
         "precision": options.precision,
-        "budget_minutes": options.budget_minutes,
         "machine": facts.machine(device),
         "versions": facts.versions() | {name: metadata.version(name) for name in names},
         **facts.commit(),
@@ -407,6 +481,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=128, metavar="N", help="(128)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument(
+        "--time", action="store_true", help="measure times at the end; nothing else should run"
+    )
+    parser.add_argument(
         "--budget-minutes", type=float, default=float("inf"), metavar="N", help="wall clock (none)"
     )
     options = parser.parse_args(argv)
@@ -431,16 +508,19 @@ def main(argv: Sequence[str]) -> None:
     bench = Bench(options)
     try:
         bench.measure()
+        if options.time:
+            bench.time()
     except (BudgetSpent, KeyboardInterrupt) as stop:
         say(f"stopped ({type(stop).__name__}); the same command continues")
     finally:
-        conditions, rows = conditions_of(options, argv), bench.rows()
-        content = json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n"
+        conditions, rows, times = conditions_of(options, argv), bench.rows(), bench.times()
+        whole = {"conditions": conditions, "rows": rows, "times": times}
+        content, text = json.dumps(whole, indent=2) + "\n", markdown(rows, times, conditions)
         (Path(options.output) / "table.json").write_text(content, encoding="utf-8")
-        (Path(options.output) / "table.md").write_text(markdown(rows, conditions), encoding="utf-8")
+        (Path(options.output) / "table.md").write_text(text, encoding="utf-8")
         if rows:
             figure(rows, Path(options.output) / "table.png")
-    print(markdown(rows, conditions))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,17 @@ from transformers import PreTrainedModel
 import mpop
 from bench import facts
 from mpo_kernels import MPOLinear
+from mpop.compress import select
 from mpop.config import MatrixConfig
 from mpop.finetune import calibration_batches, evaluate, finetune
 from mpop.modules import dense_matrices, module_at, weight_of
 from mpop.pretrained import load_as_saved, load_tokenizer
 from mpop.squeeze_task import squeeze_on_task
 
-# Of the encoder's linear parameters, for every method that truncates.
-KEPT = 0.5
+# Of the encoder's linear parameters: what is kept where a method cuts, and where squeezing begins.
+KEPT, QUARTER, BEGIN = 0.5, 0.25, 0.75
+# Of the steps of a method that cuts: the dense ones before it.
+BEFORE = 2 / 3
 CALIBRATION_ROWS = 1500
 MAX_DROP = 0.01
 Prepare = Callable[[PreTrainedModel], Any]
@@ -44,15 +46,18 @@ class Method:
     Attributes:
         what: for the table's caption.
         training: of `mpop finetune`.
-        compress: of the base model, before it has a head; of the model and calibration batches.
+        compress: of the base model, before it has a head, or of the fine-tuned one where the
+            method cuts; of the model and calibration batches.
+        cuts: whether a dense model is fine-tuned first, for `BEFORE` of the steps.
         calibrates: whether `compress` looks at the task's training rows.
         prepare: of the model with its head, just before training.
-        squeezes: whether squeezing follows.
+        squeezes: whether squeezing takes the place of the training after the cut.
     """
 
     what: str
     training: str = "full"
     compress: Callable[[PreTrainedModel, Any], Any] | None = None
+    cuts: bool = False
     calibrates: bool = False
     prepare: Prepare | None = None
     squeezes: bool = False
@@ -98,19 +103,21 @@ def _compress(model: PreTrainedModel, batches: Any, **options: Any) -> None:
     mpop.compress(model, mpop.CompressionConfig(embeddings=False, **options), batches)
 
 
-def _low_rank(model: PreTrainedModel, batches: Any) -> None:
+def _low_rank(model: PreTrainedModel, batches: Any, kept: float = KEPT) -> None:
     """Plain SVD, or activation-aware with batches, the same fraction of every matrix."""
     overrides = {}
-    for names in dense_matrices(model):
+    for names in select(model, mpop.CompressionConfig(embeddings=False)):
         out_features, in_features = weight_of(module_at(model, names[0])).shape
         overrides[names[0]] = {
             "in_factors": (1, in_features),
             "out_factors": (out_features, 1),
-            "compression": KEPT,
+            "compression": kept,
         }
-    words = next(name for name in overrides if name.endswith("word_embeddings"))
-    del overrides[words]
     _compress(model, batches, overrides=overrides)
+
+
+def _chosen(model: PreTrainedModel, batches: Any, kept: float = KEPT) -> None:
+    _compress(model, batches, compression=kept, factors="auto")
 
 
 METHODS = {
@@ -125,71 +132,118 @@ METHODS = {
     ),
     "lora": Method("LoRA on the same matrices, as many trained", "dense", prepare=_lora),
     "biases": Method("only biases and head trained", "dense", prepare=_biases),
-    "svd": Method("plain SVD, then all trained", compress=lambda model, _: _low_rank(model, None)),
+    "svd": Method(
+        "plain SVD to half, then all trained", compress=lambda m, _: _low_rank(m, None), cuts=True
+    ),
     "aware-svd": Method(
-        "activation-aware SVD, then all trained", compress=_low_rank, calibrates=True
+        "activation-aware SVD to half, then all trained",
+        compress=_low_rank,
+        cuts=True,
+        calibrates=True,
     ),
     "dir": Method(
-        "MPOP_dir: five balanced factors cut at once, then all trained",
+        "MPOP_dir: five balanced factors cut to half at once, then all trained",
         compress=lambda model, _: _compress(model, None, compression=KEPT),
+        cuts=True,
     ),
     "chosen": Method(
-        "factors and ranks chosen by the model's loss, then all trained",
-        compress=lambda model, batches: _compress(model, batches, compression=KEPT, factors="auto"),
+        "factors and ranks chosen within half by the model's loss, then all trained",
+        compress=_chosen,
+        cuts=True,
         calibrates=True,
     ),
     "chosen-light": Method(
-        "the same, centres and embeddings frozen",
+        "the same, then centres and embeddings frozen",
         "light",
-        lambda model, batches: _compress(model, batches, compression=KEPT, factors="auto"),
+        compress=_chosen,
+        cuts=True,
         calibrates=True,
         prepare=_frozen_embeddings,
     ),
+    "aware-svd-quarter": Method(
+        "activation-aware SVD to a quarter, then all trained",
+        compress=partial(_low_rank, kept=QUARTER),
+        cuts=True,
+        calibrates=True,
+    ),
+    "chosen-quarter": Method(
+        "factors and ranks chosen within a quarter, then all trained",
+        compress=partial(_chosen, kept=QUARTER),
+        cuts=True,
+        calibrates=True,
+    ),
     "squeezed": Method(
-        f"MPOP: light-encoder, then squeezed within {100 * MAX_DROP:g} point on held-out rows",
+        f"MPOP: from activation-aware low rank at three quarters, squeezed within "
+        f"{100 * MAX_DROP:g} point on held-out rows, centres and embeddings frozen",
         "light",
-        lambda model, _: _compress(model, None),
+        compress=partial(_low_rank, kept=BEGIN),
+        cuts=True,
+        calibrates=True,
         prepare=_frozen_embeddings,
         squeezes=True,
     ),
 }
+# Methods that are cut alike.
+_AS = {"chosen-light": "chosen"}
 
 
-def compressed(method: str, options: dict[str, Any], cache: Path) -> str:
-    """The folder with the base model as the method compresses it, made once."""
-    made = METHODS[method].compress
-    if made is None:
-        return str(options["model"])
-    task = options["task"] if METHODS[method].calibrates else None
-    kind = {"chosen-light": "chosen", "squeezed": "light-encoder"}.get(method, method)
-    made_of = [kind, task, str(options["model"]), str(options["data_dir"]), KEPT, CALIBRATION_ROWS]
-    key = hashlib.sha256(json.dumps([*made_of, facts.commit()["commit"]]).encode()).hexdigest()
-    folder = cache / f"{kind}-{task or 'any'}-{key[:8]}"
+def _made_once(cache: Path, name: str, made_of: Any, make: Callable[[Path], Any]) -> Path:
+    """The folder that `make` writes, unless an earlier run did."""
+    key = json.dumps([made_of, facts.commit()["commit"]], default=str)
+    folder = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if not folder.is_dir():
-        batches = None
-        if task is not None:
-            source = options["model"], task, options["data_dir"], CALIBRATION_ROWS
-            batches = calibration_batches(*source)
-        model = load_as_saved(options["model"]).float()
-        made(model, batches)
         new = folder.with_suffix(f".{os.getpid()}")  # a run may be stopped in the midst of it
-        mpop.save(model, new)
-        load_tokenizer(options["model"]).save_pretrained(new)
+        make(new)
         new.rename(folder)
-    return str(folder)
+    return folder
 
 
-def run(method: str, options: dict[str, Any], cache: Path) -> dict[str, Any]:
+def fine_tuned(options: dict[str, Any], cache: Path) -> Path:
+    """The folder with the dense model after its share of the steps."""
+    options = {**options, "epochs": BEFORE * options["epochs"]}
+    del options["output"], options["mpo_learning_rate"]
+    model = options.pop("model")
+
+    def make(folder: Path) -> None:
+        finetune(model, output=folder, method="dense", **options)
+
+    return _made_once(cache, f"dense-{options['task']}", [model, options], make)
+
+
+def compressed(method: str, source: Path, options: dict[str, Any], cache: Path) -> Path:
+    """The folder with the model at `source` as the method compresses it."""
+    chosen = METHODS[method]
+    compress = chosen.compress
+    if compress is None:
+        return source
+
+    def make(folder: Path) -> None:
+        batches = None
+        if chosen.calibrates:
+            data = options["task"], options["data_dir"], CALIBRATION_ROWS
+            batches = calibration_batches(source, *data)
+        model = load_as_saved(source).float()
+        compress(model, batches)
+        mpop.save(model, folder)
+        load_tokenizer(source).save_pretrained(folder)
+
+    kind = _AS.get(method, method)
+    return _made_once(cache, kind, [kind, source, chosen.calibrates and options["task"]], make)
+
+
+def run(
+    method: str, options: dict[str, Any], cache: Path, keep: Path | None = None
+) -> dict[str, Any]:
     """Make, train, perhaps squeeze, and evaluate.
 
     Args:
         method: a name in `METHODS`.
         options: of `mpop.finetune.finetune`, with `model` and without a method.
-        cache: folder for models that were compressed before, which seeds and rates share.
+        cache: folder for models made before, which seeds, rates and methods share.
+        keep: a file for the trained model, pickled whole; see `bench.times`.
 
     Returns:
-        What `finetune` does, with `disk_bytes` of all that has to be kept, and `latency_seconds`
-        of one text of 64 tokens, a median.
+        What `finetune` does, with `disk_bytes` of all that has to be kept.
     """
     chosen, trained = METHODS[method], []
 
@@ -197,73 +251,73 @@ def run(method: str, options: dict[str, Any], cache: Path) -> dict[str, Any]:
         trained.append(model if chosen.prepare is None else chosen.prepare(model))
         return trained[-1]
 
-    options = {**options, "model_name_or_path": compressed(method, options, cache)}
-    base = options.pop("model")
+    split = options["eval_split"]
     if chosen.squeezes:
         # Its rows judge the cuts, so they are not trained on.
-        split, options["eval_split"] = options["eval_split"], "train-holdout"
-    result = finetune(**options, method=chosen.training, prepare=prepare)
-    model, output = trained[-1], Path(options["output"])
+        options = {**options, "eval_split": "train-holdout"}
+    source, base = Path(options["model"]), options["model"]
+    if chosen.cuts:
+        source = fine_tuned(options, cache)
+        options = {**options, "epochs": (1 - BEFORE) * options["epochs"]}
+    source = compressed(method, source, options, cache)
+    del options["model"]
+    output = Path(options["output"])
     if chosen.squeezes:
-        result |= _squeezed(options, split)
-        model, output = mpop.load(f"{output}-squeezed"), Path(f"{output}-squeezed")
+        result = _squeezed(source, options, split)
+        model: Any = _frozen_embeddings(mpop.load(output))
+    else:
+        result = finetune(source, **options, method=chosen.training, prepare=prepare)
+        model = trained[-1]
     kept = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload()  # as it would be served
         kept += sum(4 * parameter.numel() for parameter in load_as_saved(base).parameters())
-    return {**result, "disk_bytes": kept, "latency_seconds": _latency(model)}
+    if keep is not None:
+        torch.save(model, keep)
+    return {**result, "disk_bytes": kept}
 
 
-def _squeezed(options: dict[str, Any], split: str) -> dict[str, Any]:
-    passed = ("task", "data_dir", "batch_size", "max_length", "max_train_samples", "seed")
-    shared = {name: options[name] for name in passed}
-    output = f"{options['output']}-squeezed"
+def _squeezed(source: Path, options: dict[str, Any], split: str) -> dict[str, Any]:
+    passed = ("output", "task", "data_dir", "batch_size", "max_length", "max_train_samples", "seed")
     squeezed = squeeze_on_task(
-        options["output"],
-        output=output,
+        source,
         max_drop=MAX_DROP,
-        max_rounds=12,
-        step=0.1,
-        settle_steps=40,
-        window=10,
+        max_rounds=10,
+        step=0.15,
+        settle_steps=20,
+        window=5,
         eval_split="train-holdout",
-        learning_rate=options["mpo_learning_rate"] / 10,
-        prepare=METHODS["squeezed"].prepare,
-        **shared,
+        learning_rate=options["mpo_learning_rate"],
+        calibration_samples=CALIBRATION_ROWS // 3,
+        precision=options["precision"],
+        prepare=_frozen_embeddings,
+        **{name: options[name] for name in passed},
     )
-    found: dict[str, Any] = {"value": squeezed["metric"], "metrics": {}, "eval_samples": 0}
+    found: dict[str, Any] = {
+        "value": squeezed["metric"],
+        "metrics": {},
+        "eval_samples": squeezed["eval_samples"],
+    }
     if split == "dev":
-        of_task = ("task", "data_dir", "batch_size", "max_length")
-        found = evaluate(output, **{name: options[name] for name in of_task})
+        of_task = ("task", "data_dir", "batch_size", "max_length", "precision")
+        found = evaluate(options["output"], **{name: options[name] for name in of_task})
     return {
         **{name: found[name] for name in ("value", "metrics", "eval_samples")},
+        "metric": squeezed["metric_name"],
         "trainable_parameters": squeezed["trainable_parameters"],
         "total_parameters": squeezed["parameters"],
+        "train_samples": squeezed["train_samples"],
         "rounds": squeezed["rounds"],
+        "losses": [],
     }
-
-
-@torch.no_grad()
-def _latency(model: Any) -> float:
-    device = next(model.parameters()).device
-    ids = torch.ones(1, min(64, model.config.max_position_embeddings), dtype=int, device=device)
-    model.eval()
-    times = []
-    for _ in range(23):
-        start = time.perf_counter()
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
 
 
 def main(argv: Sequence[str]) -> None:
     """Do the run that the one argument, a JSON object, describes."""
     options = json.loads(argv[0])
     method, cache = options.pop("method"), Path(options.pop("cache"))
+    keep = options.pop("keep", None)
     with redirect_stdout(sys.stderr):
-        result = run(method, options, cache)
+        result = run(method, options, cache, keep and Path(keep))
     print(json.dumps(result))
 
 

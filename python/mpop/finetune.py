@@ -196,9 +196,9 @@ def finetune(
         callbacks=[StopWhenDiverged()],
         mpo_learning_rate=mpo_rate,
     )
-    reset_peak_memory(trainer)
+    reset_peak_memory(trainer.args.device)
     outcome = trainer.train(resume_from_checkpoint=resume or None)
-    memory = peak_memory(trainer)
+    memory = peak_memory(trainer.args.device)
     metrics, outputs = predict(trainer, glue_task, evaluation)
     result = {
         **_result(glue_task, metrics, parameters),
@@ -272,14 +272,14 @@ def evaluate(
         **runtime_arguments(precision),
     )
     trainer = Trainer(model=model, args=arguments, data_collator=Collator(tokenizer))
-    reset_peak_memory(trainer)
+    reset_peak_memory(trainer.args.device)
     metrics, outputs = predict(trainer, glue_task, evaluation)
     if predictions is not None and trainer.is_world_process_zero():
         _save_predictions(predictions, outputs)
     return {
         **_result(glue_task, metrics, mpop.count_parameters(model)),
         "train_seconds": 0.0,
-        **peak_memory(trainer),
+        **peak_memory(trainer.args.device),
         "seed": None,
         "model": str(model_name_or_path),
         "eval_samples": sum(map(len, evaluation.values())),

@@ -169,6 +169,7 @@ def squeeze_on_task(
         "eval_split": eval_split,
         "learning_rate": rate,
         "train_samples": len(train),
+        "eval_samples": sum(map(len, evaluation.values())),
         "seed": seed,
         "model": str(model_name_or_path),
         "output": str(output),

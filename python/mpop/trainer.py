@@ -78,15 +78,15 @@ def runtime_arguments(precision: str) -> dict[str, Any]:
     }
 
 
-def reset_peak_memory(trainer: Trainer) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Start counting device memory afresh; a process's resident peak cannot be reset."""
-    if trainer.args.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_memory(trainer: Trainer) -> dict[str, Any]:
+def peak_memory(device: torch.device) -> dict[str, Any]:
     """`peak_memory_bytes`, and in `peak_memory_kind` what those bytes are."""
-    if trainer.args.device.type == "cuda":
+    if device.type == "cuda":
         peak, kind = torch.cuda.max_memory_allocated(), "device memory allocated by tensors"
     else:
         import resource  # absent on Windows
