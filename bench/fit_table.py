@@ -28,12 +28,12 @@ from bench import facts
 from mpo_kernels import Decomposition, MPOShape, decompose, reconstruct
 from mpo_kernels.family import Cost, choose, judged
 from mpop.calibration import Batches, Moments, second_moments
-from mpop.compress import select
 from mpop.demo import default_model
 from mpop.finetune import calibration_batches
 from mpop.modules import module_at, weight_of
 from mpop.permute import sort_hidden_units
 from mpop.pretrained import load_as_saved
+from mpop.selection import select
 
 Fit = Callable[[Tensor, float, Moments], Decomposition]
 

@@ -23,11 +23,11 @@ from transformers import PreTrainedModel
 import mpop
 from bench import facts
 from mpo_kernels import MPOLinear
-from mpop.compress import select
 from mpop.config import MatrixConfig
 from mpop.finetune import calibration_batches, evaluate, finetune
 from mpop.modules import dense_matrices, module_at, weight_of
 from mpop.pretrained import load_as_saved, load_tokenizer
+from mpop.selection import select
 from mpop.squeeze_task import squeeze_on_task
 
 # Of the encoder's linear parameters: what is kept where a method cuts, and where squeezing begins.

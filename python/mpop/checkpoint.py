@@ -10,25 +10,31 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, get_module_from_name, register_quantizer
 
 from mpop.config import ModuleSpec, MPOConfig
 from mpop.modules import (
     Names,
     dense_matrices,
+    densify,
     describe,
     empty_mpo,
     kind_of,
     module_at,
     mpo_matrices,
     mpo_modules,
+    replace,
     swap,
     update_ties,
     weight_of,
 )
+from mpop.selection import MatrixPlan, plan
 
 
 @register_quantizer("mpo")
@@ -37,11 +43,20 @@ class MPOQuantizer(HfQuantizer):
 
     quantization_config: MPOConfig
 
+    def __init__(self, quantization_config: MPOConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.planned: dict[str, MatrixPlan] = {}
+        self.refused: str | None = None
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not (self.pre_quantized and self.quantization_config.modules):
+        config = self.quantization_config
+        if self.pre_quantized and not config.modules:
             raise ValueError(
-                "expected a saved MPO model, got a quantization_config without modules: load the "
-                "dense model and call mpop.compress"
+                "expected the configuration of a saved MPO model, got no modules in it"
+            )
+        if not self.pre_quantized and config.compress is None:
+            raise ValueError(
+                "expected MPOConfig(compress=CompressionConfig(...)) for a dense checkpoint"
             )
 
     def _process_model_before_weight_loading(
@@ -49,6 +64,10 @@ class MPOQuantizer(HfQuantizer):
     ) -> None:
         # The model is on meta here, and the files are checked before anything is allocated.
         _tie(model)
+        if self.quantization_config.compress is not None:
+            planned = plan(model, self.quantization_config.compress)
+            self.planned = {f"{matrix.names[0]}.weight": matrix for matrix in planned}
+            return
         specs = self._specs(model)
         matched = [
             (names, spec)
@@ -74,7 +93,22 @@ class MPOQuantizer(HfQuantizer):
         if checkpoint_files is not None:
             _check_shapes(model, _read_shapes(checkpoint_files))
 
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        return param_name in self.planned
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Decompose(self)
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.planned:
+            if self.refused:
+                raise ValueError(self.refused)
+            if not mpo_matrices(model):
+                raise ValueError(f"the checkpoint has none of {list(self.planned)[:3]} …")
+            self.planned = {}
+            attach(model)
         specs = self._specs(model)
         for names in mpo_matrices(model):
             if (spec := _spec_of(names, specs, model)) is not None and spec.frozen:
@@ -91,6 +125,12 @@ class MPOQuantizer(HfQuantizer):
         model.config.quantization_config = describe(model)
         return None, {}
 
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        densify(model)
+        return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
+
     def is_serializable(self) -> bool:
         return True
 
@@ -105,6 +145,42 @@ class MPOQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+class _Decompose(ConversionOps):
+    """A dense weight of a checkpoint becomes cores as it is read."""
+
+    def __init__(self, quantizer: MPOQuantizer) -> None:
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        missing_keys: set[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        (weight,) = input_dict.values()
+        matrix = self.quantizer.planned[full_layer_name]
+        name = matrix.names[0]
+        weight = weight[0] if isinstance(weight, list) else weight
+        if not isinstance(module_at(model, name), nn.Linear):
+            weight = weight.t()
+        if self.quantizer.refused:
+            return {}
+        try:
+            cores = matrix.decompose(weight)
+        except (TypeError, ValueError) as error:
+            # Raised here it would become a page of transformers' own; it is raised after loading.
+            self.quantizer.refused = f"{name}: {error}"
+            return {}
+        replace(model, matrix.names, cores)
+        update_ties(model)
+        missing_keys.difference_update(f"{name}.weight" for name in matrix.names)
+        return {f"{name}.cores.{k}": core for k, core in enumerate(cores.cores)}
 
 
 def attach(model: PreTrainedModel) -> None:

@@ -6,38 +6,33 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape, decompose, reconstruct
-from mpo_kernels.cores import check_finite
+from mpo_kernels import Decomposition, MPOShape, decompose, reconstruct
 from mpo_kernels.family import Cost, choose, judged
 from mpop.allocation import Point, allocate, curve
 from mpop.calibration import MEASURABLE, MEMORY, Batches, Calibration, Moments
 from mpop.checkpoint import MPOQuantizer, attach
-from mpop.config import CompressionConfig, MatrixConfig, MPOConfig, matches
+from mpop.config import CompressionConfig, MPOConfig
 from mpop.distributed import over_processes
 from mpop.light import count_parameters
 from mpop.modules import (
-    MPO,
     Names,
-    dense_matrices,
-    is_embedding,
+    densify,
     module_at,
     mpo_matrices,
-    swap,
-    to_dense,
+    replace,
     update_ties,
     weight_of,
 )
 from mpop.permute import sort_hidden_units
+from mpop.selection import MatrixPlan, plan, select
 
-# Heads of models that are their own base, as a T5ForConditionalGeneration is.
-_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 # Below this many weights no progress bar is shown: it is done at once.
 _QUICK = 10_000_000
 
@@ -154,96 +149,6 @@ def table(
     )
 
 
-class MatrixPlan(NamedTuple):
-    """What is to be done with one matrix."""
-
-    names: Names
-    config: MatrixConfig
-    shape: MPOShape
-
-
-def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
-    """The matrices that `config` selects.
-
-    Raises:
-        ValueError: a pattern that fits no matrix, or nothing to compress.
-    """
-    candidates = dense_matrices(model)
-    chosen = _included(model, candidates, config.include)
-    if not config.embeddings:
-        chosen = [names for names in chosen if not is_embedding(module_at(model, names[0]))]
-    for pattern in config.exclude:
-        _check_matches("exclude", pattern, candidates)
-        chosen = [names for names in chosen if not matches(pattern, names)]
-    for pattern in config.overrides:
-        _check_matches("overrides", pattern, chosen)
-    if not chosen:
-        raise ValueError(f"nothing to compress in this {type(model).__name__}")
-    return chosen
-
-
-def plan(model: PreTrainedModel, config: CompressionConfig) -> list[MatrixPlan]:
-    """The matrices that `config` selects, each with its factors and ranks; all of it checked.
-
-    Raises:
-        ValueError: what `select` says, factors or ranks that do not fit a matrix's size, or a
-            compression out of reach.
-    """
-    return [_plan_matrix(model, names, config.for_matrix(names)) for names in select(model, config)]
-
-
-def _included(
-    model: PreTrainedModel, candidates: list[Names], include: tuple[str, ...] | None
-) -> list[Names]:
-    if include is None:
-        base = model.base_model
-        inside = set(base.modules())
-        if base is model:
-            inside -= {module for name, module in model.named_children() if name in _HEADS}
-        return [names for names in candidates if module_at(model, names[0]) in inside]
-    for pattern in include:
-        _check_matches("include", pattern, candidates)
-    return [names for names in candidates if any(matches(p, names) for p in include)]
-
-
-def _check_matches(where: str, pattern: str, candidates: list[Names]) -> None:
-    if not any(matches(pattern, names) for names in candidates):
-        example = f", such as {candidates[0][0]!r}" if candidates else ""
-        raise ValueError(
-            f"{where}: expected a pattern that fits the whole name of a matrix{example}, "
-            f"got {pattern!r}, which fits none of {len(candidates)}"
-        )
-
-
-def _plan_matrix(model: PreTrainedModel, names: Names, config: MatrixConfig) -> MatrixPlan:
-    out_features, in_features = weight_of(module_at(model, names[0])).shape
-    try:
-        shape = config.shape(in_features, out_features)
-        least = shape.with_ranks(1).compression
-        if config.compression is not None and config.compression < least:
-            raise ValueError(
-                f"expected a compression of at least {least:.3g}, got {config.compression}"
-            )
-    except ValueError as error:
-        raise ValueError(f"{names[0]}: {error}") from error
-    return MatrixPlan(names, config, shape)
-
-
-def decompose_matrix(
-    model: PreTrainedModel, matrix: MatrixPlan, moments: Moments | None = None
-) -> Decomposition:
-    """Decompose one dense matrix as planned; the model stays as it is."""
-    weight = weight_of(module_at(model, matrix.names[0])).detach()
-    found = decompose(
-        weight,
-        matrix.shape,
-        rel_error=matrix.config.rel_error,
-        compression=matrix.config.compression,
-        second_moment=None if moments is None else moments.fit,
-    )
-    return found if moments is None else judged(found, weight, moments.judge)
-
-
 def compress(
     model: PreTrainedModel,
     config: CompressionConfig | None = None,
@@ -307,7 +212,8 @@ def compress(
             fitted = list(fitted)
         for names, decomposition in fitted:
             if decomposition is not None:
-                rows.append(_replace(model, names, decomposition))
+                replace(model, names, decomposition)
+                rows.append(_row(names, decomposition))
     finally:
         # After an interrupt too, so that the model says truthfully what it holds.
         if rows:
@@ -328,7 +234,9 @@ def _fit_planned(
     planned = {matrix.names: matrix for matrix in matrices}
 
     def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition:
-        return decompose_matrix(model, planned[names], moments.get(names))
+        weight, of_inputs = weight_of(module_at(model, names[0])).detach(), moments.get(names)
+        found = planned[names].decompose(weight, of_inputs and of_inputs.fit)
+        return judged(found, weight, of_inputs.judge) if of_inputs else found
 
     for group, moments in source.groups(list(planned)):
         yield from over_processes(group, partial(fitted, moments))
@@ -410,15 +318,7 @@ def _check_weight(model: PreTrainedModel, name: str) -> None:
         raise ValueError(f"{name}: expected a finite weight, got NaN or Inf in it")
 
 
-def _replace(model: PreTrainedModel, names: Names, decomposition: Decomposition) -> CompressionRow:
-    dense = module_at(model, names[0])
-    module: MPO
-    if isinstance(dense, nn.Embedding):
-        module = MPOEmbedding.from_decomposition(decomposition, dense.padding_idx)
-    else:
-        module = MPOLinear.from_decomposition(decomposition, dense.bias)
-    module.cores.requires_grad_(dense.weight.requires_grad)
-    swap(model, names, module)
+def _row(names: Names, decomposition: Decomposition) -> CompressionRow:
     return CompressionRow(
         names[0],
         decomposition.shape,
@@ -443,16 +343,6 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: a model without MPO modules, or NaN or Inf in one; the model is as it was.
     """
-    matrices = mpo_matrices(model)
-    if not matrices:
-        raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
-    for names in matrices:
-        try:
-            check_finite(list(module_at(model, names[0]).cores))
-        except ValueError as error:
-            raise ValueError(f"{names[0]}: {error}") from error
-    for names in matrices:
-        swap(model, names, to_dense(module_at(model, names[0])))
-    update_ties(model)
+    densify(model)
     MPOQuantizer(MPOConfig()).remove_quantization_config(model)
     return model

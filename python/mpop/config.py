@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -209,15 +209,18 @@ class ModuleSpec(NamedTuple):
 
 @register_quantization_config("mpo")
 class MPOConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a saved model: the shape of each of its MPO matrices.
+    """The `quantization_config` of a saved model, or of a dense one to compress while it loads.
 
     Args:
-        modules: `{module name: {"kind", "frozen", and MPOShape.to_dict()}}`. A head tied to an
-            embedding has no entry: it follows from the tie.
+        modules: of a saved model, `{module name: {"kind", "frozen", and MPOShape.to_dict()}}`. A
+            head tied to an embedding has no entry: it follows from the tie.
         version: of this format.
+        compress: what `from_pretrained` is to make of a dense checkpoint, a `CompressionConfig` or
+            its fields; one matrix at a time is decomposed and freed.
 
     Raises:
-        ValueError: a version newer than `FORMAT_VERSION`, unknown fields, or a bad entry.
+        ValueError: a version newer than `FORMAT_VERSION`, unknown fields, a bad entry, both of
+            `modules` and `compress`, or `factors="auto"`, which needs the whole model.
     """
 
     def __init__(
@@ -225,6 +228,7 @@ class MPOConfig(QuantizationConfigMixin):
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         version: int = FORMAT_VERSION,
         quant_method: str = "mpo",
+        compress: CompressionConfig | Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if not _is_int(version) or not 1 <= version <= FORMAT_VERSION:
@@ -240,6 +244,20 @@ class MPOConfig(QuantizationConfigMixin):
         self.version = version
         self.modules = dict(modules or {})
         self.specs()
+        if isinstance(compress, Mapping):
+            compress = CompressionConfig(**compress)
+        if compress is not None and self.modules:
+            raise ValueError("expected modules, of a saved model, or compress, got both")
+        if compress is not None and compress.factors == "auto":
+            raise ValueError(
+                "factors 'auto' look at the whole model: load it, then call mpop.compress"
+            )
+        self.compress = compress
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dictionary; `compress` only where it is given."""
+        entries = {name: getattr(self, name) for name in ("quant_method", "version", "modules")}
+        return entries if self.compress is None else {**entries, "compress": asdict(self.compress)}
 
     @classmethod
     def from_specs(cls, specs: Mapping[str, ModuleSpec]) -> MPOConfig:

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mpo_kernels import Decomposition, MPOShape, round_cores
-from mpop.compress import CompressionConfig, decompose_matrix, plan, table
-from mpop.modules import mpo_modules
+from mpop.compress import table
+from mpop.config import CompressionConfig
+from mpop.modules import module_at, mpo_modules, weight_of
+from mpop.selection import plan
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def inspect_model(
         config: for a dense model, which matrices and into which factors; default as `compress`.
 
     Raises:
-        ValueError: what `mpop.compress.plan` says of a dense model.
+        ValueError: what `mpop.selection.plan` says of a dense model.
     """
     return list(_rows(model, config or CompressionConfig()))
 
@@ -75,7 +77,8 @@ def _rows(model: PreTrainedModel, config: CompressionConfig) -> Iterator[Inspect
             raise ValueError(f"{name}: {error}") from error
     if not modules:
         for matrix in plan(model, config):
-            yield _row(matrix.names[0], True, decompose_matrix(model, matrix))
+            weight = weight_of(module_at(model, matrix.names[0])).detach()
+            yield _row(matrix.names[0], True, matrix.decompose(weight))
 
 
 def _row(name: str, is_dense: bool, decomposition: Decomposition) -> InspectRow:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.models.mobilebert.modeling_mobilebert import MobileBertLMPredictionHead
 from transformers.pytorch_utils import Conv1D
 
-from mpo_kernels import MPOEmbedding, MPOLinear, MPOShape
+from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape
 from mpo_kernels.blockwise import BlockwiseLayer
+from mpo_kernels.cores import check_finite
 from mpop.config import ModuleSpec, MPOConfig
 
 Dense: TypeAlias = nn.Linear | Conv1D | nn.Embedding
@@ -140,6 +141,25 @@ def to_dense(module: MPO) -> Dense:
     return conv
 
 
+def densify(model: PreTrainedModel) -> None:
+    """Put dense modules in the place of all MPO modules; ties are kept.
+
+    Raises:
+        ValueError: a model without MPO modules, or NaN or Inf in one; the model is as it was.
+    """
+    matrices = mpo_matrices(model)
+    if not matrices:
+        raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+    for names in matrices:
+        try:
+            check_finite(list(module_at(model, names[0]).cores))
+        except ValueError as error:
+            raise ValueError(f"{names[0]}: {error}") from error
+    for names in matrices:
+        swap(model, names, to_dense(module_at(model, names[0])))
+    update_ties(model)
+
+
 def swap(model: PreTrainedModel, names: Names, new: MPO | Dense) -> None:
     """Put `new` in the place of the modules `names`, which go on sharing one matrix.
 
@@ -159,6 +179,18 @@ def swap(model: PreTrainedModel, names: Names, new: MPO | Dense) -> None:
             part.bias = old.bias
         part.train(old.training)
         model.set_submodule(name, part)
+
+
+def replace(model: PreTrainedModel, names: Names, decomposition: Decomposition) -> None:
+    """Put cores in the place of a dense matrix; they train where it did."""
+    dense = module_at(model, names[0])
+    module: MPO
+    if isinstance(dense, nn.Embedding):
+        module = MPOEmbedding.from_decomposition(decomposition, dense.padding_idx)
+    else:
+        module = MPOLinear.from_decomposition(decomposition, dense.bias)
+    module.cores.requires_grad_(dense.weight.requires_grad)
+    swap(model, names, module)
 
 
 def _tied_head(embedding: nn.Embedding | MPOEmbedding) -> nn.Linear | MPOLinear:

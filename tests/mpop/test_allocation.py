@@ -18,9 +18,9 @@ from mpo_kernels.family import Cost, choose, low_ranks, members
 from mpo_kernels.fitting import output_error
 from mpop.allocation import Point, allocate, curve
 from mpop.calibration import Calibration, second_moments
-from mpop.compress import select
 from mpop.modules import dense_matrices, module_at, mpo_modules
 from mpop.permute import blocks, sort_hidden_units
+from mpop.selection import select
 
 CONFIG = mpop.CompressionConfig(compression=0.5, factors="auto", embeddings=False)
 

@@ -273,7 +273,7 @@ def test_dense_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
         alive.append(sum(ref() is not None for ref in weights))
         return mpo_kernels.decompose(*args, **kwargs)
 
-    monkeypatch.setattr(sys.modules["mpop.compress"], "decompose", counting)
+    monkeypatch.setattr(sys.modules["mpop.selection"], "decompose", counting)
     _compress(model, embeddings=False)
     assert alive == list(range(len(weights), 1, -1))  # the classifier stays
 
@@ -368,7 +368,7 @@ def test_an_interrupt_leaves_a_model_that_says_what_it_holds(
             raise KeyboardInterrupt
         return mpo_kernels.decompose(*args, **kwargs)
 
-    monkeypatch.setattr(sys.modules["mpop.compress"], "decompose", interrupted)
+    monkeypatch.setattr(sys.modules["mpop.selection"], "decompose", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _compress(model)
     assert len(model.config.quantization_config.modules) == 3

@@ -8,8 +8,8 @@ import transformers as hf
 from tiny_models import build, logits
 
 import mpop
-from mpop.compress import plan
 from mpop.modules import empty_mpo, mpo_modules, swap
+from mpop.selection import plan
 
 
 def _albert_base() -> hf.PreTrainedModel:

@@ -1,0 +1,100 @@
+"""Which matrices of a transformers model a configuration selects, and what is planned for each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mpo_kernels import Decomposition, MPOShape, decompose
+from mpop.config import CompressionConfig, MatrixConfig, matches
+from mpop.modules import Names, dense_matrices, is_embedding, module_at, weight_of
+
+# Heads of models that are their own base, as a T5ForConditionalGeneration is.
+_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
+
+
+class MatrixPlan(NamedTuple):
+    """What is to be done with one matrix."""
+
+    names: Names
+    config: MatrixConfig
+    shape: MPOShape
+
+    def decompose(self, weight: Tensor, second_moment: Tensor | None = None) -> Decomposition:
+        """Cores for the weight ``[out, in]``, as planned."""
+        return decompose(
+            weight,
+            self.shape,
+            rel_error=self.config.rel_error,
+            compression=self.config.compression,
+            second_moment=second_moment,
+        )
+
+
+def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
+    """The matrices that `config` selects.
+
+    Raises:
+        ValueError: a pattern that fits no matrix, or nothing to compress.
+    """
+    candidates = dense_matrices(model)
+    chosen = _included(model, candidates, config.include)
+    if not config.embeddings:
+        chosen = [names for names in chosen if not is_embedding(module_at(model, names[0]))]
+    for pattern in config.exclude:
+        _check_matches("exclude", pattern, candidates)
+        chosen = [names for names in chosen if not matches(pattern, names)]
+    for pattern in config.overrides:
+        _check_matches("overrides", pattern, chosen)
+    if not chosen:
+        raise ValueError(f"nothing to compress in this {type(model).__name__}")
+    return chosen
+
+
+def plan(model: PreTrainedModel, config: CompressionConfig) -> list[MatrixPlan]:
+    """The matrices that `config` selects, each with its factors and ranks; all of it checked.
+
+    Raises:
+        ValueError: what `select` says, factors or ranks that do not fit a matrix's size, or a
+            compression out of reach.
+    """
+    return [_plan_matrix(model, names, config.for_matrix(names)) for names in select(model, config)]
+
+
+def _included(
+    model: PreTrainedModel, candidates: list[Names], include: tuple[str, ...] | None
+) -> list[Names]:
+    if include is None:
+        base = model.base_model
+        inside = set(base.modules())
+        if base is model:
+            inside -= {module for name, module in model.named_children() if name in _HEADS}
+        return [names for names in candidates if module_at(model, names[0]) in inside]
+    for pattern in include:
+        _check_matches("include", pattern, candidates)
+    return [names for names in candidates if any(matches(p, names) for p in include)]
+
+
+def _check_matches(where: str, pattern: str, candidates: list[Names]) -> None:
+    if not any(matches(pattern, names) for names in candidates):
+        example = f", such as {candidates[0][0]!r}" if candidates else ""
+        raise ValueError(
+            f"{where}: expected a pattern that fits the whole name of a matrix{example}, "
+            f"got {pattern!r}, which fits none of {len(candidates)}"
+        )
+
+
+def _plan_matrix(model: PreTrainedModel, names: Names, config: MatrixConfig) -> MatrixPlan:
+    out_features, in_features = weight_of(module_at(model, names[0])).shape
+    try:
+        shape = config.shape(in_features, out_features)
+        least = shape.with_ranks(1).compression
+        if config.compression is not None and config.compression < least:
+            raise ValueError(
+                f"expected a compression of at least {least:.3g}, got {config.compression}"
+            )
+    except ValueError as error:
+        raise ValueError(f"{names[0]}: {error}") from error
+    return MatrixPlan(names, config, shape)
