@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 if find_spec("transformers") is not None:  # without it, the command still says what to install
+    from mpop.card import model_card
     from mpop.centres import dequantize_centres, quantize_centres
     from mpop.checkpoint import load, save
     from mpop.compress import CompressionReport, compress, merge
@@ -41,6 +42,7 @@ __all__ = [
     "inspect_model",
     "load",
     "merge",
+    "model_card",
     "plot_spectra",
     "plot_trace",
     "quantize_centres",

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, get_module_from_name, register_quantizer
 
+from mpop.card import model_card
 from mpop.config import ModuleSpec, MPOConfig
 from mpop.modules import (
     Names,
@@ -248,11 +249,21 @@ def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]])
             raise ValueError(f"{key}: expected {list(tensor.shape)}, got {list(found[key])}")
 
 
-def save(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
-    """Write a compressed model as a folder with `config.json` and safetensors.
+def save(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Write a compressed model as a folder with `config.json`, safetensors and a model card.
 
     The folder appears, or takes the place of an older one, in one step: a save that is killed
-    leaves the old checkpoint. Other files of an older folder, such as a tokenizer's, are kept.
+    leaves the old checkpoint. Other files of an older folder, such as a tokenizer's or a card, are
+    kept.
+
+    Args:
+        base_model, license: for the card; see `mpop.model_card`.
 
     Raises:
         ValueError: a model without MPO modules.
@@ -269,6 +280,9 @@ def save(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     attach(model)
     try:
         model.save_pretrained(new)
+        if not (path / "README.md").exists():
+            card = model_card(model, base_model=base_model, license=license)
+            (new / "README.md").write_text(card, encoding="utf-8")
         if path.exists():
             _keep_others(path, new)
             _exchange(path, new)

@@ -184,12 +184,13 @@ def swap(model: PreTrainedModel, names: Names, new: MPO | Dense) -> None:
 def replace(model: PreTrainedModel, names: Names, decomposition: Decomposition) -> None:
     """Put cores in the place of a dense matrix; they train where it did."""
     dense = module_at(model, names[0])
-    module: MPO
+    module: Any
     if isinstance(dense, nn.Embedding):
         module = MPOEmbedding.from_decomposition(decomposition, dense.padding_idx)
     else:
         module = MPOLinear.from_decomposition(decomposition, dense.bias)
     module.cores.requires_grad_(dense.weight.requires_grad)
+    module.rel_error = decomposition.rel_error  # for the model's card
     swap(model, names, module)
 
 

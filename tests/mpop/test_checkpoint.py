@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_models import BUILDERS, build, inputs, logits
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,7 +62,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     mpop.save(model, tmp_path / "a")
     model.save_pretrained(tmp_path / "b")
     assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
-    files = {"config.json", "generation_config.json", "model.safetensors"}
+    files = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert {file.name for file in (tmp_path / "a").iterdir()} <= files
     _assert_equal(mpop.load(tmp_path / "a"), model)
     _assert_equal(type(model).from_pretrained(tmp_path / "b"), model)
@@ -155,6 +156,31 @@ def test_dtype_and_shards(tmp_path: Path) -> None:
     _assert_equal(mpop.load(tmp_path / "shards"), model)
 
 
+def test_a_model_card(tmp_path: Path) -> None:
+    model = build("bert")
+    total = sum(p.numel() for p in model.parameters())
+    report = mpop.compress(model, mpop.CompressionConfig(compression=0.5))
+    mpop.save(model, tmp_path / "a", base_model="some/bert", license="apache-2.0")
+    card = ModelCard.load(tmp_path / "a" / "README.md")
+    assert (card.data.base_model, card.data.license) == ("some/bert", "apache-2.0")
+    assert card.data.library_name == "transformers" and "mpop" in card.data.tags
+    assert f"{total:,} of the dense model" in card.text and "import mpop" in card.text
+    assert f"{report.parameters_after:,} parameters" in card.text
+    for row in report.rows:
+        (line,) = (line for line in card.text.splitlines() if f"`{row.name}`" in line)
+        assert " ".join(map(str, row.ranks)) in line and f"{row.rel_error:.2g}" in line
+    # One that somebody wrote is kept; a folder's name tells nobody anything.
+    (tmp_path / "a" / "README.md").write_text("mine")
+    again = mpop.load(tmp_path / "a")
+    mpop.save(again, tmp_path / "a")
+    mpop.save(again, tmp_path / "b")
+    assert (tmp_path / "a" / "README.md").read_text() == "mine"
+    text = (tmp_path / "b" / "README.md").read_text()
+    assert str(tmp_path) not in text and "base_model" not in text
+    with pytest.raises(ValueError, match="expected a compressed model, got a dense Bert"):
+        mpop.model_card(build("bert"))
+
+
 def test_no_dense_weight_is_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the dispatch mode is of this thread only
     config = hf.BertConfig(
@@ -193,6 +219,7 @@ def test_saving_over_a_folder_keeps_its_other_files(saved: Path, tmp_path: Path)
     model = mpop.load(saved)
     mpop.save(model, path)
     assert {str(file.relative_to(path)) for file in path.rglob("*")} == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
