@@ -287,7 +287,7 @@ def _squeezed(source: Path, options: dict[str, Any], split: str) -> dict[str, An
         window=5,
         eval_split="train-holdout",
         learning_rate=options["mpo_learning_rate"],
-        calibration_samples=CALIBRATION_ROWS // 3,
+        calibration_samples=1000,
         precision=options["precision"],
         prepare=_frozen_embeddings,
         **{name: options[name] for name in passed},

@@ -7,31 +7,17 @@ latency of one such text, adapters merged. The last line of stdout is the result
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from mpop.benchmark import median_seconds
 from mpop.trainer import peak_memory, reset_peak_memory
 
-BATCH, LENGTH = 32, 64
-_REPEATS, _WARM_UP = 20, 3
-
-
-def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of repeated calls, the first few left out."""
-    times = []
-    for _ in range(_WARM_UP + _REPEATS):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[_WARM_UP:])
+BATCH, LENGTH, REPEATS = 32, 64, 20
 
 
 def measure(model: Any, autocast: torch.dtype | None = None) -> dict[str, Any]:
@@ -62,11 +48,11 @@ def measure(model: Any, autocast: torch.dtype | None = None) -> dict[str, Any]:
 
     model.train()
     reset_peak_memory(device)
-    step_seconds, memory = median_seconds(step, device), peak_memory(device)
+    step_seconds, memory = median_seconds(step, device, REPEATS), peak_memory(device)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()  # as it would be served
     model.eval()
-    latency_seconds = median_seconds(answer, device)
+    latency_seconds = median_seconds(answer, device, REPEATS)
     return {"step_seconds": step_seconds, "latency_seconds": latency_seconds, **memory}
 
 

@@ -1,4 +1,4 @@
-"""The `mpop` command: compress, fine-tune, evaluate, squeeze, inspect and merge from the shell."""
+"""The `mpop` command: the whole method from the shell."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ EPILOG = """examples:
   mpop squeeze --model rte-light --task rte --max-drop 0.01 --output rte-small
   mpop inspect --model bert-half --plot spectra.png
   mpop merge --model rte-light --output rte-dense
+  mpop bench --model bert-half --plot bench.png
 
 `mpop COMMAND --help` lists a command's options. Bad arguments and files end with exit code 2.
 """
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_squeeze(commands)
     _add_inspect(commands)
     _add_merge(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -159,7 +161,13 @@ def _add_compress(commands: Any) -> None:
         metavar="TASK",
         help="fit what the layers' outputs lose on this GLUE task's training rows",
     )
-    _add_calibration_samples(parser)
+    parser.add_argument(
+        "--calibration-samples",
+        type=_positive_int,
+        default=1500,
+        metavar="N",
+        help="rows to calibrate with (1500)",
+    )
     _add_data_dir(parser)
 
 
@@ -266,18 +274,14 @@ def _add_squeeze(commands: Any) -> None:
         "--learning-rate", type=_positive_float, metavar="LR", help="constant rate (2e-5)"
     )
     _add_training_set(parser)
-    _add_calibration_samples(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with the squeeze in --output")
-
-
-def _add_calibration_samples(parser: _Parser) -> None:
     parser.add_argument(
         "--calibration-samples",
-        type=_positive_int,
+        type=int,
         default=1500,
         metavar="N",
-        help="training rows to calibrate with (1500)",
+        help="training rows that show what a cut costs; 0: matrices' own errors do (1500)",
     )
+    parser.add_argument("--resume", action="store_true", help="go on with the squeeze in --output")
 
 
 def _add_training_set(parser: _Parser) -> None:
@@ -330,6 +334,40 @@ def _add_merge(commands: Any) -> None:
         commands, "merge", "Turn an MPO model back into a plain transformers checkpoint.", _merge
     )
     _add_output(parser)
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        "Time a compressed model beside its dense self on this machine.",
+        _bench,
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        type=_positive_int,
+        default=[1, 8, 32],
+        metavar="N",
+        help="texts at a time (1 8 32)",
+    )
+    parser.add_argument(
+        "--length", type=_positive_int, default=128, metavar="N", help="tokens a text (128)"
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=_positive_int,
+        default=32,
+        metavar="N",
+        help="tokens to generate, where the model does (32)",
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights (fp32)"
+    )
+    parser.add_argument(
+        "--repeats", type=_positive_int, default=10, metavar="N", help="calls timed (10)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw tokens per second")
 
 
 def _compress(model: str, output: str, **options: Any) -> tuple[dict[str, Any], str]:
@@ -425,6 +463,15 @@ def _squeeze(model: str, **options: Any) -> tuple[dict[str, Any], str]:
     if result["parameters"] == result["parameters_before"]:
         text += f"; no cut was within --max-drop {result['max_drop']}"
     return result, text
+
+
+def _bench(model: str, plot: str | None, **options: Any) -> tuple[dict[str, Any], str]:
+    from mpop.benchmark import benchmark, format_benchmark, plot_benchmark
+
+    result = benchmark(model, **options)
+    if plot:
+        plot_benchmark(result, plot)
+    return result, format_benchmark(result)
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -172,7 +172,6 @@ def squeeze(
             raise ValueError(f"expected a finite metric, got {run.metric}")
         run.parameters_before = run.parameters = count_parameters(model).total
         run.fraction = step
-    run.save()
     try:
         while len(run.rounds) < max_steps and run.fraction >= _LEAST:
             made = run.round(evaluate, max_drop)

@@ -65,7 +65,8 @@ def squeeze_on_task(
         window: steps whose mean loss tells whether it has settled.
         learning_rate: constant rate of all that is trained; by default a tenth of light
             fine-tuning's peak, since the model has been trained to the end of its schedule.
-        calibration_samples: training rows that show what a cut does to the model's output.
+        calibration_samples: training rows that show what a cut does to the model's output; with 0
+            each matrix's own relative error counts.
         precision: `"fp32"`, or autocast to `"bf16"`.
         The other arguments are those of `finetune`.
 
@@ -84,8 +85,9 @@ def squeeze_on_task(
         max_length=max_length,
         max_train_samples=max_train_samples,
         max_eval_samples=max_eval_samples,
-        calibration_samples=calibration_samples,
     )
+    if calibration_samples < 0:
+        raise ValueError(f"calibration_samples: expected at least 0, got {calibration_samples}")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision: expected fp32 or bf16, got {precision!r}")
     if not is_compressed(model_name_or_path):
@@ -129,13 +131,14 @@ def squeeze_on_task(
         seed=seed,
         autocast=torch.bfloat16 if precision == "bf16" else None,
     )
+    batches = unlabelled(subset(train, calibration_samples), tokenizer)
     folder = Path(output) / "squeeze"
     report = squeeze(
         model,
         evaluate=lambda: predict(judge, glue_task, evaluation)[0][glue_task.metric],
         finetune=tuner,
         max_drop=max_drop,
-        calibration=unlabelled(subset(train, calibration_samples), tokenizer),
+        calibration=batches or None,
         max_steps=max_rounds,
         step=step,
         state=folder / "state.pt",
