@@ -263,6 +263,8 @@ class _Run:
         for group, moments in source.groups(matrices):
             for names in group:
                 losses[names[0]] = self.losses(source, names[0], moments.get(names))
+        if not self.rounds:
+            self.save()  # what is wrong with the batches has shown by now
         ranks, estimate = choose_cuts(self.modules, losses, self.fraction)
         if not ranks:
             return None

@@ -477,7 +477,7 @@ class TestCommand:
         longer = last_json(capsys.readouterr().out)
         assert longer["rounds"][:3] == result["rounds"] and len(longer["rounds"]) > 3
         # Too few texts for the pooler, which sees one row of each.
-        few = [*command[:4], str(tmp_path / "few"), *command[5:], "--calibration-samples", "40"]
+        few = [*command[:4], str(tmp_path / "few"), *command[5:], "--calibration-samples", "36"]
         assert main(few) == 2
         assert "pooler.dense: expected at least 32 rows" in capsys.readouterr().err
         assert main([*few[:-1], "0"]) == 0
