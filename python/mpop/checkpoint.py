@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fnmatch
+import inspect
 import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
@@ -121,10 +122,15 @@ class MPOQuantizer(HfQuantizer):
         specs = self.quantization_config.specs()
         return {_bare(name, model): spec for name, spec in specs.items()}
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         # `save_pretrained` calls this first; ranks may have changed since the model was compressed.
         model.config.quantization_config = describe(model)
-        return None, {}
+        # It takes what is returned here for the state, and forgets the one it was given: that of
+        # a sharded model, gathered.
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]
+        return caller.f_locals.get("state_dict"), {}  # type: ignore[union-attr]
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None

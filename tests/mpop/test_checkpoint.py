@@ -156,6 +156,14 @@ def test_dtype_and_shards(tmp_path: Path) -> None:
     _assert_equal(mpop.load(tmp_path / "shards"), model)
 
 
+def test_a_state_that_is_given_is_what_is_saved(tmp_path: Path) -> None:
+    model = _compressed("bert")
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = mpop.load(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
 def test_a_model_card(tmp_path: Path) -> None:
     model = build("bert")
     total = sum(p.numel() for p in model.parameters())
