@@ -72,7 +72,7 @@ class MPOQuantizer(HfQuantizer):
             swap(model, names, empty_mpo(dense, spec.shape))
         update_ties(model)
         if checkpoint_files is not None:
-            _check_shapes(model, _read_shapes(checkpoint_files))
+            _check_shapes(model, read_shapes(checkpoint_files))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         specs = self._specs(model)
@@ -133,7 +133,7 @@ def _spec_of(
     return next((specs[name] for name in bare if name in specs), None)
 
 
-def _read_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
+def read_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor, read from the headers alone."""
     shapes = {}
     for file in files:
