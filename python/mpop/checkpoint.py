@@ -93,7 +93,7 @@ class MPOQuantizer(HfQuantizer):
             swap(model, names, empty_mpo(dense, spec.shape))
         update_ties(model)
         if checkpoint_files is not None:
-            _check_shapes(model, _read_shapes(checkpoint_files))
+            _check_shapes(model, read_shapes(checkpoint_files))
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
@@ -216,7 +216,7 @@ def _spec_of(
     return next((specs[name] for name in bare if name in specs), None)
 
 
-def _read_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
+def read_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor, read from the headers alone."""
     shapes = {}
     for file in files:
