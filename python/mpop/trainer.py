@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
-from mpo_kernels import MPOEmbedding, MPOLinear
+from mpo_kernels.blockwise import BlockwiseLayer
+from mpo_kernels.linear import MPOModule
 
 
 class MPOTrainer(Trainer):
@@ -104,9 +105,12 @@ def device_name(trainer: Trainer) -> str:
 
 
 def _core_names(model: nn.Module) -> set[str]:
+    """Of MPO layers, of those with quantised centres, and of adapters."""
+    lists = ("cores", "auxiliary", "mpo_light_cores")
     return {
-        f"{name}.cores.{index}"
+        f"{name}.{part}.{key}"
         for name, module in model.named_modules()
-        if isinstance(module, (MPOLinear, MPOEmbedding))
-        for index in range(len(module.cores))
+        if isinstance(module, MPOModule | BlockwiseLayer) or hasattr(module, "mpo_light_cores")
+        for part in lists
+        for key, _ in getattr(module, part, nn.Module()).named_parameters()
     }

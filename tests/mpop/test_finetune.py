@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_glue import real_glue, save_bert, write_glue
 from transformers import AutoModelForSequenceClassification
@@ -18,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 import mpop
 from mpop.finetune import evaluate, finetune, load_data
 from mpop.glue import TASKS, load_split
+from mpop.peft import LightConfig
 from mpop.pretrained import load_for_training
 from mpop.trainer import MPOTrainer, peak_memory
 
@@ -132,9 +135,14 @@ def test_evaluate_finds_the_same_predictions(method, request, data, tmp_path):
         assert (a["dev"].argmax(-1) == labels).mean() == pytest.approx(result["value"])
 
 
-@pytest.mark.parametrize("method", ["full", "light"])
+@pytest.mark.parametrize("method", ["full", "light", "quantised", "adapter"])
 def test_each_parameter_has_one_group_and_one_rate(method, bert, tmp_path):
-    model = load_for_training(bert, TASKS["sst2"], method, None)
+    is_full = method == "full"
+    model = load_for_training(bert, TASKS["sst2"], "full" if is_full else "light", None)
+    if method == "quantised":
+        mpop.quantize_centres(model, 4)
+    if method == "adapter":
+        model = get_peft_model(model, LightConfig(task_type="SEQ_CLS"))
     arguments = mpop_arguments(tmp_path)
     trainer = MPOTrainer(model=model, args=arguments, mpo_learning_rate=1e-5)
     groups = trainer.create_optimizer().param_groups
@@ -148,7 +156,8 @@ def test_each_parameter_has_one_group_and_one_rate(method, bert, tmp_path):
             assert id(parameter) not in place, name
             continue
         is_plain = "bias" in name or "LayerNorm" in name
-        rate = 1e-5 if ".cores." in name else 1e-3
+        is_core = re.search(r"\.(cores|auxiliary|mpo_light_cores\.default)\.\d$", name)
+        rate = 1e-5 if is_core else 1e-3
         assert place.pop(id(parameter)) == (rate, 0.0 if is_plain else 0.01), name
     assert not place
     held = sum(p.numel() for group in groups for p in group["params"])
