@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 TRITON := 3.7.1
 OLDEST_TRITON := 3.5.1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: $(READY)
 	$(BIN)/python -m mpop.demo $(DEMO_ARGS)
@@ -20,6 +20,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror csrc/*.c* csrc/*.hpp tests/csrc/*pp
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs: $(READY)
+	$(BIN)/mkdocs serve
 
 bench: $(READY)
 	$(BIN)/python -m bench --output bench/results/cpu.json
