@@ -33,7 +33,7 @@ from mpop.squeeze_task import squeeze_on_task
 # Of the encoder's linear parameters: what is kept where a method cuts, and where squeezing begins.
 KEPT, QUARTER, BEGIN = 0.5, 0.25, 0.75
 # Of the steps of a method that cuts: the dense ones before it.
-BEFORE = 2 / 3
+BEFORE = 0.9
 CALIBRATION_ROWS = 1500
 MAX_DROP = 0.01
 Prepare = Callable[[PreTrainedModel], Any]
