@@ -219,3 +219,13 @@ def test_compressing_while_loading_says_what_is_missing(tmp_path: Path) -> None:
     build("bert").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"expected MPOConfig\(compress=Compress"):
         hf.AutoModel.from_pretrained(tmp_path, quantization_config=mpop.MPOConfig())
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    model = build("bert")
+    mpop.compress(model)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    lost = sorted(tmp_path.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match=lost.name):
+        mpop.load(tmp_path)
