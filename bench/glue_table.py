@@ -44,7 +44,11 @@ GRID = {
     }.items()
 }
 # What is cut has its dense steps at dense's rate, and those after the cut at a low one.
-GRID |= {name: [(2e-4, 2.5e-5)] for name, method in METHODS.items() if method.cuts}
+GRID |= {
+    name: [(2e-4, 1e-4 if name in ("svd", "dir") else 2.5e-5)]
+    for name, method in METHODS.items()
+    if method.before
+}
 # Training rows of a model that is made for its times alone.
 _FEW = 320
 Rates = tuple[float, float]
@@ -353,7 +357,8 @@ def markdown(
         "",
         f"{conditions['model']}: mean ± standard deviation over {seeds} seeds, in percent, on dev "
         f"({metrics}). Train / dev rows: {sizes}. What is cut has nine tenths of its steps before "
-        "the cut and one after, except `squeezed`, which has up to 10 rounds of 20 steps instead. "
+        "the cut and one after (`svd`, `dir`: two thirds and one), except `squeezed`, which has up "
+        "to 10 rounds of 20 steps instead. "
         f"Batch {conditions['batch_size']}, length {conditions['max_length']}, "
         f"{conditions['precision']}. #Pr trained and #To all parameters. "
         f"Rates (ordinary parameters / MPO tensors): {', '.join(rates)}; chosen with seed "

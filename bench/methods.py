@@ -32,10 +32,10 @@ from mpop.squeeze_task import squeeze_on_task
 
 # Of the encoder's linear parameters: what is kept where a method cuts, and where squeezing begins.
 KEPT, QUARTER, BEGIN = 0.5, 0.25, 0.75
-# Of the steps of a method that cuts: the dense ones before it.
-BEFORE = 0.9
 CALIBRATION_ROWS = 1500
 MAX_DROP = 0.01
+# Of the steps, those before the cut; what is cut with no regard to the data heals for longer.
+MOST, LESS = 0.9, 2 / 3
 Prepare = Callable[[PreTrainedModel], Any]
 
 
@@ -48,7 +48,7 @@ class Method:
         training: of `mpop finetune`.
         compress: of the base model, before it has a head, or of the fine-tuned one where the
             method cuts; of the model and calibration batches.
-        cuts: whether a dense model is fine-tuned first, for `BEFORE` of the steps.
+        before: of the steps, those of a dense model before it is cut; 0 where nothing is.
         calibrates: whether `compress` looks at the task's training rows.
         prepare: of the model with its head, just before training.
         squeezes: whether squeezing takes the place of the training after the cut.
@@ -57,7 +57,7 @@ class Method:
     what: str
     training: str = "full"
     compress: Callable[[PreTrainedModel, Any], Any] | None = None
-    cuts: bool = False
+    before: float = 0.0
     calibrates: bool = False
     prepare: Prepare | None = None
     squeezes: bool = False
@@ -133,43 +133,43 @@ METHODS = {
     "lora": Method("LoRA on the same matrices, as many trained", "dense", prepare=_lora),
     "biases": Method("only biases and head trained", "dense", prepare=_biases),
     "svd": Method(
-        "plain SVD to half, then all trained", compress=lambda m, _: _low_rank(m, None), cuts=True
+        "plain SVD to half, then all trained", compress=lambda m, _: _low_rank(m, None), before=LESS
     ),
     "aware-svd": Method(
         "activation-aware SVD to half, then all trained",
         compress=_low_rank,
-        cuts=True,
+        before=MOST,
         calibrates=True,
     ),
     "dir": Method(
         "MPOP_dir: five balanced factors cut to half at once, then all trained",
         compress=lambda model, _: _compress(model, None, compression=KEPT),
-        cuts=True,
+        before=LESS,
     ),
     "chosen": Method(
         "factors and ranks chosen within half by the model's loss, then all trained",
         compress=_chosen,
-        cuts=True,
+        before=MOST,
         calibrates=True,
     ),
     "chosen-light": Method(
         "the same, then centres and embeddings frozen",
         "light",
         compress=_chosen,
-        cuts=True,
+        before=MOST,
         calibrates=True,
         prepare=_frozen_embeddings,
     ),
     "aware-svd-quarter": Method(
         "activation-aware SVD to a quarter, then all trained",
         compress=partial(_low_rank, kept=QUARTER),
-        cuts=True,
+        before=MOST,
         calibrates=True,
     ),
     "chosen-quarter": Method(
         "factors and ranks chosen within a quarter, then all trained",
         compress=partial(_chosen, kept=QUARTER),
-        cuts=True,
+        before=MOST,
         calibrates=True,
     ),
     "squeezed": Method(
@@ -177,7 +177,7 @@ METHODS = {
         f"{100 * MAX_DROP:g} point on held-out rows, centres and embeddings frozen",
         "light",
         compress=partial(_low_rank, kept=BEGIN),
-        cuts=True,
+        before=MOST,
         calibrates=True,
         prepare=_frozen_embeddings,
         squeezes=True,
@@ -198,9 +198,9 @@ def _made_once(cache: Path, name: str, made_of: Any, make: Callable[[Path], Any]
     return folder
 
 
-def fine_tuned(options: dict[str, Any], cache: Path) -> Path:
+def fine_tuned(options: dict[str, Any], share: float, cache: Path) -> Path:
     """The folder with the dense model after its share of the steps."""
-    options = {**options, "epochs": BEFORE * options["epochs"]}
+    options = {**options, "epochs": share * options["epochs"]}
     del options["output"], options["mpo_learning_rate"]
     model = options.pop("model")
 
@@ -256,9 +256,9 @@ def run(
         # Its rows judge the cuts, so they are not trained on.
         options = {**options, "eval_split": "train-holdout"}
     source, base = Path(options["model"]), options["model"]
-    if chosen.cuts:
-        source = fine_tuned(options, cache)
-        options = {**options, "epochs": (1 - BEFORE) * options["epochs"]}
+    if chosen.before:
+        source = fine_tuned(options, chosen.before, cache)
+        options = {**options, "epochs": (1 - chosen.before) * options["epochs"]}
     source = compressed(method, source, options, cache)
     del options["model"]
     output = Path(options["output"])
