@@ -119,7 +119,7 @@ def check_request(output: Path, format: str) -> None:
 def _check_model(model: PreTrainedModel) -> None:
     name, kind = type(model).__name__, model.config.model_type
     if not mpo_matrices(model):
-        raise ValueError(f"expected a compressed model, got a dense {name}")
+        raise ValueError(f"expected a compressed model, got a dense {name}: mpop.compress cuts it")
     if kind not in INPUTS:
         raise ValueError(f"expected a model of type {', '.join(INPUTS)}, got {kind}")
     if not name.endswith(CLASSES):
