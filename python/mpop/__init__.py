@@ -14,6 +14,7 @@ if find_spec("transformers") is not None:  # without it, the command still says 
     from mpop.checkpoint import load, save
     from mpop.compress import CompressionReport, compress, merge
     from mpop.config import CompressionConfig, MPOConfig
+    from mpop.export import Exported, export
     from mpop.light import ParameterCount, count_parameters, freeze_central, unfreeze
     from mpop.squeeze import SqueezeReport, squeeze
 
@@ -30,6 +31,7 @@ _LAZY = {
 __all__ = [
     "CompressionConfig",
     "CompressionReport",
+    "Exported",
     "MPOConfig",
     "ParameterCount",
     "Settler",
@@ -37,6 +39,7 @@ __all__ = [
     "compress",
     "count_parameters",
     "dequantize_centres",
+    "export",
     "format_rows",
     "freeze_central",
     "inspect_model",

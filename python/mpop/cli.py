@@ -9,9 +9,11 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 OBJECTIVES = ("parameters", "memory", "latency")
+EXPORTS = ("onnx", "pt2", "aoti")
 
 EPILOG = """examples:
   mpop finetune --model bert-base-uncased --task rte --method light --output rte-light
@@ -23,6 +25,7 @@ EPILOG = """examples:
   mpop inspect --model bert-half --plot spectra.png
   mpop merge --model rte-light --output rte-dense
   mpop bench --model bert-half --plot bench.png
+  mpop export --model bert-half --format onnx --output bert-onnx
 
 `mpop COMMAND --help` lists a command's options. Bad arguments and files end with exit code 2.
 """
@@ -37,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             result, text = run(**options)
     except ModuleNotFoundError as error:
-        remedy = 'pip install "mpo-kernels[mpop]"'
+        extra = "export" if command == "export" else "mpop"
+        remedy = f'pip install "mpo-kernels[{extra}]"'
         return _fail(command, f"{error.name} is not installed; install it with: {remedy}")
     except (ValueError, OSError) as error:
         return _fail(command, error)
@@ -78,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_merge(commands)
     _add_bench(commands)
+    _add_export(commands)
     return parser
 
 
@@ -370,6 +375,25 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw tokens per second")
 
 
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands, "export", "Write a model as a program that runs without this package.", _export
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="O",
+        help="onnx: the folder to write onnx/model.onnx, config and tokenizer in; "
+        "else the .pt2 file to write",
+    )
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=EXPORTS,
+        help="onnx; pt2: for torch.export.load; aoti: compiled for this machine by AOTInductor",
+    )
+
+
 def _compress(model: str, output: str, **options: Any) -> tuple[dict[str, Any], str]:
     import mpop
     from mpop.pretrained import check_output, load_as_saved
@@ -417,6 +441,20 @@ def _merge(model: str, output: str) -> tuple[dict[str, Any], str]:
     total = mpop.count_parameters(merged).total
     result = {"model": model, "output": output, "total_parameters": total}
     return result, f"{output}: a dense {type(merged).__name__} with {total:,} parameters"
+
+
+def _export(model: str, output: str, format: str) -> tuple[dict[str, Any], str]:
+    import mpop
+    from mpop.export import check_request
+    from mpop.pretrained import load_as_saved
+
+    check_request(Path(output), format)
+    made = mpop.export(load_as_saved(model).float(), output, format)
+    if format == "onnx":
+        _copy_tokenizer(model, output)
+    result = {"model": model, "output": output, "format": format, **made._asdict()}
+    text = f"{output}: {made.bytes / 1e6:.1f} MB, outputs within {made.error:.1e} of the model's"
+    return result, text
 
 
 def _copy_tokenizer(model: str, output: str) -> None:

@@ -23,17 +23,17 @@ import mpop
 from mpop.glue import Task, hub_reachable
 
 
-def check_output(output: str | Path, source: str | Path) -> None:
+def check_output(output: str | Path, source: str | Path | None = None) -> None:
     """Check, before the work is done, that the folder `output` can be written.
 
     Raises:
-        ValueError: It is a file, is not writable, or holds the model being read.
+        ValueError: It is a file, is not writable, or holds the model `source` being read.
     """
     output = Path(output)
     existing = next(path for path in (output, *output.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"cannot write to {output}: {existing} is not a writable folder")
-    if output.resolve() == Path(source).resolve():
+    if source is not None and output.resolve() == Path(source).resolve():
         raise ValueError(f"{output} holds the model itself; choose another output folder")
 
 

@@ -17,7 +17,7 @@ import mpop
 from mpop.cli import main
 from mpop.glue import TASKS
 
-COMMANDS = ("compress", "finetune", "evaluate", "inspect", "merge")
+COMMANDS = ("compress", "finetune", "evaluate", "inspect", "merge", "export")
 KEYS = {
     *("task", "metric", "value", "metrics", "trainable_parameters", "total_parameters"),
     *("train_seconds", "peak_memory_bytes", "seed"),

@@ -88,6 +88,16 @@ def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, 
             y_block.add_(bias)
 
 
+def plain(x: Tensor, cores: Sequence[Tensor], out_features: int, plan: Plan) -> Tensor:
+    """``x · W [rows, out_features]`` with nothing written in place, whatever the rows."""
+    features = math.prod(core.shape[1] for core in cores)
+    state = torch.nn.functional.pad(x, (0, features - x.shape[1]))
+    matrices = _matrices(merge(cores, plan.split), plan.order)
+    for step, matrix in zip(plan.steps, matrices, strict=True):
+        state = _apply(matrix, state.reshape(-1, step.k, step.n))
+    return state.reshape(x.shape[0], -1)[:, :out_features]
+
+
 def backward(
     grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients, plan: Plan
 ) -> tuple[Tensor | None, list[Tensor | None]]:

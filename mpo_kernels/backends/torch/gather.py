@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Distinct ids whose rows are formed together: their states stay within this many elements.
 BLOCK = 2**22
+# The plain form copies at most so many times what it gives.
+COPIES = 16
 
 
 def embedding(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
@@ -30,6 +32,38 @@ def embedding(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tenso
             formed = _mirror_columns(formed, [core.shape[2] for core in cores])
         rows[block] = formed[:, :embedding_dim]
     return rows[places]
+
+
+def plain(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
+    """:func:`embedding` with nothing written in place and no branch, whatever the ids."""
+    mirrored = _mirror_pays(1, cores)
+    if mirrored:
+        ids, cores = _mirror_ids(ids, cores), _mirror_cores(cores)
+    state = cores[0].new_ones(ids.shape[0], 1, 1)
+    rest = math.prod(core.shape[1] for core in cores)
+    for core in cores:
+        d, i, j, r = core.shape
+        rest //= i
+        slices = core.transpose(0, 1).reshape(i, d, j * r)
+        product = _by_digit(state, slices, ids // rest % i, COPIES * embedding_dim)
+        state = product.view(ids.shape[0], state.shape[1] * j, r)
+    rows = state.flatten(1)
+    if mirrored:
+        rows = _mirror_columns(rows, [core.shape[2] for core in cores])
+    return rows[:, :embedding_dim]
+
+
+def _by_digit(state: Tensor, slices: Tensor, digits: Tensor, limit: int) -> Tensor:
+    """``state [n, J, D] × slices[digits] [n, D, m] -> [n, J, m]``, copying at most n × limit."""
+    if len(slices) == 1:
+        return state @ slices[0]
+    if slices[0].numel() <= limit:
+        return torch.bmm(state, slices[digits])
+    # Where a slice is large, the ids of each digit share one product with it.
+    places = [(digits == digit).nonzero().view(-1) for digit in range(len(slices))]
+    products = [state[ids] @ matrix for ids, matrix in zip(places, slices, strict=True)]
+    result = state.new_empty(*state.shape[:2], slices.shape[2])
+    return result.index_copy(0, torch.cat(places), torch.cat(products))
 
 
 def embedding_backward(
@@ -98,7 +132,7 @@ def _mirror_ids(ids: Tensor, cores: Sequence[Tensor]) -> Tensor:
 
 def _mirror_columns(rows: Tensor, outs: Sequence[int]) -> Tensor:
     """``rows [n, ∏ outs]`` with the digits of the column numbers reversed."""
-    digits = rows.view(len(rows), *outs)
+    digits = rows.view(-1, *outs)
     return digits.permute(0, *range(len(outs), 0, -1)).reshape(rows.shape)
 
 

@@ -74,6 +74,15 @@ def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, 
             torch.addmm(bias[columns], x, panel, out=y[:, columns])
 
 
+def plain(x: Tensor, cores: Sequence[Tensor], out_features: int, plan: Plan) -> Tensor:
+    """``x · W [rows, out_features]`` with nothing written in place, whatever the rows."""
+    parts, products = merge(cores, plan.split), []
+    for block, columns in _panels(parts, plan.block, out_features):
+        panel = _to_matrix(_products(parts, block)[-1], parts, block)
+        products.append(x @ panel[: x.shape[1], : columns.stop - columns.start])
+    return torch.cat(products, 1)
+
+
 def backward(
     grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients, plan: Plan
 ) -> tuple[Tensor | None, list[Tensor | None]]:

