@@ -167,7 +167,8 @@ def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
     """The matrices that `config` selects.
 
     Raises:
-        ValueError: a pattern that fits no matrix, or nothing to compress.
+        ValueError: a pattern that fits no matrix, a size that `tensor_parallel` does not divide, or
+            nothing to compress.
     """
     candidates = dense_matrices(model)
     chosen = _included(model, candidates, config.include)
@@ -180,6 +181,14 @@ def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
         _check_matches("overrides", pattern, chosen)
     if not chosen:
         raise ValueError(f"nothing to compress in this {type(model).__name__}")
+    for names in chosen:
+        out_features, in_features = weight_of(module_at(model, names[0])).shape
+        devices = _devices(model, names, config)
+        if in_features % devices or out_features % devices:
+            raise ValueError(
+                f"{names[0]}: expected sizes that tensor_parallel = {devices} divides, "
+                f"got {in_features} × {out_features}: exclude it"
+            )
     return chosen
 
 
@@ -190,7 +199,10 @@ def plan(model: PreTrainedModel, config: CompressionConfig) -> list[MatrixPlan]:
         ValueError: what `select` says, factors or ranks that do not fit a matrix's size, or a
             compression out of reach.
     """
-    return [_plan_matrix(model, names, config.for_matrix(names)) for names in select(model, config)]
+    return [
+        _plan_matrix(model, names, config.for_matrix(names), _devices(model, names, config))
+        for names in select(model, config)
+    ]
 
 
 def _included(
@@ -220,10 +232,17 @@ def _is_embedding(model: PreTrainedModel, names: Names) -> bool:
     return isinstance(module_at(model, names[0]), nn.Embedding)
 
 
-def _plan_matrix(model: PreTrainedModel, names: Names, config: MatrixConfig) -> MatrixPlan:
+def _devices(model: PreTrainedModel, names: Names, config: CompressionConfig) -> int:
+    """How many devices share the matrix; each holds a whole embedding."""
+    return 1 if _is_embedding(model, names) else config.tensor_parallel
+
+
+def _plan_matrix(
+    model: PreTrainedModel, names: Names, config: MatrixConfig, devices: int
+) -> MatrixPlan:
     out_features, in_features = weight_of(module_at(model, names[0])).shape
     try:
-        shape = config.shape(in_features, out_features)
+        shape = config.shape(in_features, out_features, devices)
         least = shape.with_ranks(1).compression
         if config.compression is not None and config.compression < least:
             raise ValueError(
@@ -396,8 +415,9 @@ def _fit_within(
     def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition | None:
         if budgets[names] >= dense[names]:
             return None
-        of_inputs = (moments[names].fit, moments[names].judge) if moments else ()
-        return choose(weight_at(names), budgets[names], cost, *of_inputs)
+        fit, judge = (moments[names].fit, moments[names].judge) if moments else (None, None)
+        devices = _devices(model, names, config)
+        return choose(weight_at(names), budgets[names], cost, fit, judge, devices)
 
     for group, moments in source.groups(selected):
         yield from over_processes(group, partial(fitted, moments))
