@@ -32,12 +32,21 @@ def _prime_factors(n: int) -> list[int]:
     return [*primes, n] if n > 1 else primes
 
 
-def _partition(n: int, parts: int) -> list[int]:
-    """Spread the primes of ``n`` over ``parts`` factors, the largest prime to the smallest."""
-    factors = [1] * parts
-    for p in reversed(_prime_factors(n)):
+def _partition(n: int, parts: int, first: int = 1) -> list[int]:
+    """Spread the primes of ``n`` over ``parts`` factors, the largest prime to the smallest.
+
+    The first factor is a multiple of ``first``, which divides ``n``.
+    """
+    factors = [first] + [1] * (parts - 1)
+    for p in reversed(_prime_factors(n // first)):
         factors[factors.index(min(factors))] *= p
     return factors
+
+
+def _largest_inside(factors: list[int]) -> tuple[int, ...]:
+    """Smallest factors at the two ends, so that the middle core is the largest."""
+    ordered = sorted(factors)
+    return tuple(ordered[::2] + ordered[1::2][::-1])
 
 
 @cache
@@ -60,15 +69,36 @@ def balanced_factors(dimension: int, num_cores: int) -> tuple[int, ...]:
         uneven = 0.04 * math.log(max(_partition(size, num_cores)) / even)
         return math.log(size) + uneven + 0.01 * (size > dimension)
 
-    ordered = sorted(_partition(min(sizes, key=cost), num_cores))
-    # Smallest factors at the two ends, so that the middle core is the largest.
-    return tuple(ordered[::2] + ordered[1::2][::-1])
+    return _largest_inside(_partition(min(sizes, key=cost), num_cores))
+
+
+def split_factors(dimension: int, num_cores: int, tensor_parallel: int) -> tuple[int, ...]:
+    """Factors of ``dimension``, never padded, the first a multiple of ``tensor_parallel``.
+
+    Raises:
+        ValueError: a dimension that ``tensor_parallel`` does not divide.
+    """
+    if dimension % tensor_parallel:
+        raise ValueError(
+            f"expected a size that tensor_parallel = {tensor_parallel} divides, got {dimension}"
+        )
+    first, *rest = _partition(dimension, num_cores, tensor_parallel)
+    return (first, *_largest_inside(rest))
 
 
 def paper_factors(
-    in_features: int, out_features: int, num_cores: int = 5
+    in_features: int, out_features: int, num_cores: int = 5, tensor_parallel: int = 1
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """In and out factors of the paper's kind: its own table where it has one, else balanced."""
+    """In and out factors of the paper's kind: its own table where it has one, else balanced.
+
+    With ``tensor_parallel`` above 1 those of :func:`split_factors`.
+    """
+    if tensor_parallel > 1:
+        ins, outs = (
+            split_factors(features, num_cores, tensor_parallel)
+            for features in (in_features, out_features)
+        )
+        return ins, (outs[0], *outs[:0:-1])
     if num_cores == 5 and (in_features, out_features) in PAPER_FACTORS:
         return PAPER_FACTORS[in_features, out_features]
     # One side is mirrored so that i_k * j_k is even along the chain.

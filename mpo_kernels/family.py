@@ -91,8 +91,11 @@ def _widest_state(shape: MPOShape) -> int:
     return min(widest(shape), widest(mirrored))
 
 
-def members(in_features: int, out_features: int) -> list[MPOShape]:
-    """Factors worth a try, at full rank: low rank first, then skewed, balanced, n = 3, n = 5."""
+def members(in_features: int, out_features: int, tensor_parallel: int = 1) -> list[MPOShape]:
+    """Factors worth a try, at full rank: low rank first, then skewed, balanced, n = 3, n = 5.
+
+    Only those that can be dealt to ``tensor_parallel`` devices, which must divide both sizes.
+    """
     full = min(in_features, out_features)
     shapes = [MPOShape.low_rank(in_features, out_features, full)]
     for part in (2, 4):
@@ -101,8 +104,11 @@ def members(in_features: int, out_features: int) -> list[MPOShape]:
                 MPOShape.skewed(in_features, out_features, part, -(-out_features // part), 2**62),
                 MPOShape.skewed(in_features, out_features, -(-in_features // part), part, 2**62),
             ]
-    shapes += [MPOShape.balanced(in_features, out_features, n) for n in (2, 3, 5)]
-    return list(dict.fromkeys(shapes))
+    shapes += [
+        MPOShape.balanced(in_features, out_features, n, tensor_parallel=tensor_parallel)
+        for n in (2, 3, 5)
+    ]
+    return [shape for shape in dict.fromkeys(shapes) if shape.splits(tensor_parallel)]
 
 
 def low_ranks(in_features: int, out_features: int, cost: Cost) -> Iterator[MPOShape]:
@@ -122,6 +128,7 @@ def choose(
     cost: Cost,
     second_moment: Tensor | None = None,
     judge: Tensor | None = None,
+    tensor_parallel: int = 1,
 ) -> Decomposition:
     """The member that loses least within the budget, its cores fitted.
 
@@ -133,9 +140,10 @@ def choose(
         judge: a second moment of other inputs, in the same scale, by which members are compared.
             The result's ``output_error`` is that of its member on them, fitted without them; its
             cores are then fitted to both.
+        tensor_parallel: see :func:`members`.
 
     Raises:
-        ValueError: no member is that cheap.
+        ValueError: no member is that cheap, or sizes that ``tensor_parallel`` does not divide.
     """
     judge = second_moment if judge is None else judge
 
@@ -150,7 +158,7 @@ def choose(
 
     best: Decomposition | None = None
     is_hopeless = False
-    for shape in members(weight.shape[1], weight.shape[0]):
+    for shape in members(weight.shape[1], weight.shape[0], tensor_parallel):
         if is_hopeless and shape.num_cores > 2:
             break  # of balanced chains the longer lose more
         ratio = _ratio_within(shape, budget, cost)

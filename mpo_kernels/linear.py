@@ -22,6 +22,33 @@ from mpo_kernels.quantized import QuantizedMPOLinear
 from mpo_kernels.shape import MPOShape
 
 
+def _plan(
+    cores: Sequence[Tensor],
+    rows: int,
+    features: tuple[int, int],
+    gradients: Gradients | None = None,
+) -> Plan:
+    if not isinstance(rows, int) or isinstance(rows, bool):
+        raise TypeError(f"expected a number of rows, got {type(rows).__name__}")
+    if rows < 1:
+        raise ValueError(f"expected at least one row, got {rows}")
+    like = cores[0]
+    backend = backends.selected(like)
+    return backend.plan_for(rows, like.dtype, like.device, cores, gradients, features)
+
+
+def merged_for(
+    cores: Sequence[Tensor], rows: int, in_features: int, out_features: int
+) -> list[Tensor]:
+    """The cores as the parts that the plan for ``rows`` rows merges, contiguous copies.
+
+    For :func:`mpo_kernels.mpo_linear` with cores that do not change any more.
+    """
+    split = _plan(cores, rows, (in_features, out_features)).split
+    parts = [merge_cores(cores[a:b]) for a, b in groups(split, len(cores))]
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+
+
 class MPOModule(nn.Module):
     """What layers held as cores share: parameters, freezing, rounding, loading at other ranks.
 
@@ -269,8 +296,7 @@ class MPOLinear(MPOModule):
         The new layer has fewer, larger cores of its own, a copy of the bias, and this layer's
         mode (training or not); all its parameters train.
         """
-        split, cores = self.plan(rows).split, self._oriented_cores()
-        parts = [merge_cores(cores[a:b]) for a, b in groups(split, len(cores))]
+        parts = merged_for(self._oriented_cores(), rows, self.in_features, self.out_features)
         shape = MPOShape(
             [part.shape[1] for part in parts],
             [part.shape[2] for part in parts],
@@ -279,9 +305,7 @@ class MPOLinear(MPOModule):
             out_features=self.out_features,
         )
         layer = MPOLinear(self.in_features, self.out_features, shape, bias=False, device="meta")
-        layer.cores = nn.ParameterList(
-            nn.Parameter(part.clone(memory_format=torch.contiguous_format)) for part in parts
-        )
+        layer.cores = nn.ParameterList(nn.Parameter(part) for part in parts)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().clone())
         return layer.train(self.training)
@@ -305,16 +329,9 @@ class MPOLinear(MPOModule):
 
         ``backward`` plans the pass that forms dx and the gradients of the cores that train.
         """
-        if not isinstance(rows, int) or isinstance(rows, bool):
-            raise TypeError(f"expected a number of rows, got {type(rows).__name__}")
-        if rows < 1:
-            raise ValueError(f"expected at least one row, got {rows}")
         gradients = Gradients(True, tuple(core.requires_grad for core in self.cores))
-        first, cores = self.cores[0], self._oriented_cores()
         features = (self.in_features, self.out_features)
-        return backends.selected(first).plan_for(
-            rows, first.dtype, first.device, cores, gradients if backward else None, features
-        )
+        return _plan(self._oriented_cores(), rows, features, gradients if backward else None)
 
     def extra_repr(self) -> str:
         return (

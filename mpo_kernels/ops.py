@@ -253,11 +253,11 @@ def mpo_linear(
         TypeError, ValueError: what was expected and what came.
     """
     check_cores(cores)
-    outs = math.prod(core.shape[2] for core in cores)
+    outs = math.prod([core.shape[2] for core in cores])
     if out_features is None and bias is not None and bias.dim() == 1:
         out_features = bias.shape[0]
     out_features = checked_features("out_features", out_features, outs)
-    ins = math.prod(core.shape[1] for core in cores)
+    ins = math.prod([core.shape[1] for core in cores])
     check_input(x, checked_features("in_features", in_features, ins))
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"expected a bias [{out_features}], got {list(bias.shape)}")
@@ -291,8 +291,8 @@ def mpo_embedding(
             (on a CPU; checked there only, since elsewhere it would wait for the device).
     """
     check_cores(cores)
-    ins = math.prod(core.shape[1] for core in cores)
-    outs = math.prod(core.shape[2] for core in cores)
+    ins = math.prod([core.shape[1] for core in cores])
+    outs = math.prod([core.shape[2] for core in cores])
     num_embeddings = checked_features("num_embeddings", num_embeddings, ins)
     embedding_dim = checked_features("embedding_dim", embedding_dim, outs)
     return embedding(ids, cores, padding_idx, num_embeddings, embedding_dim)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,6 +33,11 @@ def _features(name: str, value: int | None, factors: tuple[int, ...]) -> int:
             f"the factors {factors} multiply up to {product}, expected at least {name} = {value}"
         )
     return value
+
+
+def leading_digit(factors: Sequence[int]) -> int:
+    """Index of the first factor above 1: the most significant digit that says anything."""
+    return next((k for k, factor in enumerate(factors) if factor > 1), 0)
 
 
 @dataclass(frozen=True)
@@ -109,12 +114,18 @@ class MPOShape:
         out_features: int,
         num_cores: int = 5,
         ranks: int | Iterable[int] | None = None,
+        tensor_parallel: int = 1,
     ) -> MPOShape:
-        """Factors as even as the sizes allow (the paper's own table where it has one)."""
+        """Factors as even as the sizes allow (the paper's own table where it has one).
+
+        Above 1, ``tensor_parallel`` divides the first factors, and so must divide both sizes: the
+        layer can be dealt to so many devices; see :meth:`splits`.
+        """
         _positive_ints(
-            "in_features, out_features, num_cores", (in_features, out_features, num_cores)
+            "in_features, out_features, num_cores, tensor_parallel",
+            (in_features, out_features, num_cores, tensor_parallel),
         )
-        ins, outs = paper_factors(in_features, out_features, num_cores)
+        ins, outs = paper_factors(in_features, out_features, num_cores, tensor_parallel)
         return cls(ins, outs, ranks, in_features=in_features, out_features=out_features)
 
     @classmethod
@@ -183,6 +194,21 @@ class MPOShape:
     @cached_property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.core_shapes)
+
+    def splits(self, tensor_parallel: int) -> bool:
+        """Whether so many devices can each hold an even share of the inputs, or of the outputs.
+
+        A share is a range of the most significant digit, so one core is cut and the others are
+        whole on every device.
+        """
+        return tensor_parallel == 1 or all(
+            features % tensor_parallel == 0
+            and features // tensor_parallel % math.prod(factors[leading_digit(factors) + 1 :]) == 0
+            for factors, features in (
+                (self.in_factors, self.in_features),
+                (self.out_factors, self.out_features),
+            )
+        )
 
     @property
     def dense_parameters(self) -> int:

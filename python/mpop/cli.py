@@ -161,6 +161,13 @@ def _add_compress(commands: Any) -> None:
         help="rows of x that memory and latency are meant for (1)",
     )
     parser.add_argument(
+        "--tensor-parallel",
+        type=_positive_int,
+        default=1,
+        metavar="N",
+        help="choose factors that can be dealt to so many devices when serving (1)",
+    )
+    parser.add_argument(
         "--calibrate",
         type=_task,
         metavar="TASK",

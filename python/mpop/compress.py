@@ -31,7 +31,7 @@ from mpop.modules import (
     weight_of,
 )
 from mpop.permute import sort_hidden_units
-from mpop.selection import MatrixPlan, plan, select
+from mpop.selection import MatrixPlan, devices_of, plan, select
 
 # Below this many weights no progress bar is shown: it is done at once.
 _QUICK = 10_000_000
@@ -301,8 +301,9 @@ def _fit_within(
     def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition | None:
         if budgets[names] >= dense[names]:
             return None
-        of_inputs = (moments[names].fit, moments[names].judge) if moments else ()
-        return choose(weight_at(names), budgets[names], cost, *of_inputs)
+        fit, judge = (moments[names].fit, moments[names].judge) if moments else (None, None)
+        devices = devices_of(model, names, config)
+        return choose(weight_at(names), budgets[names], cost, fit, judge, devices)
 
     for group, moments in source.groups(selected):
         yield from over_processes(group, partial(fitted, moments))

@@ -81,21 +81,30 @@ class MatrixConfig:
             self.in_factors = _check_ints("in_factors", self.in_factors)
             self.out_factors = _check_ints("out_factors", self.out_factors)
 
-    def shape(self, in_features: int, out_features: int) -> MPOShape:
+    def shape(self, in_features: int, out_features: int, tensor_parallel: int = 1) -> MPOShape:
         """The MPO of a matrix of this size; explicit factors go before `num_cores`.
 
         Raises:
-            ValueError: factors or ranks that do not fit the size.
+            ValueError: factors or ranks that do not fit the size, or that `tensor_parallel` does
+                not divide.
         """
         if self.in_factors is None or self.out_factors is None:
-            return MPOShape.balanced(in_features, out_features, self.num_cores, self.ranks)
-        return MPOShape(
+            return MPOShape.balanced(
+                in_features, out_features, self.num_cores, self.ranks, tensor_parallel
+            )
+        shape = MPOShape(
             self.in_factors,
             self.out_factors,
             self.ranks,
             in_features=in_features,
             out_features=out_features,
         )
+        if not shape.splits(tensor_parallel):
+            raise ValueError(
+                f"expected factors whose first ones tensor_parallel = {tensor_parallel} divides, "
+                f"without padding, got {self.in_factors} and {self.out_factors}"
+            )
+        return shape
 
 
 @dataclass
@@ -125,6 +134,8 @@ class CompressionConfig:
         objective: what the budget of `"auto"` counts: `"parameters"`, `"memory"` (bytes of
             weights and states) or `"latency"` (predicted by the planner).
         rows: rows of x that memory and latency are meant for.
+        tensor_parallel: the number of devices, or a multiple of it, that the model is to be
+            served on: the first factors of every matrix but the embeddings are multiples of it.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or range, saying what was expected.
@@ -141,11 +152,13 @@ class CompressionConfig:
     factors: Literal["balanced", "auto"] = "balanced"
     objective: Objective = "parameters"
     rows: int = 1
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.factors not in ("balanced", "auto"):
             raise ValueError(f"factors: expected 'balanced' or 'auto', got {self.factors!r}")
         Cost(self.objective, self.rows)
+        _check_ints("tensor_parallel", (self.tensor_parallel,))
         if self.factors == "auto":
             if self.compression is None or self.overrides:
                 raise ValueError(

@@ -37,7 +37,8 @@ def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
     """The matrices that `config` selects.
 
     Raises:
-        ValueError: a pattern that fits no matrix, or nothing to compress.
+        ValueError: a pattern that fits no matrix, a size that `tensor_parallel` does not divide, or
+            nothing to compress.
     """
     candidates = dense_matrices(model)
     chosen = _included(model, candidates, config.include)
@@ -50,6 +51,14 @@ def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
         _check_matches("overrides", pattern, chosen)
     if not chosen:
         raise ValueError(f"nothing to compress in this {type(model).__name__}")
+    for names in chosen:
+        out_features, in_features = weight_of(module_at(model, names[0])).shape
+        devices = devices_of(model, names, config)
+        if in_features % devices or out_features % devices:
+            raise ValueError(
+                f"{names[0]}: expected sizes that tensor_parallel = {devices} divides, "
+                f"got {in_features} × {out_features}: exclude it"
+            )
     return chosen
 
 
@@ -60,7 +69,10 @@ def plan(model: PreTrainedModel, config: CompressionConfig) -> list[MatrixPlan]:
         ValueError: what `select` says, factors or ranks that do not fit a matrix's size, or a
             compression out of reach.
     """
-    return [_plan_matrix(model, names, config.for_matrix(names)) for names in select(model, config)]
+    return [
+        _plan_matrix(model, names, config.for_matrix(names), devices_of(model, names, config))
+        for names in select(model, config)
+    ]
 
 
 def _included(
@@ -86,10 +98,17 @@ def _check_matches(where: str, pattern: str, candidates: list[Names]) -> None:
         )
 
 
-def _plan_matrix(model: PreTrainedModel, names: Names, config: MatrixConfig) -> MatrixPlan:
+def devices_of(model: PreTrainedModel, names: Names, config: CompressionConfig) -> int:
+    """How many devices share the matrix; each holds a whole embedding."""
+    return 1 if is_embedding(module_at(model, names[0])) else config.tensor_parallel
+
+
+def _plan_matrix(
+    model: PreTrainedModel, names: Names, config: MatrixConfig, devices: int
+) -> MatrixPlan:
     out_features, in_features = weight_of(module_at(model, names[0])).shape
     try:
-        shape = config.shape(in_features, out_features)
+        shape = config.shape(in_features, out_features, devices)
         least = shape.with_ranks(1).compression
         if config.compression is not None and config.compression < least:
             raise ValueError(

@@ -54,6 +54,32 @@ def test_json_round_trip_equality_and_hash(ins, outs, num_cores, ranks):
     assert shape.num_parameters == sum(math.prod(core) for core in shape.core_shapes)
 
 
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 6), st.integers(2, 16))
+def test_factors_for_devices_divide_and_are_never_padded(ins, outs, num_cores, devices):
+    shape = MPOShape.balanced(devices * ins, devices * outs, num_cores, tensor_parallel=devices)
+    assert shape.in_factors[0] % devices == shape.out_factors[0] % devices == 0
+    assert math.prod(shape.in_factors) == devices * ins
+    assert math.prod(shape.out_factors) == devices * outs
+    assert shape.splits(devices)
+
+
+@pytest.mark.parametrize("sizes", [(30, 64), (64, 30)])
+def test_devices_that_do_not_divide_a_size_are_refused(sizes):
+    with pytest.raises(ValueError, match="size that tensor_parallel = 8 divides, got 30"):
+        MPOShape.balanced(*sizes, tensor_parallel=8)
+
+
+def test_which_shapes_can_be_dealt_to_devices():
+    assert MPOShape.low_rank(12, 20, 3).splits(4)
+    assert not MPOShape.low_rank(12, 20, 3).splits(5)
+    assert MPOShape((1, 4, 3), (8, 1, 2)).splits(4)
+    assert not MPOShape((3, 4), (4, 3)).splits(2)
+    assert not MPOShape((4, 3), (3, 4)).splits(2)
+    # Eight of ten rows are true: a half would be four, which is no whole digit.
+    assert not MPOShape((2, 5), (2, 5), in_features=8, out_features=8).splits(2)
+    assert MPOShape((2, 5), (2, 5), in_features=8, out_features=8).splits(1)
+
+
 def test_low_rank_and_skewed_are_members_of_the_family():
     assert MPOShape.low_rank(30, 20, 4).core_shapes == ((1, 1, 20, 4), (4, 30, 1, 1))
     skewed = MPOShape.skewed(30, 21, 3, 4, 5)

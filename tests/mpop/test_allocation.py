@@ -208,6 +208,16 @@ class TestMembers:
             refitted = decompose(weight, found.shape, second_moment=both)
             assert torch.equal(reconstruct(found.cores), reconstruct(refitted.cores))
 
+    def test_devices_leave_the_members_that_can_be_dealt_to_them(self) -> None:
+        shapes = members(24, 36, 4)
+        assert shapes[0] == MPOShape.low_rank(24, 36, 24)
+        assert {shape.num_cores for shape in shapes} == {2, 3, 5}
+        assert all(shape.splits(4) for shape in shapes)
+        assert not all(shape.splits(4) for shape in members(24, 36))
+        kronecker = torch.kron(torch.randn(9, 4), torch.randn(4, 6))
+        assert choose(kronecker, 60, Cost()).shape.out_factors == (9, 4)
+        assert choose(kronecker, 200, Cost(), tensor_parallel=4).shape.splits(4)
+
     def test_a_kronecker_product_is_recognised(self) -> None:
         """Of full rank, but of one two-core MPO with bond 1."""
         weight = torch.kron(torch.randn(6, 4), torch.randn(4, 6))
@@ -290,6 +300,15 @@ class TestCompress:
         assert all((row.output_error is not None) == calibrated for row in report.rows)
         assert all(row.to_dict() if hasattr(row, "to_dict") else True for row in report.rows)
         model(**batches(1)[0])
+
+    def test_devices_share_what_is_chosen(self) -> None:
+        model = build("llama")
+        config = mpop.CompressionConfig(compression=0.5, factors="auto", tensor_parallel=4)
+        report = mpop.compress(model, config)
+        words = [row for row in report.rows if "embed" in row.name]
+        others = [row for row in report.rows if "embed" not in row.name]
+        assert others and all(row.shape.splits(4) for row in others)
+        assert all(not row.shape.splits(4) for row in words)
 
     def test_what_the_model_does_not_need_is_cut_first(self) -> None:
         """Outputs that are multiplied by nothing cost the model nothing."""

@@ -123,6 +123,13 @@ def test_compress_options(bert, tmp_path, capsys):
     rows = last_json(capsys.readouterr().out)["rows"]
     assert not any("embed" in row["name"] or "query" in row["name"] for row in rows)
     assert all(row["parameters_after"] <= 0.5 * row["parameters_before"] for row in rows)
+    options = ("--tensor-parallel", 4, "--no-embeddings", "--json")
+    assert run("compress", "--model", bert, "--output", output, *options) == 0
+    shapes = [row["shape"] for row in last_json(capsys.readouterr().out)["rows"]]
+    assert shapes and all(s["in_factors"][0] % 4 == s["out_factors"][0] % 4 == 0 for s in shapes)
+    options = ("--model", bert, "--output", tmp_path / "new", "--tensor-parallel", 5)
+    assert run("compress", *options) == 2
+    assert "tensor_parallel = 5 divides" in capsys.readouterr().err.splitlines()[-1]
     options = ("--num-cores", 3, "--ranks", 2, 4)
     assert run("compress", "--model", bert, "--output", output, *options) == 0
     assert "whole model" in capsys.readouterr().out

@@ -221,6 +221,24 @@ def test_low_rank_factors_give_the_best_rank_k_matrix() -> None:
     )
 
 
+def test_devices_divide_the_first_factors_of_all_but_the_embeddings() -> None:
+    model, devices = build("llama-tied"), 4
+    report = _compress(model, tensor_parallel=devices)
+    words, others = report.rows[0], report.rows[1:]
+    assert words.name == "model.embed_tokens" and words.shape.in_features % devices
+    for row in others:
+        assert row.shape.in_factors[0] % devices == row.shape.out_factors[0] % devices == 0
+    # A device's share of the inputs or the outputs is the same core cut, the others whole.
+    original = build("llama-tied").model.layers[0].mlp.up_proj.weight.double()
+    cores = list(model.double().model.layers[0].mlp.up_proj.cores)
+    for rank in range(devices):
+        for dim in (1, 2):
+            share = cores[0].chunk(devices, dim)[rank]
+            expected = original.chunk(devices, 2 - dim)[rank]
+            found = mpo_kernels.reconstruct([share, *cores[1:]])
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_relative_error_is_a_bound_on_each_matrix() -> None:
     model, dense = build("distilbert"), build("distilbert")
     report = _compress(model, rel_error=0.3, embeddings=False)
@@ -340,6 +358,15 @@ def test_a_bad_weight_leaves_the_model_untouched(poison, error: type, message: s
             "pooler",
         ),
         ({"overrides": {"*.pooler.dense": {"ranks": [2, 2]}}}, "pooler.*4 ranks"),
+        ({"tensor_parallel": 5}, r"query: .* tensor_parallel = 5 divides, got 24 × 24: exclude"),
+        ({"tensor_parallel": 5, "factors": "auto", "compression": 0.5}, "tensor_parallel = 5"),
+        (
+            {
+                "tensor_parallel": 2,
+                "overrides": {"*.pooler.dense": {"in_factors": [4, 6], "out_factors": [3, 8]}},
+            },
+            r"pooler.*tensor_parallel = 2 divides.*got \(4, 6\) and \(3, 8\)",
+        ),
         ({"ranks": (9, 999, 9, 9)}, "full"),
         ({"compression": 0.01}, "compression of at least"),
         ({"exclude": ["*"]}, "nothing to compress"),

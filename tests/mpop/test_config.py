@@ -25,6 +25,8 @@ import mpop
         ({"compression": 0}, ValueError, "compression.*above 0"),
         ({"compression": True}, TypeError, "compression.*number"),
         ({"ranks": 4, "compression": 0.5}, ValueError, "at most one"),
+        ({"tensor_parallel": 0}, ValueError, "tensor_parallel.*at least 1"),
+        ({"tensor_parallel": 2.0}, ValueError, "tensor_parallel.*integers"),
         ({"include": "*.query"}, TypeError, "include.*sequence of patterns"),
         ({"exclude": [3]}, TypeError, "exclude.*strings"),
         ({"embeddings": 1}, TypeError, "embeddings"),
