@@ -252,6 +252,17 @@ class Bench:
                     rows.append(summary(chosen, done))
         return rows
 
+    def rounds(self) -> list[dict[str, Any]]:
+        """Every round of every squeeze, with its task and seed."""
+        found = []
+        for run, grid in self.plan():
+            for seed in self.options.seeds:
+                chosen = self.chosen(run, grid)
+                result = chosen and self.results.get(replace(chosen, seed=seed))
+                made = (result or {}).get("rounds", [])
+                found += [{"task": run.task, "seed": seed, **each} for each in made]
+        return found
+
     def times(self) -> dict[str, dict[str, Any]]:
         """By method, as they were last measured."""
         return json.loads(self.times_file.read_text()) if self.times_file.exists() else {}
@@ -301,6 +312,30 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 )
         panel.set(title=task, xlabel="parameters, millions", ylabel="metric on dev, %")
         panel.legend(fontsize=6)
+    drawn.savefig(path, dpi=150)
+
+
+def trace(rounds: Sequence[dict[str, Any]], path: Path) -> None:
+    """Metric on held-out rows against parameters, round by round, a line a squeeze."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(6, 4), layout="constrained")
+    panel = drawn.subplots()
+    squeezes = dict.fromkeys((each["task"], each["seed"]) for each in rounds)
+    for k, (task, seed) in enumerate(squeezes):
+        of_one = [each for each in rounds if (each["task"], each["seed"]) == (task, seed)]
+        for is_kept, style in ((True, "o-"), (False, "x")):
+            points = [
+                (each["parameters"] / 1e6, 100 * each["metric"])
+                for each in of_one
+                if each["kept"] == is_kept and each["metric"] is not None
+            ]
+            label = f"{task}, seed {seed}" if is_kept else None
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            panel.plot(xs, ys, style, color=f"C{k}", label=label)
+    panel.invert_xaxis()
+    panel.set(xlabel="parameters, millions", ylabel="metric on held-out rows, % (×: undone)")
+    panel.legend()
     drawn.savefig(path, dpi=150)
 
 
@@ -521,6 +556,10 @@ def main(argv: Sequence[str]) -> None:
         (Path(options.output) / "table.md").write_text(text, encoding="utf-8")
         if rows:
             figure(rows, Path(options.output) / "table.png")
+        if rounds := bench.rounds():
+            lines = "".join(f"{json.dumps(each)}\n" for each in rounds)
+            (Path(options.output) / "trace.jsonl").write_text(lines, encoding="utf-8")
+            trace(rounds, Path(options.output) / "trace.png")
     print(text)
 
 

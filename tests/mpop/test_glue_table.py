@@ -43,6 +43,10 @@ def finetune(monkeypatch):
             "train_samples": 1200,
             "eval_samples": 300,
             "disk_bytes": 40_000_000,
+            "rounds": [
+                {"step": 1, "parameters": 9_000_000, "metric": 0.5, "kept": True},
+                {"step": 2, "parameters": 8_000_000, "metric": 0.3, "kept": False},
+            ],
             "losses": [[k, 1 / k + (rate == 0.75)] for k in range(1, 20)],
         }
         return subprocess.CompletedProcess(command, 0, "log\n" + json.dumps(result), "")
@@ -74,6 +78,9 @@ def test_choice_table_and_resuming(finetune, tmp_path):
     assert "| `light` | 55.0 ± 7.1 | 55.0 | 2.50 M | 10.00 M | 40 MB | – | – | – |" in text
     assert "/some/where" not in text
     assert "- `light`: MPOP_full+LFA" in text
+    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert [(line["seed"], line["step"]) for line in lines] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert (tmp_path / "trace.png").stat().st_size > 1000
     assert (tmp_path / "table.png").stat().st_size > 1000
     finetune.clear()
     assert run(tmp_path, "--max-train-samples", "rte=1200")["rows"] == [row]
