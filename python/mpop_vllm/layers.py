@@ -83,15 +83,14 @@ class _Cores:
         digits = list(range(factors[core]))
         if sum(map(len, ranges)) < features:
             bounds = {bound for each in ranges for bound in (each.start, each.stop)}
-            # The last digit may be padded.
-            if any(bound % step for bound in bounds - {features}):
+            if any(bound % step for bound in bounds):
                 parts = features // math.gcd(features, *bounds)
                 raise ValueError(
-                    f"{self.name}: expected {features} features with a first factor that {parts} "
-                    f"divides, got {tuple(factors)}: compress with tensor_parallel={parts} "
-                    f"(mpop compress --tensor-parallel {parts}) or serve on fewer devices"
+                    f"{self.name}: expected factors of {features} whose first {parts} divides, "
+                    f"got {tuple(factors)}: compress with tensor_parallel={parts} (mpop compress "
+                    f"--tensor-parallel {parts}) or serve on fewer devices"
                 )
-            digits = [d for r in ranges for d in range(r.start // step, -(-r.stop // step))]
+            digits = [d for r in ranges for d in range(r.start // step, r.stop // step)]
         return self.tensors[core], digits
 
     def cut(self, tensor: str, core: Tensor) -> Tensor:

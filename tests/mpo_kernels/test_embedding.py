@@ -139,6 +139,9 @@ def test_compiles_as_one_graph():
         ids = torch.randint(101, (n,))
         torch.testing.assert_close(compiled(ids), layer(ids))
         compiled(ids).sum().backward()
+    function = torch.compile(mpo_embedding, fullgraph=True, dynamic=True, backend="aot_eager")
+    cores = list(layer.cores)
+    torch.testing.assert_close(function(ids, cores), mpo_embedding(ids, cores))
 
 
 def test_gradcheck_and_opcheck():

@@ -264,6 +264,17 @@ def test_compiles_as_one_graph_with_dynamic_rows(backend):
     assert counter["stats"]["unique_graphs"] == 1, "recompiled for another number of rows"
 
 
+def test_the_function_compiles_as_one_graph():
+    torch._dynamo.reset()
+    shape = ODD_SHAPES[5]
+    cores = random_cores(shape)
+    sizes = {"in_features": shape.in_features, "out_features": shape.out_features}
+    compiled = torch.compile(mpo_linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (2, 3, 9):
+        x = torch.randn(rows, shape.in_features)
+        torch.testing.assert_close(compiled(x, cores, **sizes), mpo_linear(x, cores, **sizes))
+
+
 class Allocations(TorchDispatchMode):
     """The storages that operations make, by size in elements."""
 
