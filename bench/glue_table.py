@@ -43,7 +43,7 @@ GRID = {
         "biases": (2e-3, 5e-3, 1e-2),
     }.items()
 }
-# What is cut has its dense steps at dense's rate, and those after the cut at a low one.
+# What is cut has its dense steps at dense's rate, and those after the cut at a low one, all of it.
 GRID |= {
     name: [(2e-4, 1e-4 if name in ("svd", "dir") else 2.5e-5)]
     for name, method in METHODS.items()
@@ -396,7 +396,7 @@ def markdown(
         "to 10 rounds of 20 steps instead. "
         f"Batch {conditions['batch_size']}, length {conditions['max_length']}, "
         f"{conditions['precision']}. #Pr trained and #To all parameters. "
-        f"Rates (ordinary parameters / MPO tensors): {', '.join(rates)}; chosen with seed "
+        f"Rates (of what is cut: before and after it): {', '.join(rates)}; chosen with seed "
         f"{conditions['seeds'][0]} on held-out training {tried}, where there was a choice. "
         "Calibration draws from all training rows, without their labels. A step of 32 texts of 64 "
         "tokens, the peak memory of the process (the device's on a GPU) after it, and the latency "

@@ -258,7 +258,9 @@ def run(
     source, base = Path(options["model"]), options["model"]
     if chosen.before:
         source = fine_tuned(options, chosen.before, cache)
-        options = {**options, "epochs": (1 - chosen.before) * options["epochs"]}
+        # What has been trained to the end of its schedule goes on at a low rate, all of it.
+        rate, epochs = options["mpo_learning_rate"], (1 - chosen.before) * options["epochs"]
+        options = {**options, "epochs": epochs, "learning_rate": rate}
     source = compressed(method, source, options, cache)
     del options["model"]
     output = Path(options["output"])
