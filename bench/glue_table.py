@@ -173,7 +173,7 @@ class Bench:
             command = [sys.executable, "-m", "bench.times", str(file), run.precision]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[run.method] = json.loads(done.stdout.splitlines()[-1])
-        self.times_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            self.times_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
     @property
     def times_file(self) -> Path:
