@@ -296,7 +296,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    drawn = Figure(figsize=(1 + 4.5 * len(tasks), 4.2), layout="constrained")
+    drawn = Figure(figsize=(1 + 4.5 * len(tasks), 5.2), layout="constrained")
     colours = {name: f"C{k % 10}" for k, name in enumerate(METHODS)}
     for panel, task in zip(drawn.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for row in rows:
@@ -311,7 +311,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
                     label=f"{name} ({row['trainable_parameters'] / 1e6:.2f} M trained)",
                 )
         panel.set(title=task, xlabel="parameters, millions", ylabel="metric on dev, %")
-        panel.legend(fontsize=6)
+        panel.legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     drawn.savefig(path, dpi=150)
 
 
