@@ -148,21 +148,25 @@ def _projected(matrix: Tensor, second_moment: Tensor, shape: MPOShape, rank: int
     With the output's digits of the other core as rows, A Aᵀ under S has the directions to keep.
     """
     (i0, i1), (j0, j1) = shape.in_factors, shape.out_factors
+    if i0 == j1 == 1 and rank < len(matrix) < j0:
+        gram, seen = _gram_of_inputs(matrix.double(), second_moment.double())
+        kept = torch.linalg.qr(seen @ torch.linalg.eigh(gram)[1][:, -rank:].flip(1))[0]
+        return _kept_outputs(matrix.view(-1, j0, j1), kept)
     weighted = weigh(second_moment, matrix).view(-1, j0, j1)
     matrix = matrix.view(-1, j0, j1)
-    if i0 == 1 and j1 == 1 and len(matrix) < j0 and rank < len(matrix):
-        gram, seen = _gram_of_inputs(matrix[..., 0].double(), second_moment.double())
-        kept = torch.linalg.qr(seen @ torch.linalg.eigh(gram)[1][:, -rank:].flip(1))[0]
-        kept = kept.to(matrix.dtype)
-        return [kept[None, None], torch.einsum("iaj,ar->rij", matrix, kept)[..., None]]
     if i0 == 1:
         gram = torch.einsum("iaj,ibj->ab", matrix.double(), weighted.double())
-        kept = torch.linalg.eigh(gram)[1][:, -rank:].flip(1).to(matrix.dtype)
-        return [kept[None, None], torch.einsum("iaj,ar->rij", matrix, kept)[..., None]]
+        return _kept_outputs(matrix, torch.linalg.eigh(gram)[1][:, -rank:].flip(1))
     gram = torch.einsum("ija,ijb->ab", matrix.double(), weighted.double())
     kept = torch.linalg.eigh(gram)[1][:, -rank:].flip(1).to(matrix.dtype)
     assert i1 == 1
     return [torch.einsum("ija,ar->ijr", matrix, kept)[None], kept.t()[:, None, :, None]]
+
+
+def _kept_outputs(matrix: Tensor, kept: Tensor) -> list[Tensor]:
+    """Directions ``kept [j_1, rank]`` of the outputs, and the rest of ``matrix [i, j_1, j_2]``."""
+    kept = kept.to(matrix.dtype)
+    return [kept[None, None], torch.einsum("iaj,ar->rij", matrix, kept)[..., None]]
 
 
 def _alternated(

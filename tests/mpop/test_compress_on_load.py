@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from tiny_models import BUILDERS, build, logits
 
+import mpo_kernels
 import mpop
 from mpop.modules import mpo_modules
 
@@ -65,16 +68,20 @@ def test_dtype_and_device_map(tmp_path: Path) -> None:
         assert all(core.is_contiguous() for _, m in mpo_modules(loaded) for core in m.cores)
 
 
-def test_one_matrix_at_a_time(tmp_path: Path) -> None:
-    """No two dense weights of the checkpoint live at once."""
+def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("bert").save_pretrained(tmp_path)
-    sizes = {tuple(value.shape) for value in load_file(tmp_path / "model.safetensors").values()}
+    seen: list[weakref.ref] = []
+    alive = []
+
+    def counting(weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in seen))
+        seen.append(weakref.ref(weight))
+        return mpo_kernels.decompose(weight, *args, **kwargs)
+
+    monkeypatch.setattr(sys.modules["mpop.selection"], "decompose", counting)
     loaded = _load(tmp_path, hf.BertForSequenceClassification)
-    wide = [tuple(p.shape) for _, m in mpo_modules(loaded) for p in m.parameters() if p.dim() == 2]
-    assert not wide and len(sizes) > 3
-    # What a dense weight was is not held anywhere: all storage is that of the parameters' sizes.
-    for parameter in loaded.parameters():
-        assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
+    # None of those decomposed before lives when the next one is.
+    assert alive == [0] * len(list(mpo_modules(loaded))) and len(alive) == 14
 
 
 def test_it_trains_and_dequantizes(tmp_path: Path) -> None:
