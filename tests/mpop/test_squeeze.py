@@ -54,6 +54,24 @@ class Rows(nn.Module):
         return SimpleNamespace(loss=(given - self.target(x)).square().mean())
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_settling_autocasts_where_asked(dtype: torch.dtype | None) -> None:
+    linear, seen = nn.Linear(24, 2), []
+
+    def forward(x: Tensor) -> Any:
+        y = linear(x)
+        seen.append(y.dtype)
+        return SimpleNamespace(loss=y.float().square().mean())
+
+    model = nn.Module()
+    model.linear, model.forward = linear, forward
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    data = list(torch.randn(8, 24))
+    collate = lambda rows: {"x": torch.stack(rows)}  # noqa: E731
+    Settler(model, data, collate, optimizer, batch_size=4, max_steps=2, autocast=dtype)()
+    assert seen == [dtype or torch.float32] * 2
+
+
 def rows_and_tuner(max_steps: int = 6) -> tuple[Rows, Settler]:
     model = Rows()
     torch.manual_seed(1)
