@@ -5,7 +5,8 @@ out; the best is then run with every seed and reported on dev. Each run is a pro
 (`bench/methods.py`) and a line of `runs.jsonl` as soon as it ends; a run found there is not
 repeated, so that an interrupted or out-of-budget bench continues where it stopped. With `--time`
 what each method costs is measured at the end, with nothing beside it (`bench/times.py`). What there
-is so far is summed up in `table.md`, and with its conditions in `table.json`.
+is so far is summed up in `table.md` and drawn (`bench/glue_report.py`), and with its conditions in
+`table.json`.
 """
 
 from __future__ import annotations
@@ -28,26 +29,22 @@ from typing import Any
 import torch
 
 from bench import facts
+from bench.glue_report import figure, markdown, trace
 from bench.methods import METHODS
 from mpop.demo import default_model
 from mpop.glue import TASKS, get_task
 
+# Of what is cut, the rates after the cut, all low; before it the rate is dense's.
 GRID = {
-    name: [(rate, rate) for rate in rates]
-    for name, rates in {
-        **dict.fromkeys(METHODS, (1e-4, 2e-4, 4e-4)),
-        "full": (5e-5, 1e-4, 2e-4),
-        "light": (1e-4, 2e-4, 5e-4),
-        "light-encoder": (2e-4, 5e-4, 1e-3),
-        "lora": (5e-4, 1e-3, 2e-3),
-        "biases": (2e-3, 5e-3, 1e-2),
-    }.items()
-}
-# What is cut has its dense steps at dense's rate, and those after the cut at a low one, all of it.
-GRID |= {
-    name: [(2e-4, 1e-4 if name in ("svd", "dir") else 2.5e-5)]
-    for name, method in METHODS.items()
-    if method.before
+    "dense": [1e-4, 2e-4, 4e-4],
+    "full": [5e-5, 1e-4, 2e-4],
+    "light": [1e-4, 2e-4, 5e-4],
+    "light-encoder": [2e-4, 5e-4, 1e-3],
+    "lora": [5e-4, 1e-3, 2e-3],
+    "biases": [2e-3, 5e-3, 1e-2],
+    **{name: [2.5e-5] for name, method in METHODS.items() if method.before},
+    "svd": [1e-4],
+    "dir": [1e-4],
 }
 # Training rows of a model that is made for its times alone.
 _FEW = 320
@@ -94,6 +91,7 @@ class Bench:
         self.file = Path(options.output) / "runs.jsonl"
         self.deadline = time.monotonic() + 60 * options.budget_minutes
         self.results: dict[Run, dict[str, Any]] = {}
+        self.failed: set[Run] = set()
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         for record in map(json.loads, lines):
             run = Run(**{**record["run"], "rates": tuple(record["run"]["rates"])})
@@ -103,10 +101,12 @@ class Bench:
     def measure_run(self, run: Run) -> None:
         """Measure the run unless its result is known; a failure is written down and passed over.
 
+        What failed before this bench began is tried again.
+
         Raises:
             BudgetSpent: Before the run, or in the midst of it; it leaves nothing behind.
         """
-        if run in self.results:
+        if run in self.results or run in self.failed:
             return
         left = None if isinf(self.deadline) else self.deadline - time.monotonic()
         if left is not None and left <= 0:
@@ -120,6 +120,7 @@ class Bench:
             self.results[run] = result
             say(f"  {result['metric']} {result['value']:.4f}")
         else:
+            self.failed.add(run)
             error = (done.stderr.splitlines() or ["no message"])[-1]
             say(f"  failed: {error}")
         with self.file.open("a") as file:
@@ -162,8 +163,8 @@ class Bench:
         Where no run of this bench has left its model, a run on a few rows makes one of its kind.
         """
         found = {}
-        for run, grid in self.plan():
-            chosen = self.chosen(run, grid)
+        for run in self.plan():
+            chosen = self.chosen(run)
             file = chosen and self.kept(chosen)
             if chosen is None or file is None:
                 continue
@@ -179,12 +180,12 @@ class Bench:
     def times_file(self) -> Path:
         return self.file.with_name("times.json")
 
-    def plan(self) -> Iterator[tuple[Run, list[Rates]]]:
-        """The first dev run of each task and method, without a rate yet, and its grid."""
+    def plan(self) -> Iterator[Run]:
+        """The first dev run of each task and method, without a rate yet."""
         options = self.options
         for task in options.tasks:
             for method in options.methods:
-                run = Run(
+                yield Run(
                     task=task,
                     method=method,
                     seed=options.seeds[0],
@@ -197,13 +198,21 @@ class Bench:
                     precision=options.precision,
                     model=options.model_name,
                 )
-                yield run, options.grid[method]
 
-    def chosen(self, run: Run, grid: list[Rates]) -> Run | None:
+    def grid(self, run: Run) -> list[Rates]:
+        """The rates before and after the cut; the same two where nothing is cut."""
+        rates = self.options.grid[run.method]
+        if not METHODS[run.method].before:
+            return [(rate, rate) for rate in rates]
+        dense = self.chosen(replace(run, method="dense"))
+        return [(dense.rates[0], rate) for rate in rates] if dense else []
+
+    def chosen(self, run: Run) -> Run | None:
         """`run` at the rate that did best on the held-out rows; None if none has ended well."""
+        grid = self.grid(run)
         if len(grid) == 1:
             return replace(run, rates=grid[0])
-        known = [trial for trial in self.trials(run, grid) if trial in self.results]
+        known = [trial for trial in self.trials(run) if trial in self.results]
         if not known:
             return None
 
@@ -215,12 +224,12 @@ class Bench:
 
         return replace(run, rates=max(known, key=quality).rates)
 
-    def trials(self, run: Run, grid: list[Rates]) -> list[Run]:
+    def trials(self, run: Run) -> list[Run]:
         """`run` at every rate, on fewer rows where so asked, judged on training rows held out.
 
-        On its own task, or on the one that speaks for all.
+        On its own task, or on the one that speaks for it.
         """
-        task = self.options.grid_task or run.task
+        task = self.options.grid_tasks[run.task]
         sizes = [self.options.max_train_samples[task], self.options.grid_train_samples[task]]
         trial = replace(
             run,
@@ -229,24 +238,28 @@ class Bench:
             eval_split="train-holdout",
             max_train_samples=min((size for size in sizes if size), default=None),
         )
-        return [replace(trial, rates=rates) for rates in grid]
+        return [replace(trial, rates=rates) for rates in self.grid(run)]
 
     def measure(self) -> None:
         """All grids, then all tasks and methods seed by seed, so that a budget cuts seeds first."""
-        for run, grid in self.plan():
-            if len(grid) > 1:
-                for trial in self.trials(run, grid):
-                    self.measure_run(trial)
+        for run in self.plan():
+            # What is cut begins as a dense model, at the rate that is best for that.
+            needed = ("dense", run.method) if METHODS[run.method].before else (run.method,)
+            for method in needed:
+                trials = self.trials(replace(run, method=method))
+                if len(trials) > 1:
+                    for trial in trials:
+                        self.measure_run(trial)
         for seed in self.options.seeds:
-            for run, grid in self.plan():
-                if chosen := self.chosen(run, grid):
+            for run in self.plan():
+                if chosen := self.chosen(run):
                     self.measure_run(replace(chosen, seed=seed))
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a task and method, over the seeds that are there."""
         rows = []
-        for run, grid in self.plan():
-            if chosen := self.chosen(run, grid):
+        for run in self.plan():
+            if chosen := self.chosen(run):
                 runs = [replace(chosen, seed=seed) for seed in self.options.seeds]
                 if done := {run.seed: self.results[run] for run in runs if run in self.results}:
                     rows.append(summary(chosen, done))
@@ -255,9 +268,9 @@ class Bench:
     def rounds(self) -> list[dict[str, Any]]:
         """Every round of every squeeze, with its task and seed."""
         found = []
-        for run, grid in self.plan():
+        for run in self.plan():
             for seed in self.options.seeds:
-                chosen = self.chosen(run, grid)
+                chosen = self.chosen(run)
                 result = chosen and self.results.get(replace(chosen, seed=seed))
                 made = (result or {}).get("rounds", [])
                 found += [{"task": run.task, "seed": seed, **each} for each in made]
@@ -291,142 +304,6 @@ def summary(run: Run, seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Metric against parameters, a panel a task, a colour a method; bars are one sd."""
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    drawn = Figure(figsize=(1 + 4.5 * len(tasks), 5.2), layout="constrained")
-    colours = {name: f"C{k % 10}" for k, name in enumerate(METHODS)}
-    for panel, task in zip(drawn.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for row in rows:
-            if row["task"] == task:
-                name = row["method"]
-                panel.errorbar(
-                    row["total_parameters"] / 1e6,
-                    100 * row["mean"],
-                    100 * (row["sd"] or 0),
-                    fmt="os^D"[list(METHODS).index(name) // 10],
-                    color=colours[name],
-                    label=f"{name} ({row['trainable_parameters'] / 1e6:.2f} M trained)",
-                )
-        panel.set(title=task, xlabel="parameters, millions", ylabel="metric on dev, %")
-        panel.legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    drawn.savefig(path, dpi=150)
-
-
-def trace(rounds: Sequence[dict[str, Any]], path: Path) -> None:
-    """Metric on held-out rows against parameters, round by round, a line a squeeze."""
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(6, 4), layout="constrained")
-    panel = drawn.subplots()
-    squeezes = dict.fromkeys((each["task"], each["seed"]) for each in rounds)
-    for k, (task, seed) in enumerate(squeezes):
-        of_one = [each for each in rounds if (each["task"], each["seed"]) == (task, seed)]
-        for is_kept, style in ((True, "o-"), (False, "x")):
-            points = [
-                (each["parameters"] / 1e6, 100 * each["metric"])
-                for each in of_one
-                if each["kept"] == is_kept and each["metric"] is not None
-            ]
-            label = f"{task}, seed {seed}" if is_kept else None
-            xs, ys = [x for x, _ in points], [y for _, y in points]
-            panel.plot(xs, ys, style, color=f"C{k}", label=label)
-    panel.invert_xaxis()
-    panel.set(xlabel="parameters, millions", ylabel="metric on held-out rows, % (×: undone)")
-    panel.legend()
-    drawn.savefig(path, dpi=150)
-
-
-def markdown(
-    rows: Sequence[dict[str, Any]], times: dict[str, dict[str, Any]], conditions: dict[str, Any]
-) -> str:
-    """The table with a caption that says what it was measured on."""
-    tasks = {row["task"]: row for row in rows}
-    methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
-    columns = (
-        "method",
-        *(get_task(name).folder for name in tasks),
-        *("mean", "#Pr", "#To", "on disk", "a step", "its memory", "latency"),
-    )
-    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    for method in methods:
-        of_task = {row["task"]: row for row in rows if row["method"] == method}
-        found = of_task.values()
-        is_whole = len(found) == len(tasks)
-        mean = f"{100 * statistics.fmean(row['mean'] for row in found):.1f}" if is_whole else "–"
-
-        def average(name: str, found: Any = found) -> float:
-            return statistics.fmean(row[name] for row in found) / 1e6
-
-        cells = (
-            f"`{method}`",
-            *(value_of(of_task.get(task)) for task in tasks),
-            mean,
-            f"{average('trainable_parameters'):.2f} M",
-            f"{average('total_parameters'):.2f} M",
-            f"{average('disk_bytes'):.0f} MB",
-            *cost_of(times.get(method)),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    machine, versions = conditions["machine"], conditions["versions"]
-    commit = (conditions["commit"] or "none")[:12] + (" with changes" * conditions["dirty"])
-    sizes = ", ".join(
-        f"{get_task(name).folder} {row['train_samples']:,} / {row['eval_samples']:,}, "
-        f"{row['epochs']:g} epoch" + "s" * (row["epochs"] != 1)
-        for name, row in tasks.items()
-    )
-    metrics = "; ".join(f"{get_task(n).folder} {row['metric']}" for n, row in tasks.items())
-    rates = dict.fromkeys(
-        f"`{row['method']}` {' / '.join(f'{rate:g}' for rate in dict.fromkeys(row['rates']))}"
-        for row in rows
-    )
-    counts = {len(row["seeds"]) for row in rows}
-    seeds = " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "no"
-    grid_task = conditions["grid_task"]
-    tried = f"rows of {get_task(grid_task).folder}, for all tasks" if grid_task else "rows"
-    threads = f"{machine['threads']} threads"
-    lines += ["", *(f"- `{name}`: {METHODS[name].what}." for name in methods)]
-    lines += [
-        "",
-        f"{conditions['model']}: mean ± standard deviation over {seeds} seeds, in percent, on dev "
-        f"({metrics}). Train / dev rows: {sizes}. What is cut has nine tenths of its steps before "
-        "the cut and one after (`svd`, `dir`: two thirds and one), except `squeezed`, which has up "
-        "to 10 rounds of 20 steps instead. "
-        f"Batch {conditions['batch_size']}, length {conditions['max_length']}, "
-        f"{conditions['precision']}. #Pr trained and #To all parameters. "
-        f"Rates (of what is cut: before and after it): {', '.join(rates)}; chosen with seed "
-        f"{conditions['seeds'][0]} on held-out training {tried}, where there was a choice. "
-        "Calibration draws from all training rows, without their labels. A step of 32 texts of 64 "
-        "tokens, the peak memory of the process (the device's on a GPU) after it, and the latency "
-        f"of one text are medians, with nothing else running, {threads}. "
-        f"{machine.get('gpu', machine['cpu'])}; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, peft {versions['peft']}; commit {commit}.",
-        "",
-        f"`{conditions['command']}`",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def value_of(row: dict[str, Any] | None) -> str:
-    """A cell of the metric."""
-    if row is None:
-        return "–"
-    return f"{100 * row['mean']:.1f}" + ("" if row["sd"] is None else f" ± {100 * row['sd']:.1f}")
-
-
-def cost_of(times: dict[str, Any] | None) -> tuple[str, str, str]:
-    """The cells of what a method costs."""
-    if times is None:
-        return "–", "–", "–"
-    return (
-        f"{1e3 * times['step_seconds']:.0f} ms",
-        f"{times['peak_memory_bytes'] / 2**20:.0f} MiB",
-        f"{1e3 * times['latency_seconds']:.1f} ms",
-    )
-
-
 def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """What the figures hold for; of absolute paths only the last part is kept."""
     arguments = [Path(a).name if Path(a).is_absolute() else a for a in argv]
@@ -436,7 +313,7 @@ def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str,
         "command": shlex.join(["python", "-m", "bench.glue_table", *arguments]),
         "model": options.model_name,
         "seeds": options.seeds,
-        "grid_task": options.grid_task,
+        "grid_tasks": {task: options.grid_tasks[task] for task in options.tasks},
         "grid_train_samples": options.grid_train_samples,
         "batch_size": options.batch_size,
         "max_length": options.max_length,
@@ -462,15 +339,14 @@ def by_task(kind: Callable[[str], Any], default: Any, given: Sequence[str]) -> d
     return values
 
 
-def grids(given: Sequence[str]) -> dict[str, list[Rates]]:
-    """`["light=2e-4:1e-3,5e-4"]`: two rates, the first with another one for MPO tensors."""
+def grids(given: Sequence[str]) -> dict[str, list[float]]:
+    """`["light=2e-4,5e-4"]`: two rates."""
     grid = dict(GRID)
     for part in given:
         method, _, rates = part.partition("=")
         if method not in METHODS or not rates:
-            raise ValueError(f"expected METHOD=LR[:MPO_LR],…, got {part!r}")
-        pairs = [rate.split(":") for rate in rates.split(",")]
-        grid[method] = [(float(pair[0]), float(pair[-1])) for pair in pairs]
+            raise ValueError(f"expected METHOD=LR,…, got {part!r}")
+        grid[method] = [float(rate) for rate in rates.split(",")]
     return grid
 
 
@@ -495,11 +371,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-train-samples", nargs="+", default=[], metavar="[TASK=]N", help="(all rows)"
     )
+    parser.add_argument("--grid", nargs="+", default=[], metavar="METHOD=LR,…", help="rates to try")
     parser.add_argument(
-        "--grid", nargs="+", default=[], metavar="METHOD=LR[:MPO_LR],…", help="rates to try"
-    )
-    parser.add_argument(
-        "--grid-task", metavar="TASK", help="the one task whose rates serve all (each its own)"
+        "--grid-task",
+        nargs="+",
+        default=[],
+        metavar="[TASK=]TASK",
+        help="the task whose rates serve all, or one (each its own)",
     )
     parser.add_argument(
         "--grid-train-samples",
@@ -527,7 +405,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         options.model_name = Path(options.model).name if options.model else "all-MiniLM-L6-v2"
         options.model = options.model or str(default_model())
         options.tasks = [get_task(task).name for task in options.tasks]
-        options.grid_task = options.grid_task and get_task(options.grid_task).name
+        spokesmen = by_task(lambda name: get_task(name).name, None, options.grid_task)
+        options.grid_tasks = {task: name or task for task, name in spokesmen.items()}
         options.epochs = by_task(float, 3.0, options.epochs)
         options.max_train_samples = by_task(int, None, options.max_train_samples)
         options.grid_train_samples = by_task(int, None, options.grid_train_samples)

@@ -57,9 +57,7 @@ def finetune(monkeypatch):
 
 def run(output, *more):
     arguments = f"--output {output} --model tiny --data-dir /some/where/glue --methods light"
-    arguments += (
-        f" --cache {output}/cache --seeds 0 1 --grid light=0.25,0.5:0.1,1,2 --epochs 2 rte=5"
-    )
+    arguments += f" --cache {output}/cache --seeds 0 1 --grid light=0.25,0.5,1,2 --epochs 2 rte=5"
     glue_table.main([*arguments.split(), *more])
     return json.loads((output / "table.json").read_text())
 
@@ -68,7 +66,7 @@ def test_choice_table_and_resuming(finetune, tmp_path):
     table = run(tmp_path, "--max-train-samples", "rte=1200")
     assert [command["eval_split"] for command in finetune] == ["train-holdout"] * 4 + ["dev"] * 2
     assert finetune[-1]["learning_rate"] == 0.5
-    assert finetune[-1]["mpo_learning_rate"] == 0.1
+    assert finetune[-1]["mpo_learning_rate"] == 0.5
     assert finetune[-1]["epochs"] == 5.0
     assert finetune[-1]["max_train_samples"] == 1200
     (row,) = table["rows"]
@@ -105,7 +103,23 @@ def test_one_task_may_choose_the_rates_of_all(finetune, tmp_path):
     table = run(tmp_path, "--tasks", "rte", "cola", "--grid-task", "cola")
     trials = [c for c in finetune if c["eval_split"] == "train-holdout"]
     assert {c["task"] for c in trials} == {"cola"} and {c["epochs"] for c in trials} == {2.0}
-    assert [row["rates"] for row in table["rows"]] == [[0.5, 0.1]] * 2
+    assert [row["rates"] for row in table["rows"]] == [[0.5, 0.5]] * 2
+
+
+def test_what_is_cut_begins_at_the_rate_that_was_best_for_dense(finetune, tmp_path):
+    run(tmp_path, "--methods", "chosen", "--grid", "dense=0.25,0.5,1", "chosen=0.1")
+    assert [command["method"] for command in finetune] == ["dense"] * 3 + ["chosen"] * 2
+    rates = finetune[-1]["learning_rate"], finetune[-1]["mpo_learning_rate"]
+    assert rates == (0.5, 0.1)
+    assert "| `chosen` | 0.5 / 0.1 |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_task_may_choose_for_itself_where_another_speaks_for_the_rest(finetune, tmp_path):
+    tasks = ("--tasks", "rte", "cola", "wnli", "--grid-task", "rte", "cola=cola")
+    run(tmp_path, *tasks)
+    trials = [c["task"] for c in finetune if c["eval_split"] == "train-holdout"]
+    assert trials == ["rte"] * 4 + ["cola"] * 4
+    assert "| rates of | RTE, WNLI | CoLA |" in (tmp_path / "table.md").read_text()
 
 
 def test_no_time_left_writes_an_empty_table(finetune, tmp_path):

@@ -1,0 +1,197 @@
+"""The GLUE table and its figures, of what `bench.glue_table` has measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench.methods import METHODS
+from bench.report import table
+from mpop.glue import get_task
+
+Row = dict[str, Any]
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """Metric against parameters, a panel a task, a colour a method; bars are one sd."""
+    from matplotlib.figure import Figure
+
+    by_task = _by_task(rows)
+    # The last panel is the legend's.
+    columns = min(3, len(by_task) + 1)
+    lines = -(-(len(by_task) + 1) // columns)
+    drawn = Figure(figsize=(1 + 4 * columns, 3.6 * lines), layout="constrained")
+    panels = list(drawn.subplots(lines, columns, squeeze=False).flat)
+    colours = {name: f"C{k % 10}" for k, name in enumerate(METHODS)}
+    points = {}
+    for panel, (task, of_task) in zip(panels, by_task.items(), strict=False):
+        for row in of_task:
+            name = row["method"]
+            points[name] = panel.errorbar(
+                row["total_parameters"] / 1e6,
+                100 * row["mean"],
+                100 * (row["sd"] or 0),
+                fmt="os^D"[list(METHODS).index(name) // 10],
+                color=colours[name],
+            )
+        title = f"{get_task(task).folder}, {of_task[0]['metric'].replace('_', ' ')}"
+        panel.set(title=title, xlabel="parameters, millions", ylabel="on dev, %")
+    for panel in panels[len(by_task) :]:
+        panel.axis("off")
+    trained = {row["method"]: row["trainable_parameters"] / 1e6 for row in rows}
+    ordered = [name for name in METHODS if name in points]
+    labels = [f"{name} ({trained[name]:.2f} M trained)" for name in ordered]
+    panels[-1].legend([points[name] for name in ordered], labels, fontsize=8, loc="center")
+    drawn.savefig(path, dpi=130)
+
+
+def trace(rounds: Sequence[Row], path: Path) -> None:
+    """Metric on held-out rows against parameters, round by round, a line a squeeze."""
+    from matplotlib.figure import Figure
+
+    by_task = _by_task(rounds)
+    drawn = Figure(figsize=(1 + 3.6 * len(by_task), 3.6), layout="constrained")
+    panels = drawn.subplots(1, len(by_task), squeeze=False)[0]
+    for panel, (task, of_task) in zip(panels, by_task.items(), strict=True):
+        for seed, group in groupby(of_task, key=lambda each: each["seed"]):
+            of_one = list(group)
+            for is_kept, style in ((True, "o-"), (False, "x")):
+                points = [
+                    (each["parameters"] / 1e6, 100 * each["metric"])
+                    for each in of_one
+                    if each["kept"] == is_kept and each["metric"] is not None
+                ]
+                label = f"seed {seed}" if is_kept else None
+                xs, ys = [x for x, _ in points], [y for _, y in points]
+                panel.plot(xs, ys, style, color=f"C{seed}", label=label)
+        panel.invert_xaxis()
+        panel.set(title=get_task(task).folder, xlabel="parameters, millions")
+        panel.legend(fontsize=8)
+    panels[0].set_ylabel("metric on held-out rows, % (×: undone)")
+    drawn.savefig(path, dpi=130)
+
+
+def markdown(rows: Sequence[Row], times: dict[str, Row], conditions: dict[str, Any]) -> str:
+    """The table with a caption that says what it was measured on."""
+    by_task = _by_task(rows)
+    methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    cells = {(row["method"], row["task"]): row for row in rows}
+    head = (
+        "method",
+        *(get_task(name).folder for name in by_task),
+        *("mean", "#Pr", "#To", "on disk", "a step", "its memory", "latency"),
+    )
+    lines = []
+    for method in methods:
+        of_method = [cells.get((method, task)) for task in by_task]
+        found = [row for row in of_method if row]
+
+        def average(name: str, found: Sequence[Row] = found) -> float:
+            return statistics.fmean(row[name] for row in found)
+
+        lines.append(
+            (
+                f"`{method}`",
+                *map(value_of, of_method),
+                f"{100 * average('mean'):.1f}" if len(found) == len(by_task) else "–",
+                f"{average('trainable_parameters') / 1e6:.2f} M",
+                f"{average('total_parameters') / 1e6:.2f} M",
+                f"{average('disk_bytes') / 1e6:.0f} MB",
+                *cost_of(times.get(method)),
+            )
+        )
+    what = [f"- `{name}`: {METHODS[name].what}." for name in methods]
+    parts = [
+        table(head, lines),
+        "\n".join(what),
+        caption(by_task, conditions),
+        rates(methods, cells, conditions["grid_tasks"]),
+        f"`{conditions['command']}`",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def caption(by_task: dict[str, list[Row]], conditions: dict[str, Any]) -> str:
+    """Under which conditions all of it was measured."""
+    machine, versions = conditions["machine"], conditions["versions"]
+    commit = (conditions["commit"] or "none")[:12] + (" with changes" * conditions["dirty"])
+    sizes = []
+    for task, rows in by_task.items():
+        row = rows[0]
+        counts = sorted({len(row["seeds"]) for row in rows})
+        seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        size = f"{row['train_samples']:,} / {row['eval_samples']:,}"
+        sizes.append(
+            f"{get_task(task).folder} ({row['metric']}) {size}, "
+            f"{row['epochs']:g} epoch{'s' * (row['epochs'] != 1)}, "
+            f"{seeds} seed{'s' * (counts[-1] != 1)}"
+        )
+    return (
+        f"{conditions['model']}: mean ± standard deviation over seeds, in percent, on dev. Train / "
+        f"dev rows: {'; '.join(sizes)}. What is cut has nine tenths of its steps before the cut "
+        "and one after (`svd`, `dir`: two thirds and one), except `squeezed`, which has up to 10 "
+        f"rounds of 20 steps instead. Batch {conditions['batch_size']}, length "
+        f"{conditions['max_length']}, {conditions['precision']}. #Pr trained and #To all "
+        "parameters. Calibration draws from all training rows, without their labels. A step of 32 "
+        "texts of 64 tokens, the peak memory of the process (the device's on a GPU) after it, and "
+        "the latency of one text are medians, with nothing else running, "
+        f"{machine['threads']} threads. {machine.get('gpu', machine['cpu'])}; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"peft {versions['peft']}; commit {commit}."
+    )
+
+
+def rates(
+    methods: Sequence[str], cells: dict[tuple[str, str], Row], grid_tasks: dict[str, str]
+) -> str:
+    """The learning rates, a column for the tasks that share them."""
+    groups: dict[str, list[str]] = {}
+    for task, spokesman in grid_tasks.items():
+        groups.setdefault(spokesman, []).append(task)
+    if not methods:
+        return ""
+    lines = []
+    for method in methods:
+        found = [
+            next((cells[method, task] for task in tasks if (method, task) in cells), None)
+            for tasks in groups.values()
+        ]
+        written = (
+            " / ".join(f"{rate:g}" for rate in dict.fromkeys(row["rates"])) if row else "–"
+            for row in found
+        )
+        lines.append((f"`{method}`", *written))
+    heads = [", ".join(get_task(task).folder for task in tasks) for tasks in groups.values()]
+    judges = ", ".join(get_task(task).folder for task in groups)
+    return (
+        "Learning rates (of what is cut: before the cut, which is dense's, and after it), chosen "
+        f"with the first seed on held-out training rows of {judges}, where there was a choice:\n\n"
+    ) + table(("rates of", *heads), lines)
+
+
+def _by_task(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["task"], []).append(row)
+    return found
+
+
+def value_of(row: Row | None) -> str:
+    """A cell of the metric."""
+    if row is None:
+        return "–"
+    return f"{100 * row['mean']:.1f}" + ("" if row["sd"] is None else f" ± {100 * row['sd']:.1f}")
+
+
+def cost_of(times: Row | None) -> tuple[str, str, str]:
+    """The cells of what a method costs."""
+    if times is None:
+        return "–", "–", "–"
+    return (
+        f"{1e3 * times['step_seconds']:.0f} ms",
+        f"{times['peak_memory_bytes'] / 2**20:.0f} MiB",
+        f"{1e3 * times['latency_seconds']:.1f} ms",
+    )
