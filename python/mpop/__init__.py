@@ -11,7 +11,7 @@ from typing import Any
 if find_spec("transformers") is not None:  # without it, the command still says what to install
     from mpop.card import model_card
     from mpop.centres import dequantize_centres, quantize_centres
-    from mpop.checkpoint import load, save
+    from mpop.checkpoint import load, push_to_hub, save
     from mpop.compress import CompressionReport, compress, merge
     from mpop.config import CompressionConfig, MPOConfig
     from mpop.export import Exported, export
@@ -48,6 +48,7 @@ __all__ = [
     "model_card",
     "plot_spectra",
     "plot_trace",
+    "push_to_hub",
     "quantize_centres",
     "save",
     "squeeze",

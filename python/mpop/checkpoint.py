@@ -7,12 +7,14 @@ import fnmatch
 import inspect
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -296,6 +298,43 @@ def save(
             new.rename(path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload what `save` writes, in one commit, and return its address.
+
+    `model.push_to_hub` uploads the same weights under transformers' own card. The repository is
+    made where there is none; a card that it has already is kept.
+
+    Args:
+        repo_id: on the hub, `"user/name"`.
+        base_model, license: for the card; see `mpop.model_card`.
+        private: of a new repository; by default as the user's settings have it.
+        token: by default the one that `hf auth login` stored.
+
+    Raises:
+        ValueError: a model without MPO modules.
+        huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+    """
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, f"{folder}/model", base_model=base_model, license=license)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        kept = "README.md" if api.file_exists(repo_id, "README.md") else None
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=f"{folder}/model",
+            ignore_patterns=kept,
+            commit_message="Matrix product operators",
+        ).commit_url
 
 
 def _keep_others(old: Path, new: Path) -> None:
