@@ -16,35 +16,41 @@ Row = dict[str, Any]
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Metric against parameters, a panel a task, a colour a method; bars are one sd."""
+    """Metric against parameters: the mean over tasks, then a panel a task; bars are one sd."""
     from matplotlib.figure import Figure
 
     by_task = _by_task(rows)
-    # The last panel is the legend's.
-    columns = min(3, len(by_task) + 1)
-    lines = -(-(len(by_task) + 1) // columns)
-    drawn = Figure(figsize=(1 + 4 * columns, 3.6 * lines), layout="constrained")
-    panels = list(drawn.subplots(lines, columns, squeeze=False).flat)
-    colours = {name: f"C{k % 10}" for k, name in enumerate(METHODS)}
+    panels = {
+        f"{get_task(task).folder}, {of_task[0]['metric'].replace('_', ' ')}": of_task
+        for task, of_task in by_task.items()
+    }
+    if len(by_task) > 1:
+        panels = {"mean over tasks": _means(rows), **panels}
+    # The last one is the legend's.
+    columns = min(4, len(panels) + 1)
+    lines = -(-(len(panels) + 1) // columns)
+    drawn = Figure(figsize=(1 + 3.6 * columns, 3.6 * lines), layout="constrained")
+    axes = list(drawn.subplots(lines, columns, squeeze=False).flat)
     points = {}
-    for panel, (task, of_task) in zip(panels, by_task.items(), strict=False):
-        for row in of_task:
-            name = row["method"]
-            points[name] = panel.errorbar(
+    for axis, (title, shown) in zip(axes, panels.items(), strict=False):
+        for row in shown:
+            k = list(METHODS).index(row["method"])
+            points[row["method"]] = axis.errorbar(
                 row["total_parameters"] / 1e6,
                 100 * row["mean"],
                 100 * (row["sd"] or 0),
-                fmt="os^D"[list(METHODS).index(name) // 10],
-                color=colours[name],
+                fmt="os^D"[k // 10],
+                color=f"C{k % 10}",
             )
-        title = f"{get_task(task).folder}, {of_task[0]['metric'].replace('_', ' ')}"
-        panel.set(title=title, xlabel="parameters, millions", ylabel="on dev, %")
-    for panel in panels[len(by_task) :]:
-        panel.axis("off")
-    trained = {row["method"]: row["trainable_parameters"] / 1e6 for row in rows}
-    ordered = [name for name in METHODS if name in points]
-    labels = [f"{name} ({trained[name]:.2f} M trained)" for name in ordered]
-    panels[-1].legend([points[name] for name in ordered], labels, fontsize=8, loc="center")
+        axis.set(title=title, xlabel="parameters, millions", ylabel="on dev, %")
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    names = [name for name in METHODS if name in points]
+    labels = []
+    for name in names:
+        trained = _mean([row for row in rows if row["method"] == name], "trainable_parameters")
+        labels.append(f"{name} ({trained / 1e6:.2f} M trained)")
+    axes[-1].legend([points[name] for name in names], labels, fontsize=8, loc="center")
     drawn.savefig(path, dpi=130)
 
 
@@ -88,18 +94,14 @@ def markdown(rows: Sequence[Row], times: dict[str, Row], conditions: dict[str, A
     for method in methods:
         of_method = [cells.get((method, task)) for task in by_task]
         found = [row for row in of_method if row]
-
-        def average(name: str, found: Sequence[Row] = found) -> float:
-            return statistics.fmean(row[name] for row in found)
-
         lines.append(
             (
                 f"`{method}`",
                 *map(value_of, of_method),
-                f"{100 * average('mean'):.1f}" if len(found) == len(by_task) else "–",
-                f"{average('trainable_parameters') / 1e6:.2f} M",
-                f"{average('total_parameters') / 1e6:.2f} M",
-                f"{average('disk_bytes') / 1e6:.0f} MB",
+                f"{100 * _mean(found, 'mean'):.1f}" if len(found) == len(by_task) else "–",
+                f"{_mean(found, 'trainable_parameters') / 1e6:.2f} M",
+                f"{_mean(found, 'total_parameters') / 1e6:.2f} M",
+                f"{_mean(found, 'disk_bytes') / 1e6:.0f} MB",
                 *cost_of(times.get(method)),
             )
         )
@@ -176,6 +178,23 @@ def _by_task(rows: Iterable[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["task"], []).append(row)
+    return found
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return statistics.fmean(row[name] for row in rows)
+
+
+def _means(rows: Sequence[Row]) -> list[Row]:
+    """One row a method that has every task; seeds are drawn for each task by itself."""
+    tasks = {row["task"] for row in rows}
+    found = []
+    for method in METHODS:
+        of_method = [row for row in rows if row["method"] == method]
+        if len(of_method) == len(tasks):
+            sd = sum((row["sd"] or 0) ** 2 for row in of_method) ** 0.5 / len(tasks)
+            averages = {name: _mean(of_method, name) for name in ("mean", "total_parameters")}
+            found.append({"method": method, "sd": sd, **averages})
     return found
 
 
