@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 TRITON := 3.7.1
 OLDEST_TRITON := 3.5.1
 
-.PHONY: demo test test-vllm lint docs bench clean
+.PHONY: demo test test-vllm lint docs bench dist clean
 
 demo: $(READY)
 	$(BIN)/python -m mpop.demo $(DEMO_ARGS)
@@ -32,6 +32,9 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench --output bench/results/cpu.json
+
+dist: $(READY)
+	$(BIN)/python -m tools.release
 
 # torch is pinned for development only; the demo's encoder comes without its own requirements.
 $(READY): pyproject.toml setup.py

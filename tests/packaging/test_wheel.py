@@ -3,61 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import cuda_report, gpu_gate
+from tools.release import (
+    TOOLS,
+    WITH_CUDA,
+    WITHOUT_CUDA,
+    build_sdist,
+    build_wheel,
+    installed,
+    run_bare,
+)
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("nvcc", "cmake", "ninja")
-
-
-def run(*command: str | Path, **changed: Any) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, **changed)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sdist")
-    environment = {**os.environ, "MPO_KERNELS_BUILD_CUDA": "0"}
-    run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT, env=environment)
-    (found,) = folder.iterdir()
-    return found
-
-
-def wheel_of(sdist: Path, folder: Path, **environment: str) -> Path:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, sdist]
-    run(*command, env={**os.environ, **environment})
-    (found,) = folder.iterdir()
-    return found
+    return build_sdist(ROOT, tmp_path_factory.mktemp("sdist"))
 
 
 @pytest.fixture(scope="session")
 def release(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         pytest.skip(f"the CUDA kernels are compiled where there is {', '.join(missing)}")
-    settings = {"MPO_KERNELS_BUILD_CUDA": "1", "MPO_KERNELS_CUDA_ARCHITECTURES": "release"}
-    return wheel_of(sdist, tmp_path_factory.mktemp("release"), **settings)
-
-
-def clean_environment(folder: Path, wheel: Path) -> Path:
-    """Python of a new environment with the wheel; torch is seen, our checkout is not."""
-    run(sys.executable, "-m", "venv", "--without-pip", folder)
-    python = folder / "bin" / "python"
-    (site,) = folder.glob("lib/python*/site-packages")
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel)
-    # A folder named in a .pth file is searched, its own .pth files (our checkout) are not.
-    (site / "torch.pth").write_text(sysconfig.get_path("purelib"))
-    return python
+    return build_wheel(sdist, tmp_path_factory.mktemp("release"), WITH_CUDA)
 
 
 USE = """
@@ -84,14 +61,14 @@ print(json.dumps(found))
 
 
 def used(python: Path) -> dict[str, Any]:
-    return json.loads(run(python, "-c", USE, env={"PATH": "/usr/bin:/bin"}, cwd=python.parent))
+    return json.loads(run_bare(python, "-c", USE, cwd=python.parent))
 
 
 def test_a_release_serves_every_architecture_and_imports_anywhere(
     release: Path, tmp_path: Path
 ) -> None:
     assert cuda_report.main([str(release), "--check"]) == 0
-    found = used(clean_environment(tmp_path / "clean", release))
+    found = used(installed(release, tmp_path / "clean"))
     assert found["file"].startswith(str(tmp_path)) and not found["started"]
     assert found["shape"] == [2, 6]
     assert found["extension"][0] == 1 and found["extension"][1] >= 1
@@ -101,9 +78,9 @@ def test_a_release_serves_every_architecture_and_imports_anywhere(
 
 
 def test_a_wheel_without_kernels_is_whole(sdist: Path, tmp_path: Path) -> None:
-    wheel = wheel_of(sdist, tmp_path / "wheel", MPO_KERNELS_BUILD_CUDA="0")
+    wheel = build_wheel(sdist, tmp_path / "wheel", WITHOUT_CUDA)
     assert wheel.name.endswith("-none-any.whl")
-    found = used(clean_environment(tmp_path / "clean", wheel))
+    found = used(installed(wheel, tmp_path / "clean"))
     assert found["extension"] is None and found["shape"] == [2, 6]
 
 
