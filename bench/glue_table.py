@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from bench import facts
-from bench.glue_report import figure, markdown, trace
+from bench.glue_report import figure, markdown, tasks_figure, trace
 from bench.methods import METHODS
 from mpop.demo import default_model
 from mpop.glue import TASKS, get_task
@@ -435,6 +435,7 @@ def main(argv: Sequence[str]) -> None:
         (Path(options.output) / "table.md").write_text(text, encoding="utf-8")
         if rows:
             figure(rows, Path(options.output) / "table.png")
+            tasks_figure(rows, Path(options.output) / "tasks.png")
         if rounds := bench.rounds():
             lines = "".join(f"{json.dumps(each)}\n" for each in rounds)
             (Path(options.output) / "trace.jsonl").write_text(lines, encoding="utf-8")
