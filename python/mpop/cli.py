@@ -403,7 +403,7 @@ def _add_export(commands: Any) -> None:
 
 def _compress(model: str, output: str, **options: Any) -> tuple[dict[str, Any], str]:
     import mpop
-    from mpop.pretrained import check_output, load_as_saved
+    from mpop.pretrained import check_output, copy_companions, load_as_saved
 
     check_output(output, model)
     ranks = options["ranks"]
@@ -421,7 +421,7 @@ def _compress(model: str, output: str, **options: Any) -> tuple[dict[str, Any], 
     loaded = load_as_saved(model)
     report = mpop.compress(loaded, config, batches)
     mpop.save(loaded, output)
-    _copy_tokenizer(model, output)
+    copy_companions(model, output)
     return {"model": model, "output": output, **report.to_dict()}, str(report)
 
 
@@ -439,12 +439,12 @@ def _inspect(model: str, plot: str | None) -> tuple[dict[str, Any], str]:
 
 def _merge(model: str, output: str) -> tuple[dict[str, Any], str]:
     import mpop
-    from mpop.pretrained import check_output, load_as_saved
+    from mpop.pretrained import check_output, copy_companions, load_as_saved
 
     check_output(output, model)
     merged = mpop.merge(load_as_saved(model))
     merged.save_pretrained(output)
-    _copy_tokenizer(model, output)
+    copy_companions(model, output)
     total = mpop.count_parameters(merged).total
     result = {"model": model, "output": output, "total_parameters": total}
     return result, f"{output}: a dense {type(merged).__name__} with {total:,} parameters"
@@ -453,23 +453,15 @@ def _merge(model: str, output: str) -> tuple[dict[str, Any], str]:
 def _export(model: str, output: str, format: str) -> tuple[dict[str, Any], str]:
     import mpop
     from mpop.export import check_request
-    from mpop.pretrained import load_as_saved
+    from mpop.pretrained import copy_companions, load_as_saved
 
     check_request(Path(output), format)
     made = mpop.export(load_as_saved(model).float(), output, format)
     if format == "onnx":
-        _copy_tokenizer(model, output)
+        copy_companions(model, output)
     result = {"model": model, "output": output, "format": format, **made._asdict()}
     text = f"{output}: {made.bytes / 1e6:.1f} MB, outputs within {made.error:.1e} of the model's"
     return result, text
-
-
-def _copy_tokenizer(model: str, output: str) -> None:
-    from mpop.pretrained import load_tokenizer
-
-    # A checkpoint may well have none.
-    with contextlib.suppress(OSError, ValueError):
-        load_tokenizer(model).save_pretrained(output)
 
 
 def _finetune(model: str, **options: Any) -> tuple[dict[str, Any], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.exc import InductorError
 from torch.export import Dim, ExportedProgram
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mpo_kernels.export import DECOMPOSITIONS
 from mpop.modules import mpo_matrices
@@ -214,6 +215,7 @@ def _to_onnx(module: _Named, folder: Path) -> Run:
     vars(config).pop("quantization_config", None)
     config.architectures = [type(module.model).__name__]
     config.save_pretrained(folder)
+    _spell_out(config, folder / "config.json")
     first, *others = module.inputs
     # Left as it is: optimised, the file would hold products of cores beside or instead of cores.
     made = torch.onnx.export(
@@ -235,6 +237,21 @@ def _to_onnx(module: _Named, folder: Path) -> Run:
         return torch.from_numpy(session.run([module.output], arrays)[0])
 
     return run
+
+
+def _spell_out(config: PreTrainedConfig, file: Path) -> None:
+    """Write what transformers leaves to its defaults and other names, and others need to be told.
+
+    text-embeddings-inference looks for a classifier's labels, of which transformers leaves out two
+    unnamed ones, and for sizes that DistilBERT has under names of its own (router/src/lib.rs and
+    backends/ort/src/lib.rs there).
+    """
+    written = json.loads(file.read_text(encoding="utf-8"))
+    names = ["id2label", "label2id"]
+    if config.model_type == "distilbert":
+        names += ["hidden_size", "num_hidden_layers"]
+    written |= {name: getattr(config, name) for name in names}
+    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _to_pt2(module: _Named, file: Path) -> Run:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -21,6 +25,10 @@ from transformers import (
 
 import mpop
 from mpop.glue import Task, hub_reachable
+
+# sentence-transformers' list of modules, and its settings in files beside it.
+_MODULES = "modules.json"
+_SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
 
 
 def check_output(output: str | Path, source: str | Path | None = None) -> None:
@@ -46,6 +54,36 @@ def is_compressed(source: str | Path) -> bool:
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer."""
     return _from_pretrained(AutoTokenizer, source)
+
+
+def copy_companions(source: str | Path, output: str | Path) -> None:
+    """Copy the tokenizer, and what makes a folder a sentence-transformers model, where there are.
+
+    Of the latter every module but the transformer itself: how tokens are pooled, most of all.
+    """
+    output = Path(output)
+    with contextlib.suppress(OSError, ValueError):
+        load_tokenizer(source).save_pretrained(output)
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            patterns = [_MODULES, *_SETTINGS, "[0-9]*_*/*"]
+            folder = Path(
+                snapshot_download(
+                    str(source), allow_patterns=patterns, local_files_only=not hub_reachable()
+                )
+            )
+        except (OSError, ValueError):
+            return
+    if not (folder / _MODULES).is_file():
+        return
+    modules = json.loads((folder / _MODULES).read_text(encoding="utf-8"))
+    for name in (_MODULES, *(path.name for glob in _SETTINGS for path in folder.glob(glob))):
+        shutil.copyfile(folder / name, output / name)
+    for path in (Path(module.get("path", "")) for module in modules):
+        # A module without settings has no files, and perhaps no folder.
+        if len(path.parts) == 1 and path.name != ".." and (folder / path).is_dir():
+            shutil.copytree(folder / path, output / path, dirs_exist_ok=True)
 
 
 def load_as_saved(source: str | Path) -> PreTrainedModel:

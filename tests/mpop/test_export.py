@@ -13,7 +13,11 @@ import tiny_models
 import torch
 import transformers as hf
 from onnxruntime import InferenceSession
-from tiny_glue import last_json
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from tiny_glue import last_json, save_bert
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 import mpop
@@ -163,6 +167,105 @@ def test_a_real_encoder_at_half_its_size(tmp_path, capsys):
         expected = model(**tokens).last_hidden_state
     (found,) = InferenceSession(file).run(["last_hidden_state"], arrays(tokens))
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+class TextEmbeddingsInference:
+    """A folder as text-embeddings-inference reads it: a sketch of its router/src/lib.rs (what is
+    required of which file) and backends/ort/src/lib.rs (the session, its inputs and outputs).
+    """
+
+    def __init__(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        assert isinstance(config["model_type"], str)
+        assert isinstance(config.get("n_positions", config.get("max_position_embeddings")), int)
+        for name, other in (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer")):
+            # Both would be refused as the same field twice.
+            assert (name in config) != (other in config)
+        self.pad = config.get("pad_token_id") or 0
+        self.is_classifier = config["architectures"][0].endswith("Classification")
+        if self.is_classifier:
+            assert {config["label2id"][v]: k for k, v in config["id2label"].items()} == {
+                i: str(i) for i in range(len(config["id2label"]))
+            }
+        else:
+            pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+            mode = pooling.get("pooling_mode")
+            assert mode == "mean" or pooling["pooling_mode_mean_tokens"]
+        sides = json.loads((folder / "tokenizer_config.json").read_text())
+        assert sides.get("padding_side", "right") == "right"
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        file = folder / "model.onnx"
+        self.session = InferenceSession(file if file.exists() else folder / "onnx" / "model.onnx")
+
+    def __call__(self, texts):
+        """Unit embeddings, or logits."""
+        encodings = self.tokenizer.encode_batch(texts)
+        longest = max(len(encoding.ids) for encoding in encodings)
+
+        def padded(name, value):
+            rows = [getattr(encoding, name) for encoding in encodings]
+            return np.array([row + [value] * (longest - len(row)) for row in rows], np.int64)
+
+        mask = padded("attention_mask", 0)
+        inputs = {"input_ids": padded("ids", self.pad), "attention_mask": mask}
+        names = {taken.name for taken in self.session.get_inputs()}
+        if "token_type_ids" in names:
+            inputs["token_type_ids"] = padded("type_ids", 0)
+        if "position_ids" in names:
+            inputs["position_ids"] = np.tile(np.arange(longest), (len(texts), 1))
+        if self.is_classifier:
+            return self.session.run(["logits"], inputs)[0]
+        (hidden,) = self.session.run(["last_hidden_state"], inputs)
+        embeddings = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+
+
+TEXTS = ["the film is good .", "a dog"]
+
+
+def test_embeddings_as_text_embeddings_inference_serves_them(tmp_path):
+    words = Transformer(str(save_bert(tmp_path / "bert", dropout=0.0)))
+    modules = [words, Pooling(words.get_embedding_dimension(), "mean"), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "dense"))
+    half, output = tmp_path / "half", tmp_path / "onnx"
+    compress = ["compress", "--model", str(tmp_path / "dense"), "--compression", "0.5"]
+    assert main([*compress, "--output", str(half)]) == 0
+    assert main(["export", "--model", str(half), "--format", "onnx", "--output", str(output)]) == 0
+    encoder = SentenceTransformer(str(half), device="cpu")
+    assert list(mpo_modules(encoder[0].model))
+    found = TextEmbeddingsInference(output)(TEXTS)
+    np.testing.assert_allclose(found, encoder.encode(TEXTS), rtol=1e-4, atol=1e-5)
+    again = hf.AutoConfig.from_pretrained(output)
+    assert again.hidden_size == 32 and again.num_labels == 2
+
+
+def test_modules_of_sentence_transformers_stay_in_their_folder(tmp_path):
+    source, output = save_bert(tmp_path / "in" / "bert"), tmp_path / "out"
+    (tmp_path / "in" / "outside").mkdir()
+    (tmp_path / "in" / "outside" / "config.json").write_text("{}")
+    paths = ["", "../outside", "..", str(tmp_path / "in" / "outside"), "2_Normalize"]
+    (source / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
+    compress = ["compress", "--model", str(source), "--output", str(output)]
+    assert main([*compress, "--compression", "0.5"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert not any(path.is_dir() for path in output.iterdir())
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2"])
+def test_a_classifier_as_text_embeddings_inference_serves_it(name, tmp_path):
+    model = compressed(name)
+    mpop.export(model, tmp_path, "onnx")
+    source = save_bert(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(tmp_path)
+    tokens = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**{key: tokens[key] for key in NAMES[name]}).logits
+    found = TextEmbeddingsInference(tmp_path)(TEXTS)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    again = hf.AutoConfig.from_pretrained(tmp_path)
+    assert again.hidden_size == 24 and again.id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
 
 def test_a_program_of_other_outputs_is_not_written(tmp_path, monkeypatch):
