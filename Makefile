@@ -1,14 +1,15 @@
 # Two commands: `make demo` and `make test`. Both make their own environment first.
-# `make test-vllm` makes another, with a vLLM that runs on a CPU.
+# `make test-vllm` and `make test-sglang` make others, with a vLLM and an SGLang that run on a CPU.
 VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
+VENV_SGLANG ?= .venv-sglang
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # The kernels' tiles are chosen for the first; the second must build them as well.
 TRITON := 3.7.1
 OLDEST_TRITON := 3.5.1
 
-.PHONY: demo test test-vllm lint docs bench dist clean
+.PHONY: demo test test-vllm test-sglang lint docs bench dist clean
 
 demo: $(READY)
 	$(BIN)/python -m mpop.demo $(DEMO_ARGS)
@@ -19,6 +20,9 @@ test: lint
 
 test-vllm: $(VENV_VLLM)/.ready
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm --timeout 600
+
+test-sglang: $(VENV_SGLANG)/.ready
+	$(VENV_SGLANG)/bin/python -m pytest tests/sglang --timeout 600
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -56,5 +60,15 @@ $(VENV_VLLM)/.ready: pyproject.toml setup.py
 	MPO_KERNELS_BUILD_CUDA=0 $(VENV_VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# Without its own requirements, which are for GPUs; it asks for torch 2.14.1.
+$(VENV_SGLANG)/.ready: pyproject.toml setup.py tests/sglang/requirements.txt
+	python3 -m venv $(VENV_SGLANG)
+	$(VENV_SGLANG)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV_SGLANG)/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV_SGLANG)/bin/python -m pip install --quiet --requirement tests/sglang/requirements.txt
+	$(VENV_SGLANG)/bin/python -m pip install --quiet --no-deps sglang==0.5.23
+	MPO_KERNELS_BUILD_CUDA=0 $(VENV_SGLANG)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_SGLANG) build dist *.egg-info

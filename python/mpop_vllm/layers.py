@@ -1,272 +1,29 @@
-"""Layers of vLLM whose matrices are held as cores, each process with its share of them.
-
-A share is a range of the most significant digit of the outputs (column-parallel) or of the inputs
-(row-parallel), so one core is cut and the others are whole in every process.
-"""
+"""The methods with vLLM's base class, and how its layers know their place."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.linear import LinearMethodBase
 
-from mpo_kernels import MPOShape, mpo_embedding, mpo_linear
-from mpo_kernels.linear import merged_for
-from mpo_kernels.shape import leading_digit
-
-if TYPE_CHECKING:
-    from mpop.config import ModuleSpec
-
-# What vLLM calls the matrices of a fused layer.
-_INDICES = {None: 0, "q": 0, "k": 1, "v": 2}
+from mpop_serving.layers import LinearMethod, Place, VocabularyMethod
 
 
-def _share(layer: LinearBase, name: str, total: int, size: int) -> range:
-    """The ``size`` of ``total`` features that this process holds; several may hold the same."""
-    shares, rest = divmod(total, size)
-    if rest or layer.tp_size % shares:
-        raise ValueError(
-            f"{name}: expected {size} features in each of {layer.tp_size} processes by the model, "
-            f"got {total} in the checkpoint"
-        )
-    start = layer.tp_rank // (layer.tp_size // shares) * size
-    return range(start, start + size)
+def _place(layer: Any) -> Place:
+    return Place(layer.tp_rank, layer.tp_size)
 
 
-class _Dense:
-    """One matrix ``[out, in]`` of a fused layer that is dense in the checkpoint."""
+class MPOLinearMethod(LinearMethod, LinearMethodBase):
+    """A linear layer of vLLM; see :class:`mpop_serving.layers.LinearMethod`."""
 
-    tensors = ("weight",)
-
-    def __init__(self, name: str, layer: LinearBase, in_size: int, out_size: int) -> None:
-        self.name, self.layer, self.in_size, self.out_size = name, layer, in_size, out_size
-
-    def cut(self, tensor: str, weight: Tensor) -> Tensor:
-        """What this process holds of a tensor of the checkpoint."""
-        rows = _share(self.layer, self.name, weight.shape[0], self.out_size)
-        columns = _share(self.layer, self.name, weight.shape[1], self.in_size)
-        return weight[rows.start : rows.stop, columns.start : columns.stop]
-
-    def parts(self, held: Sequence[Tensor]) -> list[Tensor]:
-        """What computes, from what was cut."""
-        return list(held)
-
-    def __call__(self, x: Tensor, parts: list[Tensor]) -> Tensor:
-        return F.linear(x, parts[0])
+    place = staticmethod(_place)
 
 
-class _Cores:
-    """One matrix of the checkpoint as cores, of which this process has ranges of features."""
+class MPOVocabularyMethod(VocabularyMethod, LinearMethodBase):
+    """An embedding or head of vLLM; see :class:`mpop_serving.layers.VocabularyMethod`."""
 
-    def __init__(
-        self, name: str, shape: MPOShape, inputs: Sequence[range], outputs: Sequence[range]
-    ) -> None:
-        self.name, self.shape = name, shape
-        self.tensors = tuple(f"cores.{k}" for k in range(shape.num_cores))
-        self.in_features, self.out_features = sum(map(len, inputs)), sum(map(len, outputs))
-        self.in_digits = self._digits(shape.in_factors, shape.in_features, inputs)
-        self.out_digits = self._digits(shape.out_factors, shape.out_features, outputs)
+    place = staticmethod(_place)
 
-    def _digits(
-        self, factors: Sequence[int], features: int, ranges: Sequence[range]
-    ) -> tuple[str, list[int]]:
-        """The core that has the most significant digit, and its values within the ranges."""
-        core = leading_digit(factors)
-        step = math.prod(factors[core + 1 :])
-        digits = list(range(factors[core]))
-        if sum(map(len, ranges)) < features:
-            bounds = {bound for each in ranges for bound in (each.start, each.stop)}
-            if any(bound % step for bound in bounds):
-                parts = features // math.gcd(features, *bounds)
-                raise ValueError(
-                    f"{self.name}: expected factors of {features} whose first {parts} divides, "
-                    f"got {tuple(factors)}: compress with tensor_parallel={parts} (mpop compress "
-                    f"--tensor-parallel {parts}) or serve on fewer devices"
-                )
-            digits = [d for r in ranges for d in range(r.start // step, r.stop // step)]
-        return self.tensors[core], digits
-
-    def cut(self, tensor: str, core: Tensor) -> Tensor:
-        """What this process holds of a tensor of the checkpoint."""
-        expected = self.shape.core_shapes[self.tensors.index(tensor)]
-        if tuple(core.shape) != expected:
-            raise ValueError(
-                f"{self.name}.{tensor}: expected {list(expected)} by the configuration, "
-                f"got {list(core.shape)} in the file"
-            )
-        for dim, (cut, digits) in enumerate((self.in_digits, self.out_digits), start=1):
-            if tensor == cut and len(digits) < core.shape[dim]:
-                core = core.index_select(dim, torch.tensor(digits))
-        return core
-
-    def parts(self, held: Sequence[Tensor]) -> list[Tensor]:
-        """What computes, from what was cut: merged for one row, which takes little memory."""
-        return merged_for(held, 1, self.in_features, self.out_features)
-
-    def __call__(self, x: Tensor, parts: list[Tensor]) -> Tensor:
-        return mpo_linear(x, parts, in_features=self.in_features, out_features=self.out_features)
-
-
-class _MPOMethod(LinearMethodBase):
-    """Loads a layer's matrices and holds what computes in ``layer.parts``."""
-
-    def _expect(self, layer: Any, matrices: Sequence[_Dense | _Cores], dtype: torch.dtype) -> None:
-        """Give the layer the parameters that vLLM looks for; they stay empty."""
-        self.matrices = matrices
-        self.held: list[dict[str, Tensor]] = [{} for _ in matrices]
-
-        def parameter(tensor: str) -> nn.Parameter:
-            empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-            empty.weight_loader = partial(self._load, tensor)  # type: ignore[attr-defined]
-            return empty
-
-        most = max(m.shape.num_cores for m in matrices if isinstance(m, _Cores))
-        layer.cores = nn.ParameterList(parameter(f"cores.{k}") for k in range(most))
-        if any(isinstance(matrix, _Dense) for matrix in matrices):
-            layer.weight = parameter("weight")
-
-    def _load(
-        self, tensor: str, like: Tensor, loaded: Tensor, shard: str | int | None = None
-    ) -> None:
-        index = shard if isinstance(shard, int) else _INDICES[shard]
-        matrix = self.matrices[index]
-        if tensor not in matrix.tensors:
-            raise ValueError(f"{matrix.name}.{tensor}: not expected by the configuration")
-        self.held[index][tensor] = matrix.cut(tensor, loaded).to(
-            like.device, like.dtype, copy=True, memory_format=torch.contiguous_format
-        )
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        layer.parts = nn.ModuleList()
-        for matrix, held in zip(self.matrices, self.held, strict=True):
-            for tensor in matrix.tensors:
-                if tensor not in held:
-                    raise ValueError(f"{matrix.name}.{tensor}: missing from the checkpoint")
-            parts = matrix.parts([held.pop(tensor) for tensor in matrix.tensors])
-            layer.parts.append(nn.ParameterList(nn.Parameter(p, False) for p in parts))
-
-
-class MPOLinearMethod(_MPOMethod):
-    """A linear layer, or several that vLLM fuses: each with factors of its own, or dense.
-
-    Args:
-        matrices: name and shape of each fused matrix in the checkpoint, None for a dense one. A
-            single one may span all that are fused.
-    """
-
-    def __init__(self, matrices: Sequence[tuple[str, ModuleSpec | None]]) -> None:
-        self.fused = matrices
-
-    def create_weights(
-        self,
-        layer: LinearBase,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **unused: Any,
-    ) -> None:
-        """Check that the matrices can be cut; memory is taken when they are loaded.
-
-        Raises:
-            ValueError: sizes that are not the model's, or factors that do not divide.
-        """
-        sizes, in_size = output_partition_sizes, input_size_per_partition
-        if len(self.fused) not in (1, len(sizes)):
-            names = [name for name, _ in self.fused]
-            raise ValueError(f"{names}: expected {len(sizes)} matrices that the model fuses")
-        spans = [sizes] if len(self.fused) == 1 else [[size] for size in sizes]
-        matrices: list[_Dense | _Cores] = []
-        for (name, spec), span in zip(self.fused, spans, strict=True):
-            if spec is None:
-                matrices.append(_Dense(name, layer, in_size, sum(span)))
-                continue
-            ins, outs = spec.shape.in_features, spec.shape.out_features
-            _share(layer, name, outs, sum(span))
-            outputs, start = [], 0
-            for size in span:
-                whole = size * (outs // sum(span))
-                share = _share(layer, name, whole, size)
-                outputs.append(range(start + share.start, start + share.stop))
-                start += whole
-            inputs = [_share(layer, name, ins, in_size)]
-            matrices.append(_Cores(name, spec.shape, inputs, outputs))
-        self._expect(layer, matrices, params_dtype)
-
-    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x [..., in] -> [..., out]``, this process's share of both."""
-        outputs = [
-            matrix(x, list(parts)) for matrix, parts in zip(self.matrices, layer.parts, strict=True)
-        ]
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return y if bias is None else y + bias
-
-
-class MPOVocabularyMethod(_MPOMethod):
-    """A word embedding and the head tied to it, or a head of its own.
-
-    Every process holds all cores, since vLLM cuts the vocabulary at no digit, and computes its
-    range of the ids.
-    """
-
-    def __init__(self, name: str, spec: ModuleSpec) -> None:
-        self.name, self.shape = name, spec.shape
-        self.is_table = spec.kind == "embedding"
-
-    def create_weights(
-        self,
-        layer: VocabParallelEmbedding,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **unused: Any,
-    ) -> None:
-        """Memory is taken when the cores are loaded.
-
-        Raises:
-            ValueError: sizes that are not the model's.
-        """
-        found = (self.shape.in_features, self.shape.out_features)
-        size = (layer.org_vocab_size, layer.embedding_dim)
-        expected = size if self.is_table else size[::-1]
-        if found != expected:
-            raise ValueError(f"{self.name}: expected {expected} by the model, got {found}")
-        whole = [[range(features)] for features in found]
-        self._expect(layer, [_Cores(self.name, self.shape, *whole)], params_dtype)
-
-    def tie_weights(self, layer: Any, embed_tokens: VocabParallelEmbedding) -> Any:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """The embedding computes the logits as well, from the same cores."""
         return embed_tokens
-
-    def embedding(self, layer: VocabParallelEmbedding, ids: Tensor) -> Tensor:
-        """``ids [...]``, counted from the first of this process, ``-> [..., dim]``."""
-        rows, columns = self.shape.in_features, self.shape.out_features
-        if layer.tp_size > 1:
-            # Ids of other processes come as 0, and vLLM drops their rows.
-            ids = (ids + layer.shard_indices.org_vocab_start_index).clamp(max=rows - 1)
-        return mpo_embedding(ids, list(layer.parts[0]), num_embeddings=rows, embedding_dim=columns)
-
-    def apply(self, layer: VocabParallelEmbedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits ``[..., ids]`` of the ids of this process, padded as vLLM pads them."""
-        cores = list(layer.parts[0])
-        if self.is_table:
-            cores = [core.transpose(1, 2) for core in cores]
-        factors = [core.shape[2] for core in cores]
-        size, lead = layer.num_embeddings_per_partition, leading_digit(factors)
-        step = math.prod(factors[lead + 1 :])
-        start = layer.tp_rank * size
-        first = min(start // step, factors[lead] - 1)
-        cores[lead] = cores[lead][:, :, first : -(-(start + size) // step)]
-        y = mpo_linear(x, cores, in_features=layer.embedding_dim)[..., start - first * step :]
-        y = F.pad(y[..., :size], (0, max(0, size - y.shape[-1])))
-        return y if bias is None else y + bias

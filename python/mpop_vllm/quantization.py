@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
+from mpop_serving.names import find, fused, table
 from mpop_vllm.layers import MPOLinearMethod, MPOVocabularyMethod
 
 if TYPE_CHECKING:
@@ -65,43 +65,37 @@ class MPOQuantizationConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.specs = hf_to_vllm_mapper.apply_dict(self.specs)
 
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Refuse what vLLM would only miss when it loads the weights, in another process.
+
+        Raises:
+            ValueError: a classifier's pooler as cores, of which vLLM builds a dense one.
+        """
+        architectures = getattr(hf_config, "architectures", None) or []
+        poolers = [name for name in self.specs if name.endswith("pooler.dense")]
+        if poolers and any(name.endswith("ForSequenceClassification") for name in architectures):
+            raise ValueError(
+                f"{poolers[0]}: expected to be dense in a classifier that vLLM serves: compress "
+                "with exclude=('*pooler.dense',) (mpop compress --exclude '*pooler.dense')"
+            )
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer is held; the prefix is its name, which some models leave empty."""
         if isinstance(layer, LinearBase):
-            return self._linear_method(prefix)
+            matrices = fused(self.specs, prefix, self.packed_modules_mapping)
+            return MPOLinearMethod(matrices) if matrices else UnquantizedLinearMethod()
         if not isinstance(layer, VocabParallelEmbedding):
             return None
         is_head = isinstance(layer, ParallelLMHead)
-        if is_head and (found := self._find(prefix)):
+        if is_head and (found := find(self.specs, prefix)):
             return MPOVocabularyMethod(*found)
         model_config = get_current_vllm_config().model_config
         if is_head and not model_config.hf_text_config.tie_word_embeddings:
             return None
-        size = (layer.org_vocab_size, layer.embedding_dim)
-        for name, spec in self.specs.items():
-            if (spec.kind, spec.shape.in_features, spec.shape.out_features) == ("embedding", *size):
-                return MPOVocabularyMethod(name, spec)
-        return None
-
-    def _linear_method(self, prefix: str) -> QuantizeMethodBase:
-        parent, _, leaf = prefix.rpartition(".")
-        if leaf == "qkv_proj":
-            # BERT's self-attention is built under the name of its neighbour.
-            parent = re.sub(r"\.attention\.output$", ".attention.self", parent)
-        names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
-        found = [self._find(name) for name in names]
-        if not any(found):
-            return UnquantizedLinearMethod()
-        return MPOLinearMethod(
-            [matrix or (name, None) for name, matrix in zip(names, found, strict=True)]
-        )
-
-    def _find(self, name: str) -> tuple[str, ModuleSpec] | None:
-        """The matrix of this name, which a bare model has with a shorter or longer prefix."""
-        for known, spec in self.specs.items():
-            if known == name or name.endswith(f".{known}") or known.endswith(f".{name}"):
-                return known, spec
-        return None
+        found = table(self.specs, (layer.org_vocab_size, layer.embedding_dim))
+        return MPOVocabularyMethod(*found) if found else None
 
 
 class MPOVocabParallelEmbedding(VocabParallelEmbedding):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,33 @@ def test_factors_that_do_not_divide_say_what_to_do(
     with pytest.raises(RuntimeError), served(tmp_path / "model", enforce_eager=True, **devices):
         pass
     assert "mpop compress --tensor-parallel 2" in capfd.readouterr().out  # of the processes
+
+
+def newer(config: dict[str, Any]) -> None:
+    config["quantization_config"]["version"] += 1
+
+
+def as_it_is(config: dict[str, Any]) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (newer, "format version 2.*reads 1 to 1: upgrade mpop"),
+        (as_it_is, r"bert.pooler.dense: .*mpop compress --exclude '\*pooler.dense'"),
+    ],
+)
+def test_said_where_vllm_is_called(
+    edit: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
+) -> None:
+    save(tmp_path, "bert-classifier")
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    edit(config)
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message), served(tmp_path, runner="pooling"):
+        pass
 
 
 def test_the_server(tmp_path: Path) -> None:

@@ -89,6 +89,25 @@ def test_embeddings(case: str, eager: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(embedding), want, rtol=0, atol=1e-5)
 
 
+def test_pooled_as_the_folder_says(tmp_path: Path) -> None:
+    """`mpop compress` keeps these files of a sentence-transformers model."""
+    model = save(tmp_path, "bert", compression=0.7)
+    types = ("Transformer", "Pooling", "Normalize")
+    modules = [
+        {"path": path, "type": f"sentence_transformers.models.{name}"}
+        for path, name in zip(("", "1_Pooling", "2_Normalize"), types, strict=True)
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    with served(tmp_path, enforce_eager=True, runner="pooling") as llm:
+        found = [output.outputs.embedding for output in llm.embed(PROMPTS, use_tqdm=False)]
+    for embedding, prompt in zip(found, PROMPTS, strict=True):
+        mean = model(torch.tensor([ids_of(prompt)])).last_hidden_state[0].mean(0)
+        want = torch.nn.functional.normalize(mean, dim=0)
+        torch.testing.assert_close(torch.tensor(embedding), want, rtol=0, atol=1e-5)
+
+
 def test_a_classifier_whose_pooler_is_dense(tmp_path: Path) -> None:
     options = {"compression": 0.7, "exclude": ["*pooler.dense"]}
     model = save(tmp_path / "model", "bert-classifier", **options)
