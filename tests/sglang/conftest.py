@@ -1,60 +1,15 @@
-"""SGLang's layers in this one process, on a CPU, without what it has only for GPUs."""
+"""SGLang's groups of this one process."""
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import os
-import sys
 from collections.abc import Iterator
-from types import ModuleType
-from unittest.mock import MagicMock
 
 import pytest
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SGLANG_USE_CPU_ENGINE": "1"}
-
-
-class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Packages that SGLang's modules import names from and these tests never call."""
-
-    packages = ("sgl_kernel", "torchvision")
-
-    def find_spec(
-        self, name: str, path: object = None, target: object = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] not in self.packages:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__getattr__ = lambda name: MagicMock()  # type: ignore[method-assign]
-
-
-sys.meta_path.insert(0, _Absent())
+from without_kernels import start, stop
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_process() -> Iterator[None]:
-    """SGLang's configuration, and its groups of one process."""
-    from sglang.srt.distributed import parallel_state
-    from sglang.srt.runtime_context import SpawnRanks, publish
-    from sglang.srt.server_args import ServerArgs
-
-    publish(
-        ServerArgs(model_path="dummy", device="cpu"), role="test", ranks=SpawnRanks(world_rank=0)
-    )
-    parallel_state.init_distributed_environment(
-        backend="gloo",
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method="tcp://127.0.0.1:0",
-    )
-    parallel_state.initialize_model_parallel()
+    start()
     yield
-    parallel_state.destroy_model_parallel()
-    parallel_state.destroy_distributed_environment()
+    stop()

@@ -1,12 +1,7 @@
-"""SGLang's own models, with their cores loaded, give transformers' logits; attention apart.
-
-SGLang's attention needs its scheduler and cache of keys and values: torch's takes its place, one
-whole prompt at a time.
-"""
+"""SGLang's own models, with their cores loaded, give transformers' logits; attention apart."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,55 +9,23 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import sglang.srt.layers.quantization as quantization
 import torch
-import transformers as hf
 from safetensors.torch import load_file, save_file
+from served import VOCABULARY, load, logits, save
 from sglang.srt.arg_groups.choices import QUANTIZATION_CHOICES
-from sglang.srt.configs.device_config import DeviceConfig
-from sglang.srt.configs.load_config import LoadConfig
-from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.model_loader.loader import DefaultModelLoader
-from sglang.srt.models.gpt2 import GPT2LMHeadModel
-from sglang.srt.models.llama import LlamaForCausalLM
-from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
-import mpop
 from mpo_kernels import MPOShape, reconstruct
 from mpo_kernels.testing import random_cores
 from mpop.config import FORMAT_VERSION, ModuleSpec
 from mpop_sglang.quantization import MPOQuantizationConfig
 
-VOCABULARY = 150
-_DECODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 96,
-    "intermediate_size": 176,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-}
-BUILDERS = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER)),
-    "llama-biases": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER, attention_bias=True)),
-    "llama-tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER, tie_word_embeddings=True)),
-    "qwen3-tied": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_DECODER, tie_word_embeddings=True)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=VOCABULARY, n_embd=96, n_layer=2, n_head=2, n_positions=128)
-    ),
-}
-SGLANG = {"llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM, "gpt2": GPT2LMHeadModel}
 # Fused matrices with cores of other numbers, sizes that are padded, and dense ones among them.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -95,53 +58,6 @@ def test_sglang_finds_it() -> None:
     assert "mpo" in QUANTIZATION_CHOICES
 
 
-def save(path: Path, name: str, **options: Any) -> hf.PreTrainedModel:
-    """Write a compressed model; returns the dense model with the same weights."""
-    torch.manual_seed(0)
-    model = BUILDERS[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    mpop.compress(model, mpop.CompressionConfig(**options))
-    mpop.save(model, path)
-    return mpop.merge(copy.deepcopy(model))
-
-
-def load(path: Path) -> Any:
-    """What SGLang's loader makes of a folder."""
-    model_config = ModelConfig(str(path), dtype="float32")
-    assert model_config.quantization == "mpo"
-    loader = DefaultModelLoader(LoadConfig())
-    return loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
-
-
-def attend(self: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Causal attention within one prompt."""
-    heads = (self.tp_q_head_num, self.tp_k_head_num, self.tp_v_head_num)
-    q, k, v = (
-        x.view(1, -1, n, self.head_dim).transpose(1, 2)
-        for x, n in zip((q, k, v), heads, strict=True)
-    )
-    y = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=True, scale=self.scaling
-    )
-    return y.transpose(1, 2).flatten(2)[0]
-
-
-@pytest.fixture(autouse=True)
-def attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RadixAttention, "forward", attend)
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    batch = MagicMock(forward_mode=ForwardMode.EXTEND, attn_cp_metadata=None)
-    body = model.transformer if isinstance(model, GPT2LMHeadModel) else model.model
-    hidden = body(ids, torch.arange(len(ids)), batch)
-    found = model.logits_processor._compute_lm_head(hidden, model.lm_head)
-    return found[:, :VOCABULARY]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_logits(case: str, tmp_path: Path) -> None:
     name, options = CASES[case]
@@ -150,7 +66,8 @@ def test_logits(case: str, tmp_path: Path) -> None:
     ids = torch.randint(VOCABULARY, (11,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         want = dense(ids[None]).logits[0]
-    torch.testing.assert_close(logits(model, ids), want, rtol=1e-4, atol=1e-4)
+    found = logits(model, ids)[:, :VOCABULARY]
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
     assert any(hasattr(module, "parts") for module in model.modules())
 
 
