@@ -44,7 +44,9 @@ GRID = {
     "biases": [2e-3, 5e-3, 1e-2],
     **{name: [2.5e-5] for name, method in METHODS.items() if method.before},
     "svd": [1e-4],
+    "svd-late": [2.5e-5, 1e-4],
     "dir": [1e-4],
+    "dir-late": [2.5e-5, 1e-4],
 }
 # Training rows of a model that is made for its times alone.
 _FEW = 320

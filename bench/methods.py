@@ -34,7 +34,8 @@ from mpop.squeeze_task import squeeze_on_task
 KEPT, QUARTER, BEGIN = 0.5, 0.25, 0.75
 CALIBRATION_ROWS = 1500
 MAX_DROP = 0.01
-# Of the steps, those before the cut; what is cut with no regard to the data heals for longer.
+# Of the steps, those before the cut. What is cut with no regard to the data has longer to heal, or
+# as long as the rest: a dense model cut early may not have learnt its task yet.
 MOST, LESS = 0.9, 2 / 3
 Prepare = Callable[[PreTrainedModel], Any]
 
@@ -120,6 +121,14 @@ def _chosen(model: PreTrainedModel, batches: Any, kept: float = KEPT) -> None:
     _compress(model, batches, compression=kept, factors="auto")
 
 
+def _direct(model: PreTrainedModel, _: Any) -> None:
+    _compress(model, None, compression=KEPT)
+
+
+def _svd(model: PreTrainedModel, _: Any) -> None:
+    _low_rank(model, None)
+
+
 METHODS = {
     "dense": Method("ordinary fine-tuning", "dense"),
     "full": Method("MPOP_full: full rank, every tensor trained"),
@@ -132,9 +141,8 @@ METHODS = {
     ),
     "lora": Method("LoRA on the same matrices, as many trained", "dense", prepare=_lora),
     "biases": Method("only biases and head trained", "dense", prepare=_biases),
-    "svd": Method(
-        "plain SVD to half, then all trained", compress=lambda m, _: _low_rank(m, None), before=LESS
-    ),
+    "svd": Method("plain SVD to half, then all trained", compress=_svd, before=LESS),
+    "svd-late": Method("the same, cut later", compress=_svd, before=MOST),
     "aware-svd": Method(
         "activation-aware SVD to half, then all trained",
         compress=_low_rank,
@@ -143,9 +151,10 @@ METHODS = {
     ),
     "dir": Method(
         "MPOP_dir: five balanced factors cut to half at once, then all trained",
-        compress=lambda model, _: _compress(model, None, compression=KEPT),
+        compress=_direct,
         before=LESS,
     ),
+    "dir-late": Method("the same, cut later", compress=_direct, before=MOST),
     "chosen": Method(
         "factors and ranks chosen within half by the model's loss, then all trained",
         compress=_chosen,
@@ -184,7 +193,7 @@ METHODS = {
     ),
 }
 # Methods that are cut alike.
-_AS = {"chosen-light": "chosen"}
+_AS = {"chosen-light": "chosen", "svd-late": "svd", "dir-late": "dir"}
 
 
 def _made_once(cache: Path, name: str, made_of: Any, make: Callable[[Path], Any]) -> Path:
