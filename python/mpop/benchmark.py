@@ -86,6 +86,7 @@ def benchmark(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         **options,
+        "length": found["mpo"]["length"],  # no more than the model takes
     }
     return {"model": str(model_name_or_path), **found, "conditions": conditions}
 
@@ -131,6 +132,7 @@ def measure(folder: str | Path, options: dict[str, Any]) -> dict[str, Any]:
         "parameters": count_parameters(model).total,
         "disk_bytes": disk_bytes,
         **memory,
+        "length": length,
         "seconds": seconds,
         "tokens_per_second": rates,
     }

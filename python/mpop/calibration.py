@@ -239,9 +239,10 @@ class _Stream:
         fitted, judging = self._rows.tolist()
         if not self.is_diagonal and min(fitted, 4 * judging) < len(fit):
             raise ValueError(
-                f"{self.name}: expected at least {len(fit)} rows (tokens) to calibrate with, and a "
-                f"quarter as many to judge by, got {fitted} and {judging}: give more "
-                "text, in several batches"
+                f"{self.name}: expected at least {len(fit)} rows (tokens; of a pooler, texts) to "
+                f"calibrate with, and a quarter as many to judge by, got {fitted} and {judging}: "
+                "give more text, in several batches, or leave this matrix dense "
+                "(mpop compress --exclude)"
             )
         if not (fit.any() and judge.any()):
             raise ValueError(

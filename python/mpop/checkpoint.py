@@ -52,7 +52,16 @@ class MPOQuantizer(HfQuantizer):
         self.planned: dict[str, MatrixPlan] = {}
         self.refused: str | None = None
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+    def validate_environment(
+        self, *args: Any, device_map: str | dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        # Before it is inferred it is a word; transformers calls again with what came of it.
+        devices = {str(d) for d in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+            raise ValueError(
+                "cores are not offloaded to a CPU or a disk: expected a device map without, got "
+                f"one over {', '.join(sorted(devices))}"
+            )
         config = self.quantization_config
         if self.pre_quantized and not config.modules:
             raise ValueError(

@@ -19,8 +19,7 @@ EPILOG = """examples:
   mpop finetune --model bert-base-uncased --task rte --method light --output rte-light
   mpop evaluate --model rte-light --task rte
   mpop compress --model bert-base-uncased --compression 0.5 --output bert-half
-  mpop compress --model bert-base-uncased --compression 0.5 --factors auto --calibrate sst2 \
-      --output bert-half-chosen
+  mpop compress --model rte-dense --compression 0.5 --factors auto --calibrate rte --output half
   mpop squeeze --model rte-light --task rte --max-drop 0.01 --output rte-small
   mpop inspect --model bert-half --plot spectra.png
   mpop merge --model rte-light --output rte-dense
@@ -253,7 +252,7 @@ def _add_squeeze(commands: Any) -> None:
     _add_data(parser, ("fp32", "bf16"))
     parser.add_argument(
         "--max-drop",
-        type=_positive_float,
+        type=_fall,
         required=True,
         metavar="D",
         help="how far the metric may fall, as a fraction of 1: 0.01 is a point",
@@ -541,7 +540,20 @@ def _positive_int(text: str) -> int:
 
 
 def _positive_float(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < float("inf"):
-            return value
+    if (value := _finite(text)) > 0:
+        return value
     raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+
+
+def _fall(text: str) -> float:
+    if (value := _finite(text)) >= 0:
+        return value
+    raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+
+
+def _finite(text: str) -> float:
+    """The number, NaN where it is none."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    return math.nan

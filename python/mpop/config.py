@@ -163,8 +163,8 @@ class CompressionConfig:
         if self.factors == "auto":
             if self.compression is None or self.overrides:
                 raise ValueError(
-                    "factors 'auto' share one budget: expected a compression and no overrides, "
-                    f"got {self.compression} and {list(self.overrides)}"
+                    "factors 'auto' share one budget: expected a compression (--compression 0.5) "
+                    f"and no overrides, got {self.compression} and {list(self.overrides)}"
                 )
         elif (self.objective, self.rows) != ("parameters", 1):
             raise ValueError(f"objective {self.objective!r}: expected factors 'auto'")

@@ -162,6 +162,8 @@ def test_inspect(which, request, tmp_path, capsys):
         (("train",), "invalid choice: 'train'"),
         (("finetune",), "required: --model, --output, --task"),
         (("evaluate", "--model", "M", "--task", "sst3"), "unknown task 'sst3'; expected one of"),
+        (("squeeze", "--max-drop", "-1"), "expected a number of at least 0, got '-1'"),
+        (("squeeze", "--max-drop", "nan"), "expected a number of at least 0, got 'nan'"),
         (("inspect", "--model", "M", "--colour", "red"), "unrecognized arguments: --colour red"),
     ],
 )

@@ -68,6 +68,21 @@ def test_dtype_and_device_map(tmp_path: Path) -> None:
         assert all(core.is_contiguous() for _, m in mpo_modules(loaded) for core in m.cores)
 
 
+def test_offloading_is_refused(tmp_path: Path) -> None:
+    model = build("bert")
+    mpop.compress(model)
+    mpop.save(model, tmp_path)
+    parts = {"bert": "disk", "classifier": "cpu", "dropout": "cpu"}
+    with pytest.raises(ValueError, match="map without, got one over cpu, disk"):
+        hf.BertForSequenceClassification.from_pretrained(
+            tmp_path, device_map=parts, offload_folder=tmp_path / "off"
+        )
+    with pytest.raises(ValueError, match="not offloaded to a CPU or a disk"):
+        hf.BertForSequenceClassification.from_pretrained(
+            tmp_path, device_map="auto", max_memory={"cpu": "40KB"}
+        )
+
+
 def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("bert").save_pretrained(tmp_path)
     seen: list[weakref.ref] = []
