@@ -60,3 +60,10 @@ def test_refusals(tmp_path: Path, capsys: Any) -> None:
         benchmark.benchmark(tmp_path / "model", batch_sizes=())
     with pytest.raises(ValueError, match="precision: expected one of fp32"):
         benchmark.benchmark(tmp_path / "model", precision="int8")
+
+
+def test_a_text_is_no_longer_than_the_model_takes(tmp_path: Path) -> None:
+    _saved("bert", tmp_path / "model")
+    options = {"batch_sizes": (1,), "length": 10**6, "repeats": 1}
+    found = benchmark.measure(tmp_path / "model", options)
+    assert found["length"] == build("bert").config.max_position_embeddings
