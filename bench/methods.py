@@ -142,7 +142,7 @@ METHODS = {
     "lora": Method("LoRA on the same matrices, as many trained", "dense", prepare=_lora),
     "biases": Method("only biases and head trained", "dense", prepare=_biases),
     "svd": Method("plain SVD to half, then all trained", compress=_svd, before=LESS),
-    "svd-late": Method("the same, cut later", compress=_svd, before=MOST),
+    "svd-late": Method("the same, cut later, at the same cost", compress=_svd, before=MOST),
     "aware-svd": Method(
         "activation-aware SVD to half, then all trained",
         compress=_low_rank,
@@ -154,7 +154,7 @@ METHODS = {
         compress=_direct,
         before=LESS,
     ),
-    "dir-late": Method("the same, cut later", compress=_direct, before=MOST),
+    "dir-late": Method("the same, cut later, at the same cost", compress=_direct, before=MOST),
     "chosen": Method(
         "factors and ranks chosen within half by the model's loss, then all trained",
         compress=_chosen,

@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 # Points listed in each table of the worst, and at each goal.
 _WORST, _OFFENDERS = 12, 3
-_FIGURE = re.compile(r"[\d.]+(e-\d+)?( \w+| (/|of|±) [\d.]+(e-\d+)?)?|–")
+_FIGURE = re.compile(r"-?[\d.]+(e-\d+)?( \w+| (/|of|±) [\d.]+(e-\d+)?)?|–")
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
