@@ -121,6 +121,13 @@ def test_same_seed_same_start(light, dense, bert, data, tmp_path):
     assert losses(other)[0] != pytest.approx(first, rel=1e-4)
 
 
+def test_predictions_with_nowhere_to_go_are_refused_before_the_work(data, tmp_path):
+    with pytest.raises(NotADirectoryError, match="nowhere: expected a folder for the predictions"):
+        evaluate(
+            tmp_path / "no-model", "sst2", data_dir=data, predictions=tmp_path / "nowhere/p.npz"
+        )
+
+
 @pytest.mark.parametrize("method", ["dense", "light"])
 def test_evaluate_finds_the_same_predictions(method, request, data, tmp_path):
     output, result = request.getfixturevalue(method)
