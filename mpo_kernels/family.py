@@ -22,8 +22,8 @@ from mpo_kernels.shape import MPOShape
 
 Objective: TypeAlias = Literal["parameters", "memory", "latency"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-# After one sweep a fit that is this much worse than the best is not carried on. At 1.2 some are lost
-# that twenty sweeps bring ahead.
+# After one sweep a fit this much worse than the best is not carried on; at 1.2 some are lost that
+# twenty sweeps bring ahead.
 _HOPELESS = 1.5
 
 
