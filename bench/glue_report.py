@@ -173,16 +173,12 @@ def rates(
             next((cells[method, task] for task in tasks if (method, task) in cells), None)
             for tasks in groups.values()
         ]
-        written = (
-            " / ".join(f"{rate:g}" for rate in dict.fromkeys(row["rates"])) if row else "–"
-            for row in found
-        )
-        lines.append((f"`{method}`", *written))
+        lines.append((f"`{method}`", *map(rates_of, found)))
     heads = [", ".join(get_task(task).folder for task in tasks) for tasks in groups.values()]
     judges = ", ".join(get_task(task).folder for task in groups)
     return (
         "Learning rates (of what is cut: before the cut, which is dense's, and after it), chosen "
-        f"with the first seed on held-out training rows of {judges}, where there was a choice:\n\n"
+        f"with the first seed on held-out training rows of {judges}, where several were tried:\n\n"
     ) + table(("rates of", *heads), lines)
 
 
@@ -210,6 +206,14 @@ def _means(rows: Sequence[Row]) -> list[Row]:
             averages = {name: _mean(of_method, name) for name in names}
             found.append({"method": method, "sd": sd, **averages})
     return found
+
+
+def rates_of(row: Row | None) -> str:
+    """A cell of the rates, and how many were tried there."""
+    if row is None:
+        return "–"
+    written = " / ".join(f"{rate:g}" for rate in dict.fromkeys(row["rates"]))
+    return written + (f" ({row['tried']} tried)" if row["tried"] else "")
 
 
 def value_of(row: Row | None) -> str:

@@ -264,7 +264,8 @@ class Bench:
             if chosen := self.chosen(run):
                 runs = [replace(chosen, seed=seed) for seed in self.options.seeds]
                 if done := {run.seed: self.results[run] for run in runs if run in self.results}:
-                    rows.append(summary(chosen, done))
+                    tried = sum(trial in self.results for trial in self.trials(run))
+                    rows.append({**summary(chosen, done), "tried": tried})
         return rows
 
     def rounds(self) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ def dense_matrices(model: PreTrainedModel) -> list[Names]:
     }
     try:
         words = getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:
+    except NotImplementedError:  # a model without words, such as of images
         words = None
     matrices = []
     for names in _shared(model, held):

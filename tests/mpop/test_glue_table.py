@@ -76,6 +76,7 @@ def test_choice_table_and_resuming(finetune, tmp_path):
     assert "| `light` | 55.0 ± 7.1 | 55.0 | 2.50 M | 10.00 M | 40 MB | – | – | – |" in text
     assert "/some/where" not in text
     assert "- `light`: MPOP_full+LFA" in text
+    assert "| `light` | 0.5 (3 tried) |" in text  # the fourth has diverged
     lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
     assert [(line["seed"], line["step"]) for line in lines] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert (tmp_path / "trace.png").stat().st_size > 1000
