@@ -37,7 +37,7 @@ def finetune(monkeypatch):
         best = 0.5 if options["eval_split"] == "train-holdout" else 1
         result = {
             "metric": "accuracy",
-            "value": 1 - abs(rate - best) + 0.1 * options["seed"],
+            "value": 1 - abs(rate - best) + 0.1 * options["seed"] + (options["task"] == "wnli"),
             "trainable_parameters": 2_500_000,
             "total_parameters": 10_000_000,
             "train_samples": 1200,
@@ -120,7 +120,9 @@ def test_a_task_may_choose_for_itself_where_another_speaks_for_the_rest(finetune
     run(tmp_path, *tasks)
     trials = [c["task"] for c in finetune if c["eval_split"] == "train-holdout"]
     assert trials == ["rte"] * 4 + ["cola"] * 4
-    assert "| rates of | RTE, WNLI | CoLA |" in (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.md").read_text()
+    assert "| rates of | RTE, WNLI | CoLA |" in text
+    assert "| 155.0 ± 7.1 | 55.0 |" in text  # the mean is without WNLI
 
 
 def test_no_time_left_writes_an_empty_table(finetune, tmp_path):
