@@ -65,9 +65,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit, and whether anything but the results differed from it."""
+    """The commit, and whether anything but the results differed from it.
+
+    A copy without its history says its commit in ``$GIT_COMMIT``.
+    """
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
     }
 
