@@ -67,10 +67,12 @@ def versions() -> dict[str, str]:
 def commit() -> dict[str, Any]:
     """The commit, and whether anything but the results differed from it.
 
-    A copy without its history says its commit in ``$GIT_COMMIT``.
+    ``$GIT_COMMIT`` is taken at its word: a copy elsewhere may have another history, or none.
     """
+    if named := os.environ.get("GIT_COMMIT"):
+        return {"commit": named, "dirty": False}
     return {
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT"),
+        "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
     }
 

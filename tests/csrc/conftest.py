@@ -64,6 +64,12 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if ON_DEVICE else torch.device("cpu")
 
 
+@pytest.fixture
+def streams() -> list[int]:
+    """Addresses of four streams; the emulated device takes any."""
+    return [torch.cuda.Stream().cuda_stream if ON_DEVICE else k for k in range(1, 5)]
+
+
 @pytest.fixture(scope="session")
 def kernels(request: pytest.FixtureRequest) -> ModuleType:
     """The extension, on whatever device there is."""

@@ -158,18 +158,18 @@ class TestWorkspace:
         spaces = sorted(space for one in taken for space in one)
         return spaces[0][0] > 0 and all(a[1] <= b[0] for a, b in pairwise(spaces))
 
-    def test_a_stream_keeps_its_own(self, cuda_backend: ModuleType) -> None:
+    def test_a_stream_keeps_its_own(self, cuda_backend: ModuleType, streams: list[int]) -> None:
         workspace, many = decode.Workspace(), decode.Workspace.COUNTERS
-        one, _ = self.spaces(workspace, 8, 100, 1)
-        assert self.spaces(workspace, 8, 100, 1) == (one, ())
+        one, _ = self.spaces(workspace, 8, 100, streams[0])
+        assert self.spaces(workspace, 8, 100, streams[0]) == (one, ())
         others = [
-            self.spaces(workspace, 8, 100, 2)[0],
-            self.spaces(workspace, 2 * many, 100, 1)[0],
-            self.spaces(workspace, 8, 4 * workspace.PARTIALS, 2)[0],
+            self.spaces(workspace, 8, 100, streams[1])[0],
+            self.spaces(workspace, 2 * many, 100, streams[0])[0],
+            self.spaces(workspace, 8, 4 * workspace.PARTIALS, streams[1])[0],
         ]
         assert self.apart(one, *others)
         # Partial sums never reach where a later launch looks for zeros.
-        (few, _), (more, _) = (self.spaces(workspace, n, 10_000, 4) for n in (8, many))
+        (few, _), (more, _) = (self.spaces(workspace, n, 10_000, streams[3]) for n in (8, many))
         assert self.apart([few[1]], [more[0]])
 
     def test_a_graph_takes_counters_for_good(
@@ -302,6 +302,19 @@ class TestAbsent:
         extension.limits.cache_clear()
         reason = extension.unsupported(torch.device("cuda", 0))
         assert reason.startswith("architecture: no code for it") and "MPO_KERNELS_BUILD" in reason
+
+    def test_a_device_without_an_index_is_the_current_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[int] = []
+        module = SimpleNamespace(INTERFACE=extension.INTERFACE, limits=asked.append)
+        self.importing(monkeypatch, module)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        extension.limits.cache_clear()
+        extension.limits(torch.device("cuda"))
+        extension.limits(torch.device("cuda", 1))
+        extension.limits.cache_clear()
+        assert asked == [3, 1]
 
     def test_old_devices_and_others_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         module = SimpleNamespace(INTERFACE=extension.INTERFACE, limits=lambda index: (75, 40, 1))

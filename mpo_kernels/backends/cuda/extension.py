@@ -74,4 +74,4 @@ def limits(device: torch.device) -> tuple[int, int, int]:
 
     The memory is what a block may have.
     """
-    return load().limits(device.index)
+    return load().limits(torch.cuda.current_device() if device.index is None else device.index)
