@@ -116,11 +116,15 @@ MPO_DEVICE void load(Piece<S>& piece, const Panel& p, int m, int k) {
   const int m_major = m >> p.m_shift, k_major = k >> p.k_shift;
   const int m_minor = m - (m_major << p.m_shift), k_minor = k - (k_major << p.k_shift);
   const bool majors = m < p.m_tile && m_major < p.m_majors && k_major < p.k_majors;
-  // A piece never crosses a major index: blocks of minor ones are eight or more.
+  // A piece never crosses a major index: blocks of minor ones are eight or more. A core spans fewer
+  // than 2^31 elements; what lies outside wraps around and is not read.
+  const auto offset = [](int index, int stride) {
+    return static_cast<uint32_t>(index) * static_cast<uint32_t>(stride);
+  };
   const char* corner =
-      p.data + (int64_t{m_major} * p.m_major_stride + int64_t{m_minor} * p.m_stride +
-                int64_t{k_major} * p.k_major_stride + int64_t{k_minor} * p.k_stride) *
-                   S::kBytes;
+      p.data +
+      size_t{S::kBytes} * (offset(m_major, p.m_major_stride) + offset(m_minor, p.m_stride) +
+                           offset(k_major, p.k_major_stride) + offset(k_minor, p.k_stride));
   if constexpr (access == Access::kScalar) {
     constexpr int kPerWord = 4 / S::kBytes, kWords = 2 * S::kBytes;
     // A loop, each row pushed in from behind: all loads at once would not fit the registers.
@@ -182,39 +186,44 @@ MPO_DEVICE void multiply_rows(float (&acc)[4][NT][4], const Piece<S>& piece,
 }
 
 // acc += A[m …, k0 … k0 + chunk) · state, for 8 · NT of n; warps of one strip share the k.
-// `fill` completes the state while the first piece is on its way.
+// `fill` completes the state while the first pieces are on their way.
 template <class E, class S, Access access, int NT, class Fill>
 MPO_DEVICE void accumulate(float (&acc)[4][NT][4], const Panel& p, const Level& l,
                            const char* state, int m, int k0, int chunk, const Fill& fill) {
   const int lane = simt::thread() % 32, q = lane % 4;
-  const int sharing = kWarps / l.strips;
-  const int step = 32 * sharing;
-  int k = simt::thread() / 32 / l.strips * 32 + 8 * q;
-  // One element at a time, a second piece would not fit the registers.
-  constexpr bool kAhead = access != Access::kScalar;
-  Piece<S> piece;
-  if (kAhead) load<S, access>(piece, p, m, k0 + k);
+  const int step = 32 * (kWarps >> l.strips_shift);
+  int k = (simt::thread() / 32 >> l.strips_shift) * 32 + 8 * q;
+  // What is on its way while a piece is multiplied: as much as the registers hold.
+  constexpr int kAhead = access == Access::kScalar ? 0 : NT == 1 ? 2 : 1;
+  Piece<S> pieces[kAhead + 1];
+  MPO_UNROLL
+  for (int i = 0; i < kAhead; ++i) {
+    if (k + i * step < chunk) load<S, access>(pieces[i], p, m, k0 + k + i * step);
+  }
   fill();
   simt::synchronize();
   while (k < chunk) {
-    Piece<S> next;
-    if (!kAhead) load<S, access>(piece, p, m, k0 + k);
-    if (kAhead && k + step < chunk) load<S, access>(next, p, m, k0 + k + step);
-    uint32_t b[NT][4];
     MPO_UNROLL
-    for (int nt = 0; nt < NT; ++nt) {
-      simt::load_shared(b[nt], state + 2 * ((8 * nt + lane / 4) * l.state_stride + k));
+    for (int i = 0; i <= kAhead; ++i) {
+      if (k >= chunk) break;
+      if (k + kAhead * step < chunk) {
+        load<S, access>(pieces[(i + kAhead) % (kAhead + 1)], p, m, k0 + k + kAhead * step);
+      }
+      uint32_t b[NT][4];
+      MPO_UNROLL
+      for (int nt = 0; nt < NT; ++nt) {
+        simt::load_shared(b[nt], state + 2 * ((8 * nt + lane / 4) * l.state_stride + k));
+      }
+      multiply_rows<E, S, access, NT, 0, 0>(acc, pieces[i], b);
+      multiply_rows<E, S, access, NT, 0, 1>(acc, pieces[i], b);
+      multiply_rows<E, S, access, NT, 0, 2>(acc, pieces[i], b);
+      multiply_rows<E, S, access, NT, 0, 3>(acc, pieces[i], b);
+      multiply_rows<E, S, access, NT, 1, 0>(acc, pieces[i], b);
+      multiply_rows<E, S, access, NT, 1, 1>(acc, pieces[i], b);
+      multiply_rows<E, S, access, NT, 1, 2>(acc, pieces[i], b);
+      multiply_rows<E, S, access, NT, 1, 3>(acc, pieces[i], b);
+      k += step;
     }
-    multiply_rows<E, S, access, NT, 0, 0>(acc, piece, b);
-    multiply_rows<E, S, access, NT, 0, 1>(acc, piece, b);
-    multiply_rows<E, S, access, NT, 0, 2>(acc, piece, b);
-    multiply_rows<E, S, access, NT, 0, 3>(acc, piece, b);
-    multiply_rows<E, S, access, NT, 1, 0>(acc, piece, b);
-    multiply_rows<E, S, access, NT, 1, 1>(acc, piece, b);
-    multiply_rows<E, S, access, NT, 1, 2>(acc, piece, b);
-    multiply_rows<E, S, access, NT, 1, 3>(acc, piece, b);
-    if (kAhead) piece = next;
-    k += step;
   }
 }
 
@@ -223,12 +232,16 @@ template <class E>
 MPO_DEVICE void stage_x(const Arguments& a, const Origin& at, char* state, int k0, int chunk) {
   const Schedule& s = a.schedule;
   const Level& l = s.levels[0];
-  const int run = a.x_vector ? 8 : 1, runs = chunk / run;
+  // Neighbouring threads take neighbouring columns of x; a power of two of them, some idle.
+  const bool along_k = l.x_stride == 1;
+  const int run = a.x_vector ? 8 : 1;
+  const int minors = along_k ? chunk / run : l.columns, majors = along_k ? l.columns : chunk;
   const char* x = static_cast<const char*>(a.operands.x);
-  for (int item = simt::thread(); item < runs * l.columns; item += kThreads) {
-    // Neighbouring threads take neighbouring columns of x.
-    const int n = l.x_stride == 1 ? item / runs : item % l.columns;
-    const int k = (l.x_stride == 1 ? item % runs : item / l.columns) * run;
+  MPO_UNROLL_BY_FOUR
+  for (int item = simt::thread(); item < majors << a.x_shift; item += kThreads) {
+    const int minor = item & ((1 << a.x_shift) - 1), major = item >> a.x_shift;
+    if (minor >= minors) continue;
+    const int n = along_k ? major : minor, k = (along_k ? minor : major) * run;
     bool inside = k0 + k < l.in.extent;
     int64_t column = int64_t{k0 + k} * l.x_stride;
     int row = n;
@@ -252,10 +265,11 @@ MPO_DEVICE void stage_x(const Arguments& a, const Origin& at, char* state, int k
   }
 }
 
-// Eight neighbouring m of column n, rounded once, where the next level reads them.
+// Eight neighbouring m of column n, rounded once, where the next level reads them: in this block,
+// or in all `ranks` of a cluster.
 template <class E>
 MPO_DEVICE void store_state(const Arguments& a, const Origin& at, char* shared, int level, int n,
-                            int m, float (&v)[8]) {
+                            int m, float (&v)[8], int ranks) {
   const Level &l = a.schedule.levels[level], &next = a.schedule.levels[level + 1];
   const float* scales = a.operands.scales[level];
   const int inner = n & ((1 << l.inner_shift) - 1);
@@ -277,10 +291,19 @@ MPO_DEVICE void store_state(const Arguments& a, const Origin& at, char* shared, 
   if (l.to_minor) {
     const uint32_t words[4] = {simt::pack<E>(v[0], v[1]), simt::pack<E>(v[2], v[3]),
                                simt::pack<E>(v[4], v[5]), simt::pack<E>(v[6], v[7])};
-    simt::store_shared(place(major, minor), words);
+    char* to = place(major, minor);
+    if (ranks == 1) return simt::store_shared(to, words);
+    for (int rank = 0; rank < ranks; ++rank) simt::store_remote(to, words, rank);
   } else {
     MPO_UNROLL
-    for (int e = 0; e < 8; ++e) simt::store_scalar(place(minor + e, major), simt::pack<E>(v[e], 0));
+    for (int e = 0; e < 8; ++e) {
+      char* to = place(minor + e, major);
+      const uint32_t low = simt::pack<E>(v[e], 0);
+      if (ranks == 1) simt::store_scalar(to, low);
+      for (int rank = 0; rank < ranks && ranks > 1; ++rank) {
+        simt::store_remote_scalar(to, low, rank);
+      }
+    }
   }
 }
 
@@ -339,6 +362,7 @@ MPO_DEVICE void sum_splits(const Arguments& a, const Origin& at, char* shared) {
   const int size = l.columns * l.m_tile;
   for (int item = 4 * simt::thread(); item < size; item += 4 * kThreads) {
     float total[4] = {0, 0, 0, 0};
+    MPO_UNROLL_BY_FOUR
     for (int split = 0; split < s.splits; ++split) {
       float v[4];
       simt::load_partial(v, first + int64_t{split} * size + item);
@@ -350,15 +374,7 @@ MPO_DEVICE void sum_splits(const Arguments& a, const Origin& at, char* shared) {
   if (simt::thread() == 0) *counter = 0;
 }
 
-// v += eight floats of shared memory, of this block or of one in its cluster.
-template <bool remote>
-MPO_DEVICE void add(float (&v)[8], const float* from, int rank) {
-  float part[8];
-  if constexpr (remote) {
-    simt::load_remote(part, from, rank);
-  } else {
-    simt::load_floats(part, from);
-  }
+MPO_DEVICE void add(float (&v)[8], const float (&part)[8]) {
   MPO_UNROLL
   for (int e = 0; e < 8; ++e) v[e] += part[e];
 }
@@ -374,7 +390,8 @@ MPO_DEVICE void chain(const Arguments& a, char* shared) {
   for (int level = 0; level < s.parts; ++level) {
     const Level& l = s.levels[level];
     const Panel panel = panel_of(a, at, level, S::kBytes);
-    const int strip = warp % l.strips, sharing = kWarps / l.strips;
+    const int strips = 1 << l.strips_shift, sharing = kWarps >> l.strips_shift;
+    const int strip = warp & (strips - 1);
     char* state = shared + l.state;
     // A cluster shares the first product: its blocks differ in the last digit of y alone.
     const int ranks = level == 0 ? s.cluster : 1;
@@ -383,14 +400,14 @@ MPO_DEVICE void chain(const Arguments& a, char* shared) {
     const auto sink = [&](int n, int m, float (&v)[8]) {
       if (n >= l.columns || m >= l.m_tile) return;
       if (level + 1 < s.parts) {
-        store_state<E>(a, at, shared, level, n, m, v);
+        store_state<E>(a, at, shared, level, n, m, v, ranks);
       } else if (s.splits == 1) {
         store_y<E>(a, at, n, m, v);
       } else {
         simt::store_floats(partial_tile(a, simt::block_x(), simt::block_y()) + n * l.m_tile + m, v);
       }
     };
-    for (int m0 = 0; m0 < l.m_tile; m0 += 64 * l.strips) {
+    for (int m0 = 0; m0 < l.m_tile; m0 += 64 * strips) {
       for (int n0 = 0; n0 < l.columns; n0 += 8 * NT) {
         const int m = m0 + 64 * strip + 8 * (lane / 4);
         float acc[4][NT][4] = {};
@@ -425,12 +442,12 @@ MPO_DEVICE void chain(const Arguments& a, char* shared) {
         }
         // Warps that shared the k of a strip: [warp of the strip, n, m] through shared memory.
         float* scratch = reinterpret_cast<float*>(shared + s.scratch);
-        const int width = 64 * l.strips;
+        const int width = 64 * strips;
         MPO_UNROLL
         for (int nt = 0; nt < NT; ++nt) {
           MPO_UNROLL
           for (int c = 0; c < 2; ++c) {
-            const int n = warp / l.strips * 8 * NT + 8 * nt + 2 * (lane % 4) + c;
+            const int n = (warp >> l.strips_shift) * 8 * NT + 8 * nt + 2 * (lane % 4) + c;
             float* to = scratch + n * width + 64 * strip + 8 * (lane / 4);
             const float v[8] = {acc[0][nt][c], acc[0][nt][c + 2], acc[1][nt][c], acc[1][nt][c + 2],
                                 acc[2][nt][c], acc[2][nt][c + 2], acc[3][nt][c], acc[3][nt][c + 2]};
@@ -439,23 +456,35 @@ MPO_DEVICE void chain(const Arguments& a, char* shared) {
         }
         simt::synchronize();
         float* exchange = reinterpret_cast<float*>(shared + s.exchange);
-        for (int item = simt::thread(); item < NT * width; item += kThreads) {
+        const int per_column = 8 * strips, items = NT * width;
+        for (int item = simt::thread(); item < items; item += kThreads) {
           float v[8] = {};
-          for (int w = 0; w < sharing; ++w) add<false>(v, scratch + (w * NT * width + item) * 8, 0);
+          for (int w = 0; w < sharing; ++w) {
+            float part[8];
+            simt::load_floats(part, scratch + (w * items + item) * 8);
+            add(v, part);
+          }
           if (ranks == 1) {
-            sink(n0 + item / (width / 8), m0 + item % (width / 8) * 8, v);
+            sink(n0 + (item >> (l.strips_shift + 3)), m0 + (item & (per_column - 1)) * 8, v);
           } else {
             simt::store_floats(exchange + item * 8, v);
           }
         }
         if (ranks == 1) continue;
         simt::synchronize_cluster();
-        for (int item = simt::thread(); item < NT * width; item += kThreads) {
+        // Each block sums its share of the items over the cluster, and gives it to all.
+        const int first = simt::cluster_rank() + ranks * simt::thread();
+        for (int item = first; item < items; item += ranks * kThreads) {
           float v[8] = {};
-          for (int rank = 0; rank < ranks; ++rank) add<true>(v, exchange + item * 8, rank);
-          sink(n0 + item / (width / 8), m0 + item % (width / 8) * 8, v);
+          MPO_UNROLL_BY_FOUR
+          for (int rank = 0; rank < ranks; ++rank) {
+            float part[8];
+            simt::load_remote(part, exchange + item * 8, rank);
+            add(v, part);
+          }
+          sink(n0 + (item >> (l.strips_shift + 3)), m0 + (item & (per_column - 1)) * 8, v);
         }
-        simt::synchronize_cluster();  // nobody overwrites what another one still reads
+        simt::synchronize_cluster();  // the state is whole, and nobody reads the exchange any more
       }
     }
   }

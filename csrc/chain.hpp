@@ -80,7 +80,8 @@ struct Level {
   int depth;                // k of a block, a multiple of 32
   int chunk;                // k held in shared memory at a time: all of it but at level 0
   int columns;              // n of a block
-  int strips;               // 64 m each, side by side in warps; kWarps / strips warps share a k
+  int strips_shift;         // log2 of the strips, 64 m each, side by side in warps; the warps of
+                            // one strip share the k
   int state;                // bytes into shared memory
   int state_stride;         // elements from one n to the next
 };
@@ -131,6 +132,7 @@ struct Arguments {
   Schedule schedule;
   Operands operands;  // cores and scales in the order of contraction
   bool x_vector;
+  int x_shift;  // log2 of the neighbouring threads that stage neighbours of x
 };
 
 // The fastest schedule by a model of its time; no device is needed.

@@ -9,6 +9,7 @@
 
 #define MPO_DEVICE __device__ __forceinline__
 #define MPO_UNROLL _Pragma("unroll")
+#define MPO_UNROLL_BY_FOUR _Pragma("unroll 4")
 #define MPO_NO_UNROLL _Pragma("unroll 1")
 
 namespace mpo {
@@ -88,13 +89,20 @@ MPO_DEVICE void synchronize_cluster() {
 #endif
 }
 
-// From the same place of another block's shared memory.
-MPO_DEVICE void load_remote(float (&to)[8], const float* from, int rank) {
+// The same place in another block's shared memory.
+MPO_DEVICE uint32_t remote(const void* place, int rank) {
+  uint32_t address = 0;
 #if __CUDA_ARCH__ >= 900
-  uint32_t address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;"
       : "=r"(address)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from))), "r"(rank));
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(place))), "r"(rank));
+#endif
+  return address;
+}
+
+MPO_DEVICE void load_remote(float (&to)[8], const float* from, int rank) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = remote(from, rank);
   for (int half = 0; half < 2; ++half) {
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(to[4 * half]), "=f"(to[4 * half + 1]), "=f"(to[4 * half + 2]),
@@ -104,6 +112,26 @@ MPO_DEVICE void load_remote(float (&to)[8], const float* from, int rank) {
   }
 #else
   load_floats(to, from);
+#endif
+}
+
+MPO_DEVICE void store_remote(char* to, const uint32_t (&v)[4], int rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(remote(to, rank)),
+               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+#else
+  store_shared(to, v);
+#endif
+}
+
+MPO_DEVICE void store_remote_scalar(char* to, uint32_t low, int rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(remote(to, rank)),
+               "h"(static_cast<unsigned short>(low))
+               : "memory");
+#else
+  store_scalar(to, low);
 #endif
 }
 

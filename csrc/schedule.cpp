@@ -204,8 +204,9 @@ bool complete(const Problem& p, const Limits& limits, const Tile& tile, Schedule
     l.k_shift = level == 0 ? 31 : log2_of(l.from.block);
     l.inner_shift = 0;
     for (int k = level + 2; k <= last; ++k) l.inner_shift += log2_of(tile.in[k]);
-    l.strips = std::min(kWarps, power_of_two(ceil_div(l.m_tile, 64)));
-    shared_strips = shared_strips || l.strips < kWarps;
+    const int strips = std::min(kWarps, power_of_two(ceil_div(l.m_tile, 64)));
+    l.strips_shift = log2_of(strips);
+    shared_strips = shared_strips || strips < kWarps;
     const int rows = round_up(l.columns, 8 * s.column_tiles);
     l.depth = level == 0 ? round_up(l.in.extent, 32) : l.in.block * l.from.block;
     l.chunk = l.depth;
@@ -222,7 +223,7 @@ bool complete(const Problem& p, const Limits& limits, const Tile& tile, Schedule
   if (shared_strips) used += kWarps * 8 * s.column_tiles * 64 * static_cast<int>(sizeof(float));
   s.exchange = used;
   if (s.cluster > 1)
-    used += s.levels[0].strips * 64 * 8 * s.column_tiles * static_cast<int>(sizeof(float));
+    used += (64 << s.levels[0].strips_shift) * 8 * s.column_tiles * static_cast<int>(sizeof(float));
   s.shared_memory = used;
   return used <= limits.shared_memory && s.partials() <= kMaxPartials;
 }
@@ -238,7 +239,7 @@ double predict(const Schedule& s, const Limits& limits) {
     const auto taken = [](const Axis& axis) { return double(std::min(axis.block, axis.extent)); };
     const double core = taken(l.out) * taken(l.to) * taken(l.in) * taken(l.from);
     const int groups = ceil_div(l.columns, 8 * s.column_tiles);
-    const int strips = ceil_div(l.m_tile, 64 * l.strips);
+    const int strips = ceil_div(l.m_tile, 64 << l.strips_shift);
     const int depth = level == 0 ? s.slice : l.depth, chunks = ceil_div(depth, l.chunk);
     const double share = double(depth) / l.depth;
     // One element at a time, instructions are the limit.
@@ -248,7 +249,7 @@ double predict(const Schedule& s, const Limits& limits) {
     const double state = double(l.columns) * depth * 2;
     bytes += level == 0 ? 2 * state : 0.5 * state;
     const double work =
-        double(groups) * 8 * s.column_tiles * depth * round_up(l.m_tile, 64 * l.strips);
+        double(groups) * 8 * s.column_tiles * depth * round_up(l.m_tile, 64 << l.strips_shift);
     block += std::max(bytes / cache, work / macs) + kLatency * strips * groups * chunks;
     if (level == 0 && s.cluster > 1) block += 2 * kLatency * strips * groups;
     stored += double(l.out.extent) * l.to.extent * l.in.extent * l.from.extent * bytes_of(s.stored);
@@ -330,7 +331,7 @@ Status prepare(const Problem& p, const Schedule& s, const Operands& o, Arguments
     return status(Code::kInvalid, "%s: expected an address divisible by %zu, got %p", label,
                   alignment, pointer);
   };
-  *arguments = {s, o, false};
+  *arguments = {s, o, false, 0};
   Operands& ordered = arguments->operands;
   Status result = check("x", -1, o.x, 2);
   if (result.ok()) result = check("y", -1, o.y, 2);
@@ -357,6 +358,10 @@ Status prepare(const Problem& p, const Schedule& s, const Operands& o, Arguments
   arguments->x_vector = first.x_stride == 1 && o.x_column == 1 && o.x_row % 8 == 0 &&
                         first.in.extent % 8 == 0 && s.in_features % 8 == 0 &&
                         reinterpret_cast<uintptr_t>(o.x) % 16 == 0;
+  const int neighbours = first.x_stride != 1   ? first.columns
+                         : arguments->x_vector ? first.chunk / 8
+                                               : first.chunk;
+  arguments->x_shift = log2_of(neighbours);
   return {};
 }
 

@@ -17,6 +17,7 @@
 
 #define MPO_DEVICE inline
 #define MPO_UNROLL
+#define MPO_UNROLL_BY_FOUR
 #define MPO_NO_UNROLL
 
 namespace mpo {
@@ -44,7 +45,7 @@ class Machine {
         shared_(shared_bytes_ * static_cast<size_t>(cluster) / 16),
         touched_(shared_bytes_ * static_cast<size_t>(cluster)),
         epochs_(static_cast<size_t>(cluster)),
-        read_in_(static_cast<size_t>(cluster)),
+        used_in_(static_cast<size_t>(cluster)),
         threads_(block_threads_ * static_cast<size_t>(cluster)),
         pending_(threads_.size()) {
     for (Thread& t : threads_) t.stack.resize(128 << 10);
@@ -61,7 +62,7 @@ class Machine {
     std::fill(touched_.begin(), touched_.end(), Touch{});
     cluster_epoch_ = 0;
     std::fill(epochs_.begin(), epochs_.end(), 0);
-    std::fill(read_in_.begin(), read_in_.end(), -1);
+    std::fill(used_in_.begin(), used_in_.end(), -1);
     for (size_t i = 0; i < threads_.size(); ++i) {
       Thread& t = threads_[i];
       getcontext(&t.context);
@@ -126,7 +127,7 @@ class Machine {
     for (size_t i = first; i < first + block_threads_; ++i) {
       if (threads_[i].state == State::kDone) return fault("memory of a block that may be done");
     }
-    read_in_[static_cast<size_t>(rank)] = cluster_epoch_;
+    used_in_[static_cast<size_t>(rank)] = cluster_epoch_;
   }
 
   bool is_shared(const void* pointer) {
@@ -189,8 +190,8 @@ class Machine {
   static void enter() {
     Machine& m = *current_machine();
     (*m.body_)();
-    if (m.read_in_[static_cast<size_t>(m.rank())] == m.cluster_epoch_) {
-      m.fault("done, with no barrier after another block read its memory");
+    if (m.used_in_[static_cast<size_t>(m.rank())] == m.cluster_epoch_) {
+      m.fault("done, with no barrier after another block used its memory");
     }
     m.threads_[static_cast<size_t>(m.current_)].state = State::kDone;
   }
@@ -291,7 +292,7 @@ class Machine {
   std::vector<Touch> touched_;
   std::vector<int> epochs_;
   std::vector<int>
-      read_in_;  // the last cluster epoch in which another block read this one's memory
+      used_in_;  // the last cluster epoch in which another block used this one's memory
   std::vector<Thread> threads_;
   std::vector<Product> pending_;
   float (*unpack_)(uint32_t) = nullptr;
@@ -378,10 +379,24 @@ inline void load_floats(float (&to)[8], const float* from) {
   std::memcpy(to, from, sizeof to);
 }
 
+// The same place in another block's shared memory, which must not be done.
+template <class T>
+T* remote(T* place, int rank) {
+  machine().check_remote(rank);
+  const auto offset = reinterpret_cast<const char*>(place) - machine().shared();
+  return reinterpret_cast<T*>(machine().shared(rank) + offset);
+}
+
 inline void load_remote(float (&to)[8], const float* from, int rank) {
-  const char* at =
-      machine().shared(rank) + (reinterpret_cast<const char*>(from) - machine().shared());
-  load_floats(to, reinterpret_cast<const float*>(at));
+  load_floats(to, remote(from, rank));
+}
+
+inline void store_remote(char* to, const uint32_t (&v)[4], int rank) {
+  store_shared(remote(to, rank), v);
+}
+
+inline void store_remote_scalar(char* to, uint32_t low, int rank) {
+  store_scalar(remote(to, rank), low);
 }
 
 inline void load_partial(float (&to)[4], const float* from) {

@@ -91,7 +91,7 @@ void check_level(const Case& c, const Schedule& s, int level) {
     require(c, s.slice * s.cluster >= l.in.extent && l.depth >= l.in.extent, "k is not covered");
   }
   require(c, l.depth % 32 == 0 && l.chunk % 32 == 0 && s.slice % 32 == 0, "k not in warps' steps");
-  require(c, power_of_two(l.strips) && l.strips <= kWarps, "strips that warps cannot share");
+  require(c, 1 << l.strips_shift <= kWarps, "strips that warps cannot share");
   int columns = s.rows;
   for (int k = 0; k <= last; ++k) {
     columns *= k < level ? s.levels[k].out.block : k > level ? s.levels[k].in.block : 1;
@@ -108,15 +108,17 @@ void check_memory(const Case& c, const Schedule& s) {
     require(c, l.state_stride >= l.chunk && l.state_stride % 64 == 32,
             "rows overlap, or share banks");
     end = l.state + 2 * rows * l.state_stride;
-    if (l.strips < kWarps || s.cluster > 1) {
+    if (1 << l.strips_shift < kWarps || s.cluster > 1) {
       require(c, s.shared_memory >= s.scratch + kWarps * 64 * eights * 4, "no room for sums");
     }
   }
   require(c, s.scratch >= end && s.scratch % 16 == 0, "sums overlap a state");
   if (s.cluster > 1) {
     require(c, s.exchange >= s.scratch + kWarps * 64 * 8 * s.column_tiles * 4, "exchange overlaps");
-    require(c, s.shared_memory >= s.exchange + s.levels[0].strips * 64 * 8 * s.column_tiles * 4,
-            "no room for the exchange");
+    require(
+        c,
+        s.shared_memory >= s.exchange + (64 << s.levels[0].strips_shift) * 8 * s.column_tiles * 4,
+        "no room for the exchange");
   }
   require(c, s.shared_memory <= c.limits.shared_memory, "too much shared memory");
 }
