@@ -44,10 +44,13 @@ def first_product(
     X_SECOND: tl.constexpr = S.first_in if S.first_minor else 1
     ROWS: tl.constexpr = T.block_b * T.group_in
     COLUMNS: tl.constexpr = T.group_out * T.block_d
+    # Columns in the order in which the part lies, so that it is read in vectors.
+    OUT_MINOR: tl.constexpr = P.a_out == 1 and P.a_rank > 1
     b = o_b + (tl.arange(0, ROWS) // T.group_in).to(tl.int64)
     i_second = o_in + tl.arange(0, ROWS) % T.group_in
-    j_first = o_out + tl.arange(0, COLUMNS) // T.block_d
-    d = o_rank + tl.arange(0, COLUMNS) % T.block_d
+    c = tl.arange(0, COLUMNS)
+    j_first = o_out + (c % T.group_out if OUT_MINOR else c // T.block_d)
+    d = o_rank + (c // T.group_out if OUT_MINOR else c % T.block_d)
     b_x = p_x + b * stride_xm + (i_second * X_SECOND).to(tl.int64) * stride_xk
     b_first = p_first + j_first * P.a_out + d * P.a_rank
     m_x = (b < rows) & (i_second < S.second_in)
@@ -69,10 +72,13 @@ def first_product(
             b_first[None, :] + i_first[:, None] * P.a_in,
             mask=m_i[:, None] & m_first[None, :],
             other=0.0,
-        )  # [BLOCK_K, (GROUP_OUT, BLOCK_D)]
+        )  # [BLOCK_K, (GROUP_OUT, BLOCK_D)] or [BLOCK_K, (BLOCK_D, GROUP_OUT)]
         s = tl.dot(x, first, s, input_precision=PRECISION)
     s = s.to(p_x.dtype.element_ty)
-    if T.group_in > 1 and T.group_out > 1:
+    if OUT_MINOR and T.group_out > 1:
+        s = tl.reshape(s, (T.block_b, T.group_in, T.block_d, T.group_out))
+        s = tl.permute(s, (0, 3, 1, 2))
+    elif T.group_in > 1 and T.group_out > 1:
         s = tl.reshape(s, (T.block_b, T.group_in, T.group_out, T.block_d))
         s = tl.permute(s, (0, 2, 1, 3))
     return tl.reshape(s, (T.block_b * T.group_out, T.group_in * T.block_d))
