@@ -13,10 +13,11 @@ def merge_cores(cores: Sequence[Tensor]) -> Tensor:
     """Contract neighbouring cores into one: ``[D_a, ∏ i, ∏ j, D_b]``."""
     merged = cores[0]
     for core in cores[1:]:
-        d, i, j, _ = merged.shape
+        d, i, j, bond = merged.shape
         _, ik, jk, dk = core.shape
-        merged = torch.tensordot(merged, core, dims=1)  # [d, i, j, ik, jk, dk]
-        merged = merged.transpose(2, 3).reshape(d, i * ik, j * jk, dk)
+        product = merged.reshape(-1, bond) @ core.reshape(bond, -1)
+        product = product.view(d, i, j, ik, jk, dk).transpose(2, 3)
+        merged = product.reshape(d, i * ik, j * jk, dk)
     return merged
 
 

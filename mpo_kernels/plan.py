@@ -66,6 +66,16 @@ class Step:
     k: int
     batch: int
 
+    @property
+    def takes(self) -> int:
+        """Elements of a row's state before it; of x, where it is the first."""
+        return self.batch * self.k * self.n
+
+    @property
+    def gives(self) -> int:
+        """Elements of a row's state after it; of y, where it is the last."""
+        return self.batch * self.m * self.n
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -260,13 +270,15 @@ def _candidates(
             needs = _part_needs(gradients, split, n)
             for order in ("left", "right"):
                 steps = chain_steps(parts, order)
-                block, work = _chain_work(parts, steps, rows, itemsize, figures, gradients, needs)
-                # Each part but the last of a chain from the left is transposed once, in short runs.
-                turned = [math.prod(p) for p in (parts[:-1] if order == "left" else parts)]
+                block, work = _chain_work(steps, rows, itemsize, figures, gradients, needs)
+                # What is not read as it lies is transposed once, in short runs.
+                turned = [
+                    math.prod(parts[s.part])
+                    for s in steps
+                    if (s.n > 1 if order == "left" else parts[s.part][1] > 1 < parts[s.part][2])
+                ]
                 work += [Work(bytes=4 * size * itemsize) for size in turned]
-                if order == "right" and any(
-                    2 * math.prod(p) > dense and p[1] > 1 < p[2] for p in parts
-                ):
+                if order == "right" and any(2 * size > dense for size in turned):
                     block = 0  # a copy as large as W
                 yield priced("chain", order, split, block, work, steps)
             if len(parts) > 1:
@@ -298,7 +310,6 @@ def merge_work(
 
 
 def _chain_work(
-    parts: CoreShapes,
     steps: Sequence[Step],
     rows: int,
     itemsize: int,
@@ -306,14 +317,20 @@ def _chain_work(
     gradients: Gradients | None,
     needs: Sequence[bool],
 ) -> tuple[int, list[Work]]:
-    states = [s.batch * s.m * s.n * itemsize for s in steps]
-    held = sum(states) if gradients else max(a + b for a, b in pairwise([0, *states]))
-    ins, outs = math.prod(p[1] for p in parts), math.prod(p[2] for p in parts)
-    # No state is larger than half of W, or than x or y where those are larger still; the bucket
-    # is less than twice the rows.
-    limit = max(ins * outs // 2, rows // 2 * max(ins, outs)) * itemsize
-    block = min(rows, max(1, figures.block_bytes // held), limit // max(states))
+    # x and y are there whatever the block: it is for the states between them.
+    states = [s.gives for s in steps[:-1]]
+    held = sum(states) if gradients else max(a + b for a, b in pairwise([0, *states, 0]))
+    ins, outs = steps[0].takes, steps[-1].gives
+    # None is larger than half of W, or than x or y where those are larger still; the bucket is
+    # less than twice the rows.
+    limit = max(ins * outs // 2, rows // 2 * max(ins, outs))
+    block = rows
+    if states:
+        fits = figures.block_bytes // (held * itemsize)
+        block = min(rows, max(1, fits), limit // max(states))
     blocks = -(-rows // max(block, 1))
+    # As good as equal, so that the last one is not small.
+    block = min(block, -(-rows // blocks))
     work = []
 
     def product(m: int, n: int, k: int, batch: int) -> None:

@@ -335,6 +335,43 @@ def test_neither_w_nor_dw_is_ever_whole(shape, rows, frozen):
             assert seen.largest <= max(half, activations, trained), (plan, seen.of)
 
 
+class Operations(TorchDispatchMode):
+    """The names of what computes or copies, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name != "new_empty":
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 700])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_is_the_products_of_two_linears(rows, transposed, dtype):
+    """Neither x nor y is copied, and no pass adds the bias; backward forms one state again."""
+    shape = MPOShape.low_rank(192, 256, 20)
+    cores, wanted = random_cores(shape, dtype), Gradients(True, (True, True))
+    x, dy = (torch.randn(features, rows).to(dtype).t() for features in (192, 256))
+    if not transposed:
+        x, dy = x.contiguous(), dy.contiguous()
+    bias = torch.randn(256).to(dtype)
+    for added, products in ((bias, ["mm", "addmm"]), (None, ["mm", "mm"])):
+        with Operations() as seen:
+            y = torch_backend.linear(x, cores, added, 256)
+        assert seen.names == products
+        exact = dense_linear(x.double(), [c.double() for c in cores], None, shape)
+        exact = exact if added is None else exact + added.double()
+        assert relative_error(y, exact) <= tolerance(0.0, dtype, 2)
+    with Operations() as seen:
+        torch_backend.linear_backward(dy, x, cores, wanted)
+    assert seen.names == ["mm"] * 5
+
+
 def saved_bytes(function):
     seen = {}
     with torch.autograd.graph.saved_tensors_hooks(

@@ -76,6 +76,17 @@ def test_few_rows_chain_many_rows_panels_and_low_rank_always_chains():
     assert all(plan(SHAPES["low-rank"], rows).algorithm == "chain" for rows in (1, 16, 256, 4096))
 
 
+def test_x_and_y_do_not_cut_a_chain_into_blocks_and_blocks_are_alike():
+    everything = Gradients(True, (True, True))
+    assert plan(SHAPES["low-rank"], 4096).block == 4096
+    assert plan(SHAPES["low-rank"], 4096, everything).block == 4096
+    for shape in SHAPES.values():
+        for candidate in plan(shape, 4096).candidates:
+            if candidate.algorithm == "chain":
+                blocks = -(-4096 // candidate.block)
+                assert candidate.block * blocks - 4096 < blocks
+
+
 def test_a_frozen_centre_is_never_dearer_and_rows_are_bucketed():
     shape = SHAPES["n5"]
     full = plan(shape, 512, Gradients(True, (True,) * 5))

@@ -6,23 +6,28 @@ their order and sizes. Backward recomputes the states of a block from x.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mpo_kernels.backends.torch.merging import add_product, merge, unmerge
 from mpo_kernels.plan import Gradients, Plan, Step, folds, groups
 
 
-def _matrices(parts: Sequence[Tensor], order: str) -> list[Tensor]:
-    """Each step's ``A [m, k]``, in the order of ``plan.steps``."""
+def _matrix(part: Tensor, order: str) -> Tensor:
+    """A part as the ``A [m, k]`` of its step."""
+    d, i, j, r = part.shape
     if order == "left":
-        return [part.reshape(-1, math.prod(part.shape[2:])).t() for part in parts]
-    return [
-        part.transpose(1, 2).reshape(part.shape[0] * part.shape[2], -1) for part in reversed(parts)
-    ]
+        return part.reshape(d * i, j * r).t()
+    # i and j change places; where one of them is 1, nothing moves.
+    return (part.transpose(1, 2) if i > 1 < j else part).reshape(d * j, i * r)
+
+
+def _matrices(parts: Sequence[Tensor], plan: Plan) -> list[Tensor]:
+    """Each step's ``A [m, k]``, in the order of ``plan.steps``."""
+    return [_matrix(parts[step.part], plan.order) for step in plan.steps]
 
 
 def _ready(
@@ -37,105 +42,116 @@ def _ready(
     ]
 
 
-def _apply(matrix: Tensor, state: Tensor, out: Tensor | None = None) -> Tensor:
-    """``A [m, k] × state [batch, k, n] -> [batch, m, n]``."""
-    batch, k, n = state.shape
-    m = matrix.shape[0]
+def _apply(matrix: Tensor, state: Tensor, n: int, out: Tensor | None = None) -> Tensor:
+    """``A [m, k] × state [batch, k, n] -> [batch, m, n]``, each in any shape that holds it."""
+    m, k = matrix.shape
     if n == 1:
-        out = None if out is None else out.view(batch, m)
-        return torch.mm(state.view(batch, k), matrix.t(), out=out).view(batch, m, 1)
+        out = None if out is None else out.view(-1, m)
+        return torch.mm(state.reshape(-1, k), matrix.t(), out=out)
+    state = state.contiguous().view(-1, k, n)
+    batch = state.shape[0]
     if batch == 1:
         out = None if out is None else out.view(m, n)
-        return torch.mm(matrix, state.view(k, n), out=out).view(1, m, n)
+        return torch.mm(matrix, state.view(k, n), out=out)
+    out = None if out is None else out.view(batch, m, n)
     if folds(n, matrix.nbytes):
-        folded = state.transpose(1, 2).reshape(batch * n, k) @ matrix.t()
-        folded = folded.view(batch, n, m).transpose(1, 2)
+        folded = (_rows(state, k, n) @ matrix.t()).view(batch, n, m).transpose(1, 2)
         return folded.contiguous() if out is None else out.copy_(folded)
     return torch.bmm(matrix.expand(batch, m, k), state, out=out)
 
 
-def _rows(state: Tensor) -> Tensor:
-    """``[batch, m, n] -> [(batch n), m]``: a product of two of these sums over batch and n."""
-    return state.transpose(1, 2).reshape(-1, state.shape[1])
+def _rows(state: Tensor, k: int, n: int) -> Tensor:
+    """``[batch, k, n] -> [(batch n), k]``: a product of two of these sums over batch and n."""
+    if n == 1:
+        return state.reshape(-1, k)
+    return state.reshape(-1, k, n).transpose(1, 2).reshape(-1, k)
 
 
 def _padded(block: Tensor, features: int) -> Tensor:
-    """A contiguous block of rows, zero-padded to the product of the factors."""
+    """Rows zero-padded to the product of the factors, which they mostly have."""
     if block.shape[1] == features:
-        return block.contiguous()
-    padded = block.new_zeros(block.shape[0], features)
-    padded[:, : block.shape[1]] = block
-    return padded
+        return block
+    return F.pad(block, (0, features - block.shape[1]))
+
+
+def _forward(
+    x: Tensor, matrices: Sequence[Tensor], steps: Sequence[Step], bias: Tensor | None, y: Tensor
+) -> None:
+    """Write y for a block of rows of x."""
+    state, last = _padded(x, steps[0].takes), steps[-1]
+    for step, matrix in zip(steps[:-1], matrices[:-1], strict=True):
+        state = _apply(matrix, state, step.n)
+    if y.shape[1] != last.gives:
+        product = _apply(matrices[-1], state, last.n).view(y.shape[0], -1)[:, : y.shape[1]]
+        if bias is None:
+            y.copy_(product)
+        else:
+            torch.add(product, bias, out=y)
+    elif bias is not None and last.batch == last.n == 1:
+        # One GEMM, which adds the bias in passing.
+        torch.addmm(bias, state.reshape(-1, last.k), matrices[-1].t(), out=y)
+    else:
+        _apply(matrices[-1], state, last.n, y)
+        if bias is not None:
+            y.add_(bias)
 
 
 def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan) -> None:
-    parts = merge(cores, plan.split)
-    features, out_features = (math.prod(core.shape[axis] for core in cores) for axis in (1, 2))
-    exact = y.shape[1] == out_features
-    steps = plan.steps
-    rows = min(plan.block, x.shape[0])
-    limit = features * out_features // 2
-    matrices = _ready(_matrices(parts, plan.order), steps, rows, limit)
-    for x_block, y_block in zip(x.split(plan.block), y.split(plan.block), strict=True):
-        state = _padded(x_block, features)
-        for step, matrix in zip(steps, matrices, strict=True):
-            last = step is steps[-1] and exact
-            out = y_block.view(-1, step.m, step.n) if last else None
-            state = _apply(matrix, state.view(-1, step.k, step.n), out)
-        if not exact:
-            y_block.copy_(state.view(len(x_block), -1)[:, : y.shape[1]])
-        if bias is not None:
-            y_block.add_(bias)
+    """Write ``y [rows, out]`` of ``x [rows, in]``."""
+    steps, rows = plan.steps, min(plan.block, x.shape[0])
+    limit = steps[0].takes * steps[-1].gives // 2
+    matrices = _ready(_matrices(merge(cores, plan.split), plan), steps, rows, limit)
+    # Splitting costs the host as much as a product.
+    blocks = [(x, y)] if rows == x.shape[0] else zip(x.split(rows), y.split(rows), strict=True)
+    for x_block, y_block in blocks:
+        _forward(x_block, matrices, steps, bias, y_block)
 
 
 def plain(x: Tensor, cores: Sequence[Tensor], out_features: int, plan: Plan) -> Tensor:
     """``x · W [rows, out_features]`` with nothing written in place, whatever the rows."""
-    features = math.prod(core.shape[1] for core in cores)
-    state = torch.nn.functional.pad(x, (0, features - x.shape[1]))
-    matrices = _matrices(merge(cores, plan.split), plan.order)
+    state = _padded(x, plan.steps[0].takes)
+    matrices = _matrices(merge(cores, plan.split), plan)
     for step, matrix in zip(plan.steps, matrices, strict=True):
-        state = _apply(matrix, state.reshape(-1, step.k, step.n))
+        state = _apply(matrix, state, step.n)
     return state.reshape(x.shape[0], -1)[:, :out_features]
 
 
 def backward(
     grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients, plan: Plan
 ) -> tuple[Tensor | None, list[Tensor | None]]:
+    """``dx`` and the cores' gradients, ``None`` where not asked for."""
     parts = merge(cores, plan.split)
-    steps, matrices = plan.steps, _matrices(parts, plan.order)
+    steps, matrices = plan.steps, _matrices(parts, plan)
     left = plan.order == "left"
     needs = [any(gradients.cores[a:b]) for a, b in groups(plan.split, len(cores))]
     # In the layout of the part: [(D i), (j D')] from the left, [(D j), (i D')] from the right.
     sums: list[Tensor | None] = [None] * len(parts)
-    features, out_features = (math.prod(core.shape[axis] for core in cores) for axis in (1, 2))
+    features, out_features = steps[0].takes, steps[-1].gives
     limit, size = features * out_features // 2, min(plan.block, x.shape[0])
     turned = _ready([matrix.t() for matrix in matrices], steps, size, limit)
     matrices = _ready(matrices[:-1], steps[:-1], size, limit)
     # Products below the first one that anything is asked of are not formed.
     last = 0 if gradients.x else min(i for i, step in enumerate(steps) if needs[step.part])
-    several = gradients.x and x.shape[0] > plan.block
-    dx = x.new_empty(x.shape) if several else None
+    dx = x.new_empty(x.shape) if gradients.x else None
     for start in range(0, x.shape[0], plan.block):
         rows = slice(start, start + plan.block)
         states = [_padded(x[rows], features)]
         for step, matrix in zip(steps[:-1], matrices, strict=True):
-            states.append(_apply(matrix, states[-1].view(-1, step.k, step.n)))
+            states.append(_apply(matrix, states[-1], step.n))
         flow = _padded(grad[rows], out_features)
         for index in range(len(steps) - 1, last - 1, -1):
             step = steps[index]
-            flow = flow.view(-1, step.m, step.n)
             if needs[step.part]:
-                before, after = _rows(states[index].view(-1, step.k, step.n)), _rows(flow)
+                before, after = _rows(states[index], step.k, step.n), _rows(flow, step.m, step.n)
                 pair = (before.t(), after) if left else (after.t(), before)
                 sums[step.part] = add_product(sums[step.part], *pair)
-            if index > last or gradients.x:
-                flow = _apply(turned[index], flow)
-        if gradients.x:
-            of_rows = flow.view(-1, features)[:, : x.shape[1]]
-            if dx is None:
-                dx = of_rows.contiguous()
-            else:
-                dx[rows] = of_rows
+            if index > last:
+                flow = _apply(turned[index], flow, step.n)
+        if dx is not None and x.shape[1] == features:
+            _apply(turned[0], flow, steps[0].n, dx[rows])
+        elif dx is not None:
+            product = _apply(turned[0], flow, steps[0].n)
+            dx[rows] = product.view(-1, features)[:, : x.shape[1]]
     for k, total in enumerate(sums):
         if total is not None:
             d, i, j, r = parts[k].shape

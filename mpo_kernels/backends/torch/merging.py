@@ -38,6 +38,9 @@ def _merge_backward(
     grads: list[Tensor | None] = [None] * len(cores)
     if grad is None or not any(needs):
         return grads
+    if len(cores) > 1:
+        # As precise as a sum, until it is in pieces.
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     lefts = [cores[0]]
     for k in range(1, len(cores) - 1):
         lefts.append(merge_cores([lefts[-1], cores[k]]))
@@ -56,9 +59,8 @@ def _merge_backward(
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """``total [m, n] + a [m, k] × b [k, n]``, in place and summed in fp32 or better."""
+    """``total [m, n] + a [m, k] × b [k, n]``, in place; from the second on in fp32 or better."""
     if total is None:
-        return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
-    if total.dtype == a.dtype:
-        return total.addmm_(a, b)
-    return total.add_(a @ b)
+        return a @ b
+    total = total.to(torch.promote_types(a.dtype, torch.float32))
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
