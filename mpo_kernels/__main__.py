@@ -67,7 +67,8 @@ def _calibrate(device: torch.device, names: list[str], as_json: bool) -> None:
         print(
             f"{name:<10} {figures.macs_per_second / 1e9:10,.1f} GMAC/s  "
             f"{figures.bytes_per_second / 1e9:8,.1f} GB/s  "
-            f"{figures.launch_seconds * 1e6:5.1f} µs a call"
+            f"{figures.launch_seconds * 1e6:5.1f} µs a call, "
+            f"{figures.host_seconds * 1e6:4.1f} µs of the host beside it"
         )
     print(f"the planner uses these from now on: {path}")
 

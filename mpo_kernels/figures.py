@@ -25,7 +25,11 @@ class DeviceFigures:
         name: device type, for the reader.
         macs_per_second: multiply-adds of a large GEMM.
         bytes_per_second: of a large copy, read and write counted.
-        launch_seconds: host time of one library call.
+        launch_seconds: of one library call, whatever it does: on a CPU all of it, on a GPU what its
+            kernel takes at least.
+        host_seconds: of the host to start one library call, while the device is at earlier ones;
+            0 on a CPU.
+        side: half of a GEMM's rate is left where one of its sides is this short.
         block_bytes: intermediates of a chain that stay in cache together.
         panel_bytes: workspace of a panel, which is also at most half of W; one j is the floor.
     """
@@ -34,12 +38,14 @@ class DeviceFigures:
     macs_per_second: float
     bytes_per_second: float
     launch_seconds: float
+    host_seconds: float
+    side: int
     block_bytes: int
     panel_bytes: int
 
 
-# What calibration replaces; the two sizes are choices.
-_MEASURED = ("macs_per_second", "bytes_per_second", "launch_seconds")
+# What calibration replaces.
+_MEASURED = ("macs_per_second", "bytes_per_second", "launch_seconds", "host_seconds")
 
 
 def device_figures(device: torch.device, dtype: torch.dtype) -> DeviceFigures:
@@ -55,7 +61,8 @@ def _figures(device: torch.device, dtype: torch.dtype, threads: int) -> DeviceFi
         return default
     try:
         rates: dict[str, Any] = {name: float(stored[name]) for name in _MEASURED}
-        if not all(0 < rate < math.inf for rate in rates.values()):
+        divisors = rates["macs_per_second"], rates["bytes_per_second"]
+        if not all(0 <= rate < math.inf for rate in rates.values()) or 0 in divisors:
             raise ValueError(f"expected positive figures, got {stored}")
     except (TypeError, ValueError, KeyError) as error:
         logger.warning("calibrated figures are not used: %r", error)
@@ -68,18 +75,21 @@ def default_figures(device_type: str, dtype: torch.dtype, threads: int) -> Devic
     if device_type == "cpu":
         # One AVX-512 core: 30 G MAC/s in fp32, half in fp64.
         rate = 30e9 * threads * (0.5 if dtype == torch.float64 else 1.0)
-        return DeviceFigures("cpu", rate, 20e9, 5e-6, 2**20 * threads, 8 * 2**20)
+        return DeviceFigures("cpu", rate, 20e9, 5e-6, 0.0, 4, 2**20 * threads, 8 * 2**20)
+    # An H200: docs/planner.md has what these were fitted to.
     rate = 25e12 if dtype in (torch.float32, torch.float64) else 350e12
-    return DeviceFigures(device_type, rate, 3e12, 6e-6, 64 * 2**20, 64 * 2**20)
+    return DeviceFigures(device_type, rate, 3e12, 3e-6, 12e-6, 64, 64 * 2**20, 64 * 2**20)
 
 
 def calibrate(device: torch.device, dtype: torch.dtype) -> DeviceFigures:
     """Measure this device and keep the figures for all later processes (`measured.py`)."""
     gemm, copy = (2048, 2**28) if device.type == "cpu" else (8192, 2**30)
+    launch, host = _launch_seconds(device)
     figures = {
         "macs_per_second": gemm_rate(device, dtype, gemm),
         "bytes_per_second": copy_rate(device, copy),
-        "launch_seconds": _launch_seconds(device),
+        "launch_seconds": launch,
+        "host_seconds": host,
     }
     measured.put(measured.device_name(device), "figures", str(dtype), figures)
     _figures.cache_clear()
@@ -99,9 +109,17 @@ def copy_rate(device: torch.device, nbytes: int) -> float:
     return 2 * nbytes / min(seconds(lambda: target.copy_(source), 1, device) for _ in range(8))
 
 
-def _launch_seconds(device: torch.device) -> float:
-    a = torch.ones(8, 8, device=device)
-    return min(seconds(lambda: torch.mm(a, a), 200, device) for _ in range(8))
+def _launch_seconds(device: torch.device) -> tuple[float, float]:
+    """Of a small product: of the device, and of the host beside it."""
+    a, calls = torch.ones(8, 8, device=device), 200
+    started = min(seconds(lambda: torch.mm(a, a), calls, device) for _ in range(8))
+    if device.type == "cpu":
+        return started, 0.0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            torch.mm(a, a)
+    return min(seconds(graph.replay, 1, device) for _ in range(8)) / calls, started
 
 
 def seconds(call: Callable[[], Any], calls: int, device: torch.device) -> float:

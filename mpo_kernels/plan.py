@@ -50,10 +50,26 @@ class Work:
     def seconds(self, figures: DeviceFigures) -> float:
         seconds = self.count * figures.launch_seconds + self.bytes / figures.bytes_per_second
         if self.macs:
-            # Short sides leave vector lanes and registers idle.
-            used = math.prod(side / (side + 4) for side in (self.m, self.n, self.k))
+            # Short sides leave vector lanes, registers and multiprocessors idle.
+            sides = (self.m, self.n, self.k)
+            used = math.prod(side / (side + figures.side) for side in sides)
             seconds += self.macs / (figures.macs_per_second * used)
         return seconds
+
+
+def time_of(
+    work: Sequence[Work], figures: DeviceFigures, kernels: float = 0.0, started: float = 0.0
+) -> float:
+    """Seconds of a plan, whose calls the host starts while the device is at earlier ones.
+
+    Args:
+        work: library calls.
+        figures: of the device.
+        kernels: seconds of what the device does beside them.
+        started: as many library calls as take the host as long as starting those kernels.
+    """
+    calls = started + sum(w.count for w in work)
+    return max(kernels + sum(w.seconds(figures) for w in work), calls * figures.host_seconds)
 
 
 @dataclass(frozen=True)
@@ -260,8 +276,7 @@ def _candidates(
     ) -> Plan:
         work = [x_y_cores, *merge_work(shapes, split, itemsize, gradients), *work]
         macs, moved = sum(w.macs for w in work), sum(w.bytes for w in work)
-        seconds = sum(w.seconds(figures) for w in work)
-        us = seconds * 1e6
+        us = 1e6 * time_of(work, figures)
         return Plan(algorithm, order, split, rows, block, macs, moved, us, tuple(steps))
 
     for cuts in range(2 ** (n - 1)):

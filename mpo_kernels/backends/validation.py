@@ -19,14 +19,15 @@ KINDS = ("triton", "cuda")
 def source_hash(kernels: str) -> str | None:
     """Of the sources of ``"triton"`` or ``"cuda"`` kernels.
 
-    Triton's are the files of their folder; those of ``csrc`` are named by the library made of them,
-    which may not be there.
+    Triton's are the files of their folder that hold any; those of ``csrc`` are named by the library
+    made of them, which may not be there.
     """
     if kernels == "cuda":
         return getattr(extension.loaded()[0], "SOURCES", None)
     digest = hashlib.sha256()
     for path in sorted((_FOLDER / "triton").glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        if b"@triton.jit" in (source := path.read_bytes()):
+            digest.update(path.name.encode() + b"\0" + source + b"\0")
     return digest.hexdigest()[:16]
 
 

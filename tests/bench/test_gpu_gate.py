@@ -62,7 +62,7 @@ def test_validation_holds_for_the_sources_that_passed(
         {},
         {"tests": "failed"},
         {"tests": "passed", "sanitizer": "failed"},
-        {"cuda_tests": "passed"},
+        {"cuda_tests": "passed", "build": "failed"},
         {**CUDA, "cuda_memcheck": "failed"},
         {**CUDA, "cuda_racecheck": "failed"},
     ],

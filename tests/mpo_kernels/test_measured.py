@@ -52,7 +52,12 @@ def test_a_broken_file_counts_as_empty_and_says_so(
 
 def test_calibrated_figures_replace_the_defaults() -> None:
     default = figures.device_figures(CPU, torch.float32)
-    value = {"macs_per_second": 1.0, "bytes_per_second": 2.0, "launch_seconds": 3.0}
+    value = {
+        "macs_per_second": 1.0,
+        "bytes_per_second": 2.0,
+        "launch_seconds": 3.0,
+        "host_seconds": 0.0,
+    }
     measured.put(measured.device_name(CPU), "figures", "torch.float32", value)
     figures._figures.cache_clear()
     found = figures.device_figures(CPU, torch.float32)

@@ -33,6 +33,7 @@ from mpo_kernels.plan import (
     merge_work,
     merged_parts,
     shapes_of,
+    time_of,
 )
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ def _decode_plans(
                     continue
                 steps = chain_steps(merged, order)
                 macs = rows * sum(step.batch * step.m * step.n * step.k for step in steps)
-                seconds = chain.seconds + figures.launch_seconds
-                seconds += sum(w.seconds(figures) for w in merging)
+                kernel = chain.seconds + figures.launch_seconds
+                seconds = time_of(merging, figures, kernel, 1)
                 yield Plan(
                     algorithm="decode",
                     order=order,

@@ -23,7 +23,11 @@ from mpo_kernels.plan import (
     merged_parts,
     plan_linear,
     row_bucket,
+    time_of,
 )
+
+# Library calls that take the host as long as one launch from triton.
+STARTED = 3
 
 
 class Launch(NamedTuple):
@@ -123,9 +127,8 @@ def _plan(
                 parts[0], parts[1], features, rows, dtype, limits, needs
             ):
                 merging = merge_work(shapes, (k,), dtype.itemsize, gradients)
-                seconds = sum(w.seconds(figures) for w in merging) + sum(
-                    choice.seconds + figures.launch_seconds for choice in choices
-                )
+                kernels = sum(choice.seconds + figures.launch_seconds for choice in choices)
+                seconds = time_of(merging, figures, kernels, STARTED * len(choices))
                 moved = dtype.itemsize * (rows * sum(features) + sum(map(math.prod, parts)))
                 first = choices[0].launch
                 plans.append(

@@ -169,26 +169,34 @@ class Cost(NamedTuple):
         )
 
 
+# Of a load that the next one waits for, from the second-level cache or beyond.
+LATENCY = 0.7e-6
+
+
 def _seconds(
     limits: Limits,
     itemsize: int,
     *,
     programs: int,
     steps: int,
+    loads: int,
     products: list[tuple[int, int, int]],
     step_bytes: float,
     end_bytes: float,
     shared_memory: int,
 ) -> float:
-    """Time of `programs` programs of `steps` steps, each with some products ``[m, k] × [k, n]``."""
+    """Time of `programs` programs of `steps` steps, each of some products ``[m, k] × [k, n]``.
+
+    `loads` are a step's, one after the other.
+    """
     rate = limits.macs_per_second if itemsize == 2 else limits.fp32_macs_per_second
     compute = sum(
         m * n * k / (min(1, m / limits.matrix_rows) * n / (n + 16) * rate) for m, n, k in products
     )
     waves = ceil_div(programs, limits.multiprocessors)
     together = max(1, min(4, limits.shared_memory // max(shared_memory, 1)))
-    # A step's loads, products and the barrier between, where no other program hides them.
-    latency = 0.7e-6 * ceil_div(programs, limits.multiprocessors * together)
+    # Loads, products and the barrier between, where no other program hides them.
+    latency = LATENCY * loads * ceil_div(programs, limits.multiprocessors * together)
     moved = (steps * step_bytes + end_bytes) / limits.cache_bytes_per_second
     each = max(steps * compute, moved) * limits.multiprocessors
     return waves * each + steps * latency
@@ -244,6 +252,7 @@ def _chain_cost(
             itemsize,
             programs=in_blocks * n_blocks * t.splits,
             steps=steps,
+            loads=k_loop + 1,
             products=[first, (t.block_n, k_second, m_second)],
             step_bytes=x_bytes + first_bytes + y_bytes,
             end_bytes=8 * t.block_n * k_second,
@@ -260,6 +269,7 @@ def _chain_cost(
             itemsize,
             programs=b_blocks * out_groups * ceil_div(n_blocks, columns) * t.splits,
             steps=steps,
+            loads=ceil_div(k_loop, columns) + 1,
             products=[share, (m_second, t.block_n, k_second)],
             step_bytes=(x_bytes + first_bytes) / columns + second_bytes,
             end_bytes=columns * y_bytes * (5 if t.splits > 1 else 1),
@@ -343,6 +353,7 @@ def _implicit_cost(
         * ceil_div(p.left_out, t.left_out)
         * ceil_div(p.right_out, t.right_out),
         steps=steps,
+        loads=d_loop + 1,
         products=[(m_w, n_w, d_loop * t.block_d), (t.block_b, n, k)],
         step_bytes=d_loop * parts
         + t.block_b * k * itemsize * _run_waste(min(t.right_in, p.right_in), itemsize),
@@ -398,6 +409,7 @@ def gather_tiles(
             itemsize,
             programs=ceil_div(rows, b) * blocks,
             steps=d_loop * b,
+            loads=1,
             products=[(left, right, d)],
             step_bytes=operands,
             end_bytes=left * right * itemsize,
