@@ -65,13 +65,24 @@ def _from_matrix(panel: Tensor, parts: Sequence[Tensor], block: slice) -> Tensor
 def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, plan: Plan) -> None:
     """Write ``y [rows, out]`` of ``x [rows, in]``."""
     parts = merge(cores, plan.split)
+    if bias is not None:
+        _spread(bias, y)
     for block, columns in _panels(parts, plan.block, y.shape[1]):
         panel = _to_matrix(_products(parts, block)[-1], parts, block)
         panel = panel[: x.shape[1], : columns.stop - columns.start]
         if bias is None:
             torch.mm(x, panel, out=y[:, columns])
         else:
-            torch.addmm(bias[columns], x, panel, out=y[:, columns])
+            y[:, columns].addmm_(x, panel)
+
+
+def _spread(bias: Tensor, y: Tensor) -> None:
+    """Every row of y is the bias: what a GEMM adds to, since none adds a vector to some columns."""
+    aligned = bias.is_contiguous() and bias.data_ptr() % 8 == 0 == bias.nbytes % 8
+    if y.is_cuda and aligned:
+        # There a copy to many rows is as fast as its elements are wide.
+        y, bias = y.view(torch.int64), bias.view(torch.int64)
+    y.copy_(bias)
 
 
 def plain(x: Tensor, cores: Sequence[Tensor], out_features: int, plan: Plan) -> Tensor:
