@@ -56,8 +56,8 @@ def _print_facts(found: dict[str, Any]) -> None:
             print(f"{name:<18} {', '.join(value) if isinstance(value, list) else value}")
 
 
-def _calibrate(device: torch.device, names: list[str], as_json: bool) -> None:
-    found = {name: calibrate(device, DTYPES[name]) for name in names}
+def _calibrate(device: torch.device, names: list[str], graphs: bool, as_json: bool) -> None:
+    found = {name: calibrate(device, DTYPES[name], graphs) for name in names}
     path = measured.path_of(measured.device_name(device))
     if as_json:
         rows = {name: figures.__dict__ for name, figures in found.items()}
@@ -80,6 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     measure = commands.add_parser("calibrate", help="measure this device for the planner")
     measure.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     measure.add_argument("--dtype", nargs="+", choices=DTYPES, help="(float32 on a CPU, else all)")
+    measure.add_argument(
+        "--graphs", action="store_true", help="for models replayed from CUDA graphs"
+    )
     measure.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.command is None:
@@ -93,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type not in ("cpu", "cuda"):
         parser.error(f"expected a device of type cpu or cuda, got {options.device!r}")
     default = ["float32"] if device.type == "cpu" else list(DTYPES)
-    _calibrate(device, options.dtype or default, options.json)
+    _calibrate(device, options.dtype or default, options.graphs, options.json)
 
 
 if __name__ == "__main__":

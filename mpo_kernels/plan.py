@@ -60,7 +60,10 @@ class Work:
 def time_of(
     work: Sequence[Work], figures: DeviceFigures, kernels: float = 0.0, started: float = 0.0
 ) -> float:
-    """Seconds of a plan, whose calls the host starts while the device is at earlier ones.
+    """Seconds of a plan: the geometric mean of a replayed CUDA graph's and of an eager call's.
+
+    A graph takes the device's time; eagerly the host starts calls while the device is at earlier
+    ones, and the slower of the two decides. On a CPU both are the same.
 
     Args:
         work: library calls.
@@ -68,8 +71,9 @@ def time_of(
         kernels: seconds of what the device does beside them.
         started: as many library calls as take the host as long as starting those kernels.
     """
-    calls = started + sum(w.count for w in work)
-    return max(kernels + sum(w.seconds(figures) for w in work), calls * figures.host_seconds)
+    device = kernels + sum(w.seconds(figures) for w in work)
+    host = figures.host_seconds * (started + sum(w.count for w in work))
+    return math.sqrt(device * max(device, host))
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Plan:
             many.
         macs: multiply-adds of the whole call.
         bytes: bytes of x, y and cores, and of what passes through memory between.
-        predicted_us: predicted time in microseconds.
+        predicted_us: predicted time in microseconds, see :func:`time_of`.
         steps: the products of a chain, in order.
         launches: the kernels of a fused plan, with their tiles.
         measured_us: of those kernels, where their tiles were measured on this device.

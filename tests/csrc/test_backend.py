@@ -126,6 +126,19 @@ def test_a_quantised_layer(
     assert calls == [1, 3]
 
 
+def test_bytes_are_widened_where_that_is_faster(
+    cuda_backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = mk.MPOLinear(72, 48, MPOShape((8, 9), (6, 8), 8), dtype=BF16).quantized()
+    x = torch.randn(2, 72).to(BF16)
+    with mk.use_backend("cuda"):
+        expected = served(x)
+        cuda_backend.quantized_chain.cache_clear()
+        monkeypatch.setattr(cuda_backend, "MEASURED", 1e6)
+        monkeypatch.setattr(cuda_backend, "decode", None)
+        assert relative_error(served(x), expected.double()) < 3 * torch.finfo(BF16).eps
+
+
 def test_gradients_are_left_to_the_others(cuda_backend: ModuleType) -> None:
     shape = MPOShape((4, 8), (8, 4), 8)
     cores = random_cores(shape, BF16, torch.get_default_device())

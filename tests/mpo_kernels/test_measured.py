@@ -74,6 +74,16 @@ def test_calibrate_measures_and_stores(capsys: pytest.CaptureFixture[str]) -> No
     assert 1e8 < found.macs_per_second < 1e13 and 1e-8 < found.launch_seconds < 1e-3
 
 
+@pytest.mark.parametrize(("graphs", "host"), [((), 2e-6), (("--graphs",), 0.0)])
+def test_graphs_are_calibrated_without_the_host(
+    graphs: tuple[str, ...], host: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "_launch_seconds", lambda device: (1e-6, 2e-6))
+    command.main(["calibrate", "--device", "cpu", *graphs])
+    found = figures.device_figures(CPU, torch.float32)
+    assert (found.launch_seconds, found.host_seconds) == (1e-6, host)
+
+
 def test_calibrate_refuses_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         command.main(["calibrate", "--device", "nonsense"])

@@ -1,6 +1,7 @@
 """The planner: its counts against an independent path finder, its choices, its explanation."""
 
 import math
+from dataclasses import replace
 
 import opt_einsum
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from mpo_kernels import MPOLinear, MPOShape
 from mpo_kernels.figures import default_figures
-from mpo_kernels.plan import Gradients, plan_linear
+from mpo_kernels.plan import Gradients, Work, plan_linear, time_of
 
 FIGURES = default_figures("cpu", torch.float32, 2)
 
@@ -113,3 +114,14 @@ def test_the_explanation_names_the_choice_and_what_lost():
     assert "chain" in text and "panels" in text and "rows ≤ 16" in text
     backward = MPOLinear(768, 3072, shape, device="meta").plan(16, backward=True)
     assert backward.macs > MPOLinear(768, 3072, shape, device="meta").plan(16).macs
+
+
+def test_the_host_counts_where_it_is_slower_than_the_device():
+    """Half of it: a replayed graph has none of its time, an eager call all of it."""
+    work = [Work(bytes=10**6, count=3)]
+    figures = replace(FIGURES, bytes_per_second=1e12, launch_seconds=1e-6, host_seconds=12e-6)
+    device = 3e-6 + 1e-6
+    assert time_of(work, figures) == pytest.approx(math.sqrt(device * 36e-6))
+    assert time_of(work, figures, 1e-3) == pytest.approx(device + 1e-3)
+    assert time_of([], figures, device, 2) == pytest.approx(math.sqrt(device * 24e-6))
+    assert time_of(work, replace(figures, host_seconds=0.0)) == pytest.approx(device)

@@ -353,7 +353,7 @@ def _implicit_cost(
         * ceil_div(p.left_out, t.left_out)
         * ceil_div(p.right_out, t.right_out),
         steps=steps,
-        loads=d_loop + 1,
+        loads=d_loop,
         products=[(m_w, n_w, d_loop * t.block_d), (t.block_b, n, k)],
         step_bytes=d_loop * parts
         + t.block_b * k * itemsize * _run_waste(min(t.right_in, p.right_in), itemsize),

@@ -1,0 +1,46 @@
+"""The planner's choices held against what was measured on an H200: it knows five figures of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.cases import FACTORISATIONS, SHAPES
+from mpo_kernels.backends.triton.planning import plan_fused
+from mpo_kernels.backends.triton.tiles import LIMITS
+from mpo_kernels.figures import default_figures
+from mpo_kernels.plan import Gradients
+
+TIMES = Path(__file__).parents[2] / "bench" / "results" / "gpu" / "times.json"
+# At fewer rows the host's time decides as much as what was measured.
+POINTS = [r for r in json.loads(TIMES.read_text())["records"] if r["rows"] >= 64]
+
+
+@pytest.mark.parametrize("record", POINTS, ids=lambda r: f"{r['case']}, {r['pass']}")
+def test_the_choice_is_near_the_fastest_of_what_was_measured(record: dict[str, Any]) -> None:
+    shape = FACTORISATIONS[record["factorisation"]](*SHAPES[record["size"]])
+    trained = [k != shape.central or record["pass"] != "light" for k in range(shape.num_cores)]
+    gradients = None if record["pass"] == "forward" else Gradients(True, tuple(trained))
+    plan = plan_fused(
+        shape.core_shapes,
+        (shape.in_features, shape.out_features),
+        record["rows"],
+        torch.bfloat16,
+        default_figures("cuda", torch.bfloat16, 1),
+        LIMITS["sm_90"],
+        gradients,
+    )
+    measured = {
+        (c["algorithm"], c["order"], tuple(c["split"])): c["median_us"]
+        for c in record["planner"]["candidates"]
+    }
+    chosen = next(
+        found
+        for p in plan.candidates
+        if (found := measured.get((p.algorithm, p.order, p.split))) is not None
+    )
+    assert chosen <= 1.2 * min(measured.values())
