@@ -28,6 +28,7 @@ class Limits:
         fp32_macs_per_second: without them.
         cache_bytes_per_second: from the second-level cache, all multiprocessors.
         warp: threads of a warp.
+        waits: whether each load of a step was measured to wait for the one before.
     """
 
     name: str
@@ -39,12 +40,13 @@ class Limits:
     fp32_macs_per_second: float
     cache_bytes_per_second: float
     warp: int = 32
+    waits: bool = False
 
 
-# By the vendors' data sheets; only their ratios matter here.
+# By the vendors' data sheets, but for what an H200 was measured to do; only ratios matter here.
 LIMITS = {
     "sm_80": Limits("sm_80", 108, 163 << 10, 96, 16, 156e12, 9.7e12, 4e12),
-    "sm_90": Limits("sm_90", 132, 227 << 10, 160, 64, 495e12, 30e12, 5.5e12),
+    "sm_90": Limits("sm_90", 132, 227 << 10, 160, 64, 495e12, 30e12, 5.5e12, waits=True),
     "sm_100": Limits("sm_100", 148, 227 << 10, 120, 64, 1100e12, 37e12, 8e12),
     "gfx942": Limits("gfx942", 304, 64 << 10, 128, 16, 650e12, 80e12, 8e12, 64),
 }
@@ -149,15 +151,22 @@ def _sizes(low: int, high: int, limit: int) -> list[int]:
     return [size for size in sizes if size == low or size <= power_of_two(limit)]
 
 
+# Of a thread, without what addresses take.
+REGISTERS = 240
+
+
 class Cost(NamedTuple):
     """What a tile needs, and the time the model gives it.
 
-    `accumulators` are fp32 values of a program, `shared_memory` bytes, `seconds` of the whole call.
+    `accumulators` are fp32 values of a program, `shared_memory` bytes, `seconds` of the whole call;
+    `operands` are 16-bit values that each thread holds where products are too small for the widest
+    matrix instruction, which reads them from shared memory.
     """
 
     accumulators: int
     shared_memory: int
     seconds: float
+    operands: int = 0
 
     def fits(self, num_warps: int, limits: Limits, itemsize: int) -> bool:
         # Without matrix instructions the operands of fp32 products are in registers as well.
@@ -165,6 +174,7 @@ class Cost(NamedTuple):
         threads = num_warps * limits.warp
         return (
             share * self.accumulators <= limits.accumulators * threads
+            and self.accumulators // threads + self.operands // 2 <= REGISTERS
             and self.shared_memory <= limits.shared_memory
         )
 
@@ -195,8 +205,10 @@ def _seconds(
     )
     waves = ceil_div(programs, limits.multiprocessors)
     together = max(1, min(4, limits.shared_memory // max(shared_memory, 1)))
-    # Loads, products and the barrier between, where no other program hides them.
-    latency = LATENCY * loads * ceil_div(programs, limits.multiprocessors * together)
+    # Loads, products and the barrier between, where no other program hides them; products of fp32
+    # take as long as the loads.
+    waits = loads if limits.waits and itemsize == 2 else 1
+    latency = LATENCY * waits * ceil_div(programs, limits.multiprocessors * together)
     moved = (steps * step_bytes + end_bytes) / limits.cache_bytes_per_second
     each = max(steps * compute, moved) * limits.multiprocessors
     return waves * each + steps * latency
@@ -278,7 +290,12 @@ def _chain_cost(
         # The sum over splits is a kernel of its own.
         seconds += 2e-6 * (t.splits > 1)
     seconds += _copy_seconds(p, t, itemsize, limits, gradient)
-    return Cost(accumulators, shared, seconds)
+    operands = 0
+    if itemsize == 2 and m_second < limits.matrix_rows:
+        # Each warp has all of s, and the program one step of the first part.
+        threads = t.num_warps * limits.warp
+        operands = m_second * k_second // limits.warp + t.block_k * n_first // threads
+    return Cost(accumulators, shared, seconds, operands)
 
 
 def _chain_tiles(
