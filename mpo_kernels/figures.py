@@ -1,4 +1,4 @@
-"""What a device does in a second: data-sheet defaults, or what `calibrate` measured on it."""
+"""What a device does in a second: defaults, or what `calibrate` measured on it."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def _launch_seconds(device: torch.device) -> tuple[float, float]:
     if device.type == "cpu":
         return started, 0.0
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # By default the stream that was captured on first, which may be another device's.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
         for _ in range(calls):
             torch.mm(a, a)
     return min(seconds(graph.replay, 1, device) for _ in range(8)) / calls, started

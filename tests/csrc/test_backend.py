@@ -300,6 +300,10 @@ class TestAbsent:
         self.importing(monkeypatch, result)
         with pytest.raises(RuntimeError, match=message):
             extension.load()
+        layouts = (((1, 1, 8, 8), (64, 64, 8, 1), True), ((8, 8, 1, 1), (8, 1, 1, 1), True))
+        decode.chain_of.cache_clear()
+        with pytest.raises(RuntimeError, match=message):
+            decode.chain_of(layouts, 1, (8, 8), True, BF16, BF16, (90, 132, 227 << 10))
         with pytest.raises(ValueError, match=f"cuda back end cannot be used: .*{message}"):
             mk.use_backend("cuda").__enter__()
         assert not mk.available_backends()["cuda"][0]

@@ -37,8 +37,10 @@ def chain_of(
 ) -> Chain | None:
     """The schedule for one problem, None where the kernels do not serve its sizes or the device."""
     names = (str(dtype).removeprefix("torch.") for dtype in (element, stored))
+    # Outside: a library that is not there is not a problem without a schedule.
+    schedule = extension.load().Chain
     try:
-        return extension.load().Chain(layouts, rows, *features, from_left, *names, limits)
+        return schedule(layouts, rows, *features, from_left, *names, limits)
     except (RuntimeError, ValueError):
         return None
 
