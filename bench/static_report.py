@@ -101,17 +101,26 @@ def arguments(case: Case) -> tuple[Any, list[tuple[str, Any]]]:
     return gather_gradient_kernel, [*pointers, *strides]
 
 
-def packed_strides(problem: Chain | TwoParts) -> Strides:
-    """Of parts ``[in, out, D]`` that are contiguous."""
-    _, a_out, _, b_out, rank = problem[:5]
-    return Strides(a_out * rank, rank, 1, b_out * rank, rank, 1)
+def strides_as_cores_lie(problem: Chain | TwoParts) -> Strides:
+    """Of parts ``[in, out, D]``: the bond is minor in the left one, ``out`` in the right one."""
+    a_in, a_out, b_in, b_out, rank = problem[:5]
+
+    def left(out: int) -> tuple[int, int, int]:
+        return out * rank, rank, 1
+
+    def right(ins: int, out: int) -> tuple[int, int, int]:
+        return out, 1, ins * out
+
+    if isinstance(problem, Chain) and problem.first_minor:
+        return Strides(*right(a_in, a_out), *left(b_out))
+    return Strides(*left(a_out), *right(b_in, b_out))
 
 
 def compiled(case: Case, limits: Limits) -> tuple[Any, Any]:
     """The default tile of a case, and what triton makes of it for that architecture."""
     _, tile = TILES[case.kernel](case.problem, case.rows, case.dtype.itemsize, limits)[0]
     kernel, given = arguments(case)
-    constants = {"S": case.problem, "P": packed_strides(case.problem), "T": tile}
+    constants = {"S": case.problem, "P": strides_as_cores_lie(case.problem), "T": tile}
     constants |= {"PRECISION": "ieee"}
     if case.kernel == "gather_gradient":
         constants["OF_LEFT"] = True

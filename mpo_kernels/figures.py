@@ -27,7 +27,7 @@ class DeviceFigures:
         bytes_per_second: of a large copy, read and write counted.
         launch_seconds: of one library call, whatever it does: on a CPU all of it, on a GPU what its
             kernel takes at least.
-        host_seconds: of the host to start one library call, while the device is at earlier ones;
+        host_seconds: of the host for one library call and what Python adds, beside the device;
             0 on a CPU.
         side: half of a GEMM's rate is left where one of its sides is this short.
         block_bytes: intermediates of a chain that stay in cache together.
@@ -63,7 +63,7 @@ def _figures(device: torch.device, dtype: torch.dtype, threads: int) -> DeviceFi
         rates: dict[str, Any] = {name: float(stored[name]) for name in _MEASURED}
         divisors = rates["macs_per_second"], rates["bytes_per_second"]
         if not all(0 <= rate < math.inf for rate in rates.values()) or 0 in divisors:
-            raise ValueError(f"expected positive figures, got {stored}")
+            raise ValueError(f"expected finite figures, and rates that are not 0, got {stored}")
     except (TypeError, ValueError, KeyError) as error:
         logger.warning("calibrated figures are not used: %r", error)
         return default
@@ -78,7 +78,7 @@ def default_figures(device_type: str, dtype: torch.dtype, threads: int) -> Devic
         return DeviceFigures("cpu", rate, 20e9, 5e-6, 0.0, 4, 2**20 * threads, 8 * 2**20)
     # An H200: docs/planner.md has what these were fitted to.
     rate = 25e12 if dtype in (torch.float32, torch.float64) else 350e12
-    return DeviceFigures(device_type, rate, 3e12, 3e-6, 12e-6, 64, 64 * 2**20, 64 * 2**20)
+    return DeviceFigures(device_type, rate, 3e12, 3e-6, 24e-6, 64, 64 * 2**20, 64 * 2**20)
 
 
 def calibrate(device: torch.device, dtype: torch.dtype, graphs: bool = False) -> DeviceFigures:
@@ -113,17 +113,20 @@ def copy_rate(device: torch.device, nbytes: int) -> float:
 
 
 def _launch_seconds(device: torch.device) -> tuple[float, float]:
-    """Of a small product: of the device, and of the host beside it."""
+    """Of a small product: of the device, and of the host in a chain of two."""
     a, calls = torch.ones(8, 8, device=device), 200
-    started = min(seconds(lambda: torch.mm(a, a), calls, device) for _ in range(8))
     if device.type == "cpu":
-        return started, 0.0
+        return min(seconds(lambda: torch.mm(a, a), calls, device) for _ in range(8)), 0.0
+    from mpo_kernels.backends.torch import linear  # it asks for figures itself
+
+    cores = [a.view(1, 1, 8, 8), a.view(8, 8, 1, 1)]
+    host = min(seconds(lambda: linear(a, cores, None, 8), calls, device) for _ in range(8)) / 2
     graph = torch.cuda.CUDAGraph()
     # By default the stream that was captured on first, which may be another device's.
     with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
         for _ in range(calls):
             torch.mm(a, a)
-    return min(seconds(graph.replay, 1, device) for _ in range(8)) / calls, started
+    return min(seconds(graph.replay, 1, device) for _ in range(8)) / calls, host
 
 
 def seconds(call: Callable[[], Any], calls: int, device: torch.device) -> float:

@@ -52,6 +52,8 @@ __all__ = [
 
 # Of the time that a schedule's model gives: medians of one to sixteen rows on an H200.
 MEASURED = 1.35
+# Library calls that take the host as long as one launch of the chain.
+STARTED = 0.5
 
 
 class Launch(NamedTuple):
@@ -132,7 +134,7 @@ def _decode_plans(
                     continue
                 steps = chain_steps(merged, order)
                 macs = rows * sum(step.batch * step.m * step.n * step.k for step in steps)
-                seconds = time_of(merging, figures, _seconds(chain, figures), 1)
+                seconds = time_of(merging, figures, _seconds(chain, figures), STARTED)
                 yield Plan(
                     algorithm="decode",
                     order=order,
@@ -198,7 +200,8 @@ def quantized_linear(
     parts, features = len(cores), (x.shape[1], out_features)
     if x.dtype in DTYPES and 1 <= rows <= module.MAX_ROWS and 2 <= parts <= module.MAX_PARTS:
         layouts = layouts_of(cores)
-        chain = quantized_chain(layouts, rows, features, x.dtype, cores[0].dtype, x.device)
+        figures = device_figures(x.device, x.dtype)
+        chain = quantized_chain(layouts, rows, features, x.dtype, cores[0].dtype, x.device, figures)
         if chain is not None:
             return decode(x, cores, scales, bias, out_features, chain)
     rest = _rest(x.device, x.dtype)
@@ -213,9 +216,10 @@ def quantized_chain(
     element: torch.dtype,
     stored: torch.dtype,
     device: torch.device,
+    figures: DeviceFigures,
 ) -> Chain | None:
     """The faster of the two orders, None where neither fits the device or widening is faster."""
-    limits, figures = extension.limits(device), device_figures(device, element)
+    limits = extension.limits(device)
     chains = [
         chain_of(layouts, rows, features, from_left, element, stored, limits)
         for from_left in (True, False)
@@ -228,7 +232,7 @@ def quantized_chain(
     # A byte of each element is read, and two are written, read and written scaled.
     widening = [Work(bytes=7 * size.numel(), count=2) for size in sizes]
     widened = time_of(widening, figures) + 1e-6 * rest.predicted_us
-    return best if time_of([], figures, _seconds(best, figures), 1) <= widened else None
+    return best if time_of([], figures, _seconds(best, figures), STARTED) <= widened else None
 
 
 def linear_backward(
