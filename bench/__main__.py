@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -94,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
         "device": options.device,
         "dtype": options.dtype,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "bench", *arguments]),
+        "command": facts.command("bench", arguments),
         "budget_seconds": settings.budget,
         "roofline": asdict(roofline),
     }
@@ -108,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     print(report.goals_table(results.records, options.device))
     verdicts = goals.evaluate(results.records, options.device)
     missed = [verdict for verdict in verdicts if verdict.offenders]
-    print(f"\n{len(results.records)} points in {options.output}; {len(missed)} goals missed.")
+    print(f"\n{len(results.records)} points in {options.output.name}; {len(missed)} goals missed.")
     return 0
 
 

@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     end = time.monotonic() + 60 * options.budget_minutes
     bandwidth = measure_roofline(device, torch.bfloat16).bytes_per_second
     conditions = {
-        "command": "python -m bench.decode " + " ".join(sys.argv[1:] if argv is None else argv),
+        "command": facts.command("bench.decode", sys.argv[1:] if argv is None else argv),
         "machine": facts.machine(device),
         "versions": facts.versions(),
         "git": facts.commit(),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def command(module: str, arguments: Sequence[str]) -> str:
+    """What was typed; of absolute paths only the last part is kept."""
+    kept = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
+    return shlex.join(["python", "-m", module, *kept])
 
 
 def commit() -> dict[str, Any]:

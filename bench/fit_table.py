@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -192,9 +191,8 @@ def main(argv: Sequence[str]) -> None:
     named = Path(options.model).name if options.model else "all-MiniLM-L6-v2"
     options.model = options.model or str(default_model())
     found = measure(options)
-    arguments = [Path(a).name if Path(a).is_absolute() else a for a in argv]
     conditions = {
-        "command": shlex.join(["python", "-m", "bench.fit_table", *arguments]),
+        "command": facts.command("bench.fit_table", argv),
         "model": named,
         **{name: getattr(options, name) for name in ("task", "kept", "samples", "test_samples")},
         "machine": facts.machine(torch.device("cpu")),

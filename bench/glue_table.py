@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -308,12 +307,11 @@ def summary(run: Run, seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 
 def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """What the figures hold for; of absolute paths only the last part is kept."""
-    arguments = [Path(a).name if Path(a).is_absolute() else a for a in argv]
+    """What the figures hold for."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = ("transformers", "accelerate", "datasets", "peft")
     return {
-        "command": shlex.join(["python", "-m", "bench.glue_table", *arguments]),
+        "command": facts.command("bench.glue_table", argv),
         "model": options.model_name,
         "seeds": options.seeds,
         "grid_tasks": {task: options.grid_tasks[task] for task in options.tasks},

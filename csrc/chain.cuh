@@ -194,7 +194,7 @@ MPO_DEVICE void accumulate(float (&acc)[4][NT][4], const Panel& p, const Level& 
   const int step = 32 * (kWarps >> l.strips_shift);
   int k = (simt::thread() / 32 >> l.strips_shift) * 32 + 8 * q;
   // What is on its way while a piece is multiplied: as much as the registers hold.
-  constexpr int kAhead = access == Access::kScalar ? 0 : NT == 1 ? 2 : 1;
+  constexpr int kAhead = access == Access::kScalar ? 0 : simt::kPiecesAhead<NT>;
   Piece<S> pieces[kAhead + 1];
   MPO_UNROLL
   for (int i = 0; i < kAhead; ++i) {

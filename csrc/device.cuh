@@ -16,6 +16,14 @@ namespace mpo {
 
 namespace simt {
 
+// The compiler takes more registers for the same code from compute capability 10.0 on.
+template <int NT>
+#if __CUDA_ARCH__ >= 1000
+constexpr int kPiecesAhead = NT == 4 ? 0 : 1;
+#else
+constexpr int kPiecesAhead = NT == 1 ? 2 : 1;
+#endif
+
 MPO_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 MPO_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 MPO_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }

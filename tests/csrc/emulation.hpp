@@ -302,6 +302,9 @@ class Machine {
   int current_ = 0, cluster_epoch_ = 0, first_x_ = 0, block_y_ = 0;
 };
 
+template <int NT>
+constexpr int kPiecesAhead = NT == 1 ? 2 : 1;
+
 inline Machine& machine() { return *Machine::current_machine(); }
 
 inline int thread() { return machine().thread(); }

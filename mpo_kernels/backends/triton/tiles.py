@@ -47,7 +47,7 @@ class Limits:
 LIMITS = {
     "sm_80": Limits("sm_80", 108, 163 << 10, 96, 16, 156e12, 9.7e12, 4e12),
     "sm_90": Limits("sm_90", 132, 227 << 10, 160, 64, 495e12, 30e12, 5.5e12, waits=True),
-    "sm_100": Limits("sm_100", 148, 227 << 10, 120, 64, 1100e12, 37e12, 8e12),
+    "sm_100": Limits("sm_100", 148, 227 << 10, 119, 64, 1100e12, 37e12, 8e12),
     "gfx942": Limits("gfx942", 304, 64 << 10, 128, 16, 650e12, 80e12, 8e12, 64),
 }
 
@@ -170,7 +170,7 @@ class Cost(NamedTuple):
 
     def fits(self, num_warps: int, limits: Limits, itemsize: int) -> bool:
         # Without matrix instructions the operands of fp32 products are in registers as well.
-        share = 4 if itemsize == 4 else 1
+        share = 5 if itemsize == 4 else 1
         threads = num_warps * limits.warp
         return (
             share * self.accumulators <= limits.accumulators * threads
@@ -404,7 +404,9 @@ def implicit_tiles(
                 cost = _implicit_cost(p, tile, rows, itemsize, limits)
                 if cost.fits(tile.num_warps, limits, itemsize):
                     priced.append((cost.seconds, tile))
-    return tuple(sorted(priced)[:64])
+    # Of equals the one with fewer steps along D, where its operands take few registers.
+    sign = -1 if itemsize == 2 else 1
+    return tuple(sorted(priced, key=lambda c: (c[0], sign * c[1].block_d, c[1]))[:64])
 
 
 @lru_cache(maxsize=4096)
