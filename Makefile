@@ -5,6 +5,7 @@ VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # The kernels' tiles are chosen for the first; the second must build them as well.
 TRITON := 3.7.1
 OLDEST_TRITON := 3.5.1
@@ -14,9 +15,10 @@ OLDEST_TRITON := 3.5.1
 demo: $(READY)
 	$(BIN)/python -m mpop.demo $(DEMO_ARGS)
 
+# The longest test compiles for minutes; another worker goes on beside it.
 test: lint
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	OMP_NUM_THREADS=1 $(PYTEST)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 test-vllm: $(VENV_VLLM)/.ready
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm --timeout 600

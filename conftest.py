@@ -3,5 +3,6 @@
 import os
 import tempfile
 
-os.environ["MPO_KERNELS_CACHE"] = tempfile.mkdtemp(prefix="mpo-kernels-tests-")
+_cache = tempfile.TemporaryDirectory(prefix="mpo-kernels-tests-")
+os.environ["MPO_KERNELS_CACHE"] = _cache.name
 os.environ.pop("MPO_KERNELS_TUNE", None)

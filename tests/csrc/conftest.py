@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from filelock import FileLock
 
 from mpo_kernels.backends.cuda import backend, decode, extension
 
@@ -35,9 +36,11 @@ def build() -> Path:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     ]
-    for command in (configure, ["cmake", "--build", str(BUILD)]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    BUILD.parent.mkdir(exist_ok=True)
+    with FileLock(BUILD.with_suffix(".lock")):  # of several workers one builds
+        for command in (configure, ["cmake", "--build", str(BUILD)]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     return BUILD
 
 
