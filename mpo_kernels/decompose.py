@@ -95,8 +95,8 @@ def decompose(
         max_rank: a further cap on every bond.
         rel_error: bound on ‖W − MPO‖_F / ‖W‖_F, split evenly over the bonds (each may discard
             rel_error · ‖W‖ / √(n − 1)).
-        compression: parameters to keep, as a fraction of the dense ones; the singular values that
-            cost least error a parameter go first.
+        compression: parameters to keep, as a fraction of the dense ones, at most 1; the singular
+            values that cost least error a parameter go first.
         second_moment: E[x xᵀ] ``[in_features, in_features]`` in any scale, or ``[in_features]``
             where it is diagonal, as an embedding's counts are. Directions without input are held
             by a little of the identity.
@@ -271,8 +271,8 @@ def _check_bounds(max_rank: int | None, rel_error: float | None, compression: fl
         raise ValueError(f"expected max_rank to be an integer of at least 1, got {max_rank!r}")
     if rel_error is not None and not 0 <= rel_error < 1:
         raise ValueError(f"expected 0 <= rel_error < 1, got {rel_error!r}")
-    if compression is not None and not compression > 0:
-        raise ValueError(f"expected compression > 0, got {compression!r}")
+    if compression is not None and not 0 < compression <= 1:
+        raise ValueError(f"expected 0 < compression <= 1, got {compression!r}")
     if rel_error is not None and compression is not None:
         raise ValueError("expected one of rel_error and compression, got both")
 

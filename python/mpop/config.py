@@ -67,8 +67,8 @@ class MatrixConfig:
                 raise TypeError(f"{name}: expected a number, got {value!r}")
         if self.rel_error is not None and not 0 <= self.rel_error < 1:
             raise ValueError(f"rel_error: expected 0 <= rel_error < 1, got {self.rel_error}")
-        if self.compression is not None and not self.compression > 0:
-            raise ValueError(f"compression: expected a number above 0, got {self.compression}")
+        if self.compression is not None and not 0 < self.compression <= 1:
+            raise ValueError(f"compression: expected 0 < compression <= 1, got {self.compression}")
         given = [name for name in _BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"expected at most one of {', '.join(_BUDGETS)}, got {given}")
@@ -118,7 +118,7 @@ class CompressionConfig:
         num_cores: cores of each matrix, at least 2; the paper's is 5.
         ranks: cap on every bond (int), or exactly these bonds (num_cores − 1 ints).
         rel_error: bound on each matrix's relative Frobenius error, in [0, 1).
-        compression: parameters to keep of each matrix, as a fraction of the dense ones.
+        compression: parameters to keep of each matrix, as a fraction of the dense ones, at most 1.
             At most one of the three; none of them keeps the full rank, which is exact.
         include: patterns of the matrices to compress. None: every Linear and Conv1D of the base
             model, and the word embeddings; heads outside it only where a pattern names them.

@@ -173,7 +173,7 @@ class TestAllocate:
         config = mpop.CompressionConfig(compression=0.01, factors="auto")
         with pytest.raises(ValueError, match=r"compression of at least 0\.\d+, the cheapest"):
             mpop.compress(model, config)
-        config = mpop.CompressionConfig(compression=1.5, factors="auto")
+        config = mpop.CompressionConfig(compression=1.0, factors="auto")
         with pytest.raises(ValueError, match=r"no matrix is worth an MPO .*expected a lower one"):
             mpop.compress(model, config)
         assert_unchanged(model, before)
