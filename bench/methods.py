@@ -121,6 +121,11 @@ def _chosen(model: PreTrainedModel, batches: Any, kept: float = KEPT) -> None:
     _compress(model, batches, compression=kept, factors="auto")
 
 
+def _exact(model: PreTrainedModel, _: Any) -> None:
+    _compress(model, None)
+    mpop.whiten(model)
+
+
 def _direct(model: PreTrainedModel, _: Any) -> None:
     _compress(model, None, compression=KEPT)
 
@@ -136,7 +141,7 @@ METHODS = {
     "light-encoder": Method(
         "the same with the embeddings dense and frozen",
         "light",
-        lambda model, _: _compress(model, None),
+        _exact,
         prepare=_frozen_embeddings,
     ),
     "lora": Method("LoRA on the same matrices, as many trained", "dense", prepare=_lora),

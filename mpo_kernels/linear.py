@@ -17,6 +17,7 @@ from mpo_kernels.decompose import (
     reconstruct,
     round_cores,
 )
+from mpo_kernels.gauge import whitened
 from mpo_kernels.plan import Gradients, Plan, groups
 from mpo_kernels.quantized import QuantizedMPOLinear
 from mpo_kernels.shape import MPOShape
@@ -97,6 +98,19 @@ class MPOModule(nn.Module):
         for core in self.cores:
             core.requires_grad_(True)
 
+    def whiten(self) -> None:
+        """Bring the cores, in place, into the form that light fine-tuning learns best in.
+
+        The matrix stays the same; see :func:`mpo_kernels.gauge.whitened`. To be called before
+        there is an optimizer.
+        """
+        self._replace_cores(whitened(list(self.cores), self.central))
+
+    def _replace_cores(self, cores: Sequence[Tensor]) -> None:
+        """The parameters stay the same objects."""
+        for parameter, core in zip(self.cores, cores, strict=True):
+            parameter.data, parameter.grad = core, None
+
     def round(
         self,
         *,
@@ -119,8 +133,7 @@ class MPOModule(nn.Module):
             out_features=self.shape.out_features,
             second_moment=second_moment,
         )
-        for parameter, core in zip(self.cores, rounded.cores, strict=True):
-            parameter.data, parameter.grad = core, None
+        self._replace_cores(rounded.cores)
         return rounded
 
     def _load_from_state_dict(

@@ -39,6 +39,20 @@ def freeze_central(model: nn.Module) -> ParameterCount:
     return count_parameters(model)
 
 
+def whiten(model: nn.Module) -> None:
+    """Prepare every MPO module for light fine-tuning; what the model computes stays the same.
+
+    The central tensors become white, so that a step on an auxiliary tensor changes each weight as
+    much whatever the weight's size; see `mpo_kernels.gauge.whitened`. To be called before there is
+    an optimizer.
+
+    Raises:
+        ValueError: a model without MPO modules.
+    """
+    for module in _modules_of(model):
+        module.whiten()
+
+
 def unfreeze(model: nn.Module) -> ParameterCount:
     """Make the central tensor of every MPO module trainable again; see `freeze_central`."""
     for module in _modules_of(model):

@@ -118,6 +118,8 @@ def load_for_training(
     model, _ = _load_classifier(source, **options)
     if method != "dense" and not compressed:
         mpop.compress(model, config)
+        if method == "light":
+            mpop.whiten(model)
     model.requires_grad_(True)
     if method == "light":
         mpop.freeze_central(model)

@@ -1,4 +1,4 @@
-"""Gradients carried from one chain of cores to another, against autograd."""
+"""A white centre, and gradients carried from one chain of cores to another, against autograd."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpo_kernels import MPOShape, reconstruct, round_cores
-from mpo_kernels.gauge import bond_maps, carried
+from mpo_kernels import MPOLinear, MPOShape, reconstruct, round_cores
+from mpo_kernels.cores import merge_cores
+from mpo_kernels.gauge import bond_maps, carried, whitened
 from mpo_kernels.testing import ODD_SHAPES, random_cores
 
 
@@ -55,3 +56,44 @@ def test_a_cut_keeps_what_concerns_the_rest() -> None:
         torch.testing.assert_close(found, exact[k], atol=1e-4, rtol=1e-4)
         squares = carried(before.square(), maps[k], maps[k + 1], squared=True)
         assert squares.shape == exact[k].shape and (squares >= 0).all()
+
+
+def dense(cores: list[Tensor]) -> Tensor:
+    return merge_cores([core.double() for core in cores])[0, :, :, 0]
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+def test_a_step_on_a_core_beside_a_white_centre_is_as_large_in_the_matrix(shape: MPOShape) -> None:
+    shape = MPOShape(shape.in_factors, shape.out_factors, shape.ranks)
+    cores = random_cores(shape, torch.float64, torch.device("cpu"))
+    cores[0] *= 1e3
+    # Directions that carry next to nothing are held: there would be none to see here.
+    cores = round_cores(cores, rel_error=0.05).cores
+    white, central = whitened(cores, shape.central), shape.central
+    torch.testing.assert_close(dense(white), dense(cores))
+    for k in {central - 1, central + 1} & set(range(len(white))):
+        step = torch.randn_like(white[k])
+        moved = [core + step if j == k else core for j, core in enumerate(white)]
+        change = torch.linalg.norm(dense(moved) - dense(white))
+        assert float(change / torch.linalg.norm(step)) == pytest.approx(1, rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whitening_in_place_keeps_what_the_layer_computes(dtype: torch.dtype) -> None:
+    layer = MPOLinear(24, 30, MPOShape((3, 4, 2), (2, 3, 5), (5, 7)), dtype=dtype)
+    parameters, x = list(layer.parameters()), torch.randn(5, 24, dtype=dtype)
+    before = layer(x)
+    layer.whiten()
+    assert all(a is b for a, b in zip(parameters, layer.parameters(), strict=True))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05 * float(before.detach().abs().max())
+    torch.testing.assert_close(layer(x), before, atol=tolerance, rtol=0)
+
+
+def test_nothing_and_bonds_that_are_too_large_can_be_white() -> None:
+    zero = [torch.zeros(1, 2, 3, 4), torch.zeros(4, 5, 2, 4), torch.zeros(4, 2, 2, 1)]
+    assert all(core.isfinite().all() for core in whitened(zero, 1))
+    assert not dense(whitened(zero, 1)).any()
+    wide = [torch.randn(1, 2, 1, 9), torch.randn(9, 5, 2, 8), torch.randn(8, 1, 3, 1)]
+    white = whitened(wide, 1)
+    assert [core.shape[3] for core in white] == [2, 3, 1]
+    torch.testing.assert_close(dense(white), dense(wide), atol=1e-4, rtol=1e-4)
