@@ -282,7 +282,11 @@ def _add_squeeze(commands: Any) -> None:
         help="steps whose mean loss tells whether it has settled (20)",
     )
     parser.add_argument(
-        "--learning-rate", type=_positive_float, metavar="LR", help="constant rate (2e-5)"
+        "--learning-rate",
+        type=_positive_float,
+        default=2e-5,
+        metavar="LR",
+        help="constant rate (2e-5)",
     )
     _add_training_set(parser)
     parser.add_argument(

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import mpop
 from mpop.finetune import (
-    LEARNING_RATES,
     check_positive,
     encoded,
     fitting,
@@ -41,7 +40,7 @@ def squeeze_on_task(
     settle_steps: int = 200,
     window: int = 20,
     batch_size: int = 32,
-    learning_rate: float | None = None,
+    learning_rate: float = 2e-5,
     max_length: int = 128,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
@@ -63,8 +62,8 @@ def squeeze_on_task(
         max_rounds, step: see `mpop.squeeze`.
         settle_steps: optimizer steps between two cuts at most.
         window: steps whose mean loss tells whether it has settled.
-        learning_rate: constant rate of all that is trained; by default a tenth of light
-            fine-tuning's peak, since the model has been trained to the end of its schedule.
+        learning_rate: constant rate of all that is trained; low, since the model has been trained
+            to the end of its schedule.
         calibration_samples: training rows that show what a cut does to the model's output; with 0
             each matrix's own relative error counts.
         precision: `"fp32"`, or autocast to `"bf16"`.
@@ -107,17 +106,16 @@ def squeeze_on_task(
     max_length = fitting(max_length, model, tokenizer)
     train = encoded(train, tokenizer, max_length)
     evaluation = {name: encoded(rows, tokenizer, max_length) for name, rows in evaluation.items()}
-    rate = LEARNING_RATES["light"] / 10 if learning_rate is None else learning_rate
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_eval_batch_size=batch_size,
-        learning_rate=rate,
+        learning_rate=learning_rate,
         weight_decay=0.01,
         report_to="none",
         disable_tqdm=True,
         **runtime_arguments(precision),
     )
-    trainer = MPOTrainer(model=model, args=arguments, mpo_learning_rate=rate)
+    trainer = MPOTrainer(model=model, args=arguments, mpo_learning_rate=learning_rate)
     model.to(arguments.device)  # type: ignore[arg-type]
     judge = Trainer(model=model, args=arguments, data_collator=Collator(tokenizer))
     tuner = Settler(
@@ -149,7 +147,7 @@ def squeeze_on_task(
             "eval_samples": sum(map(len, evaluation.values())),
             "train_samples": len(train),
             "model": Path(model_name_or_path).name,
-            "learning_rate": rate,
+            "learning_rate": learning_rate,
             "batch_size": batch_size,
             "max_length": max_length,
             "settle_steps": settle_steps,
@@ -170,7 +168,7 @@ def squeeze_on_task(
         "trainable_parameters": mpop.count_parameters(model).trainable,
         "max_drop": max_drop,
         "eval_split": eval_split,
-        "learning_rate": rate,
+        "learning_rate": learning_rate,
         "train_samples": len(train),
         "eval_samples": sum(map(len, evaluation.values())),
         "seed": seed,
