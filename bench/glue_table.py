@@ -37,8 +37,8 @@ from mpop.glue import TASKS, get_task
 GRID = {
     "dense": [1e-4, 2e-4, 4e-4],
     "full": [5e-5, 1e-4, 2e-4],
-    "light": [2e-4, 5e-4, 1e-3, 2e-3],
-    "light-encoder": [2e-4, 5e-4, 1e-3, 2e-3],
+    "light": [5e-5, 1e-4, 2e-4],
+    "light-encoder": [5e-5, 1e-4, 2e-4],
     "lora": [5e-4, 1e-3, 2e-3],
     "biases": [2e-3, 5e-3, 1e-2],
     **{name: [2.5e-5] for name, method in METHODS.items() if method.before},

@@ -123,7 +123,7 @@ def _chosen(model: PreTrainedModel, batches: Any, kept: float = KEPT) -> None:
 
 def _exact(model: PreTrainedModel, _: Any) -> None:
     _compress(model, None)
-    mpop.whiten(model)
+    mpop.balance(model)
 
 
 def _direct(model: PreTrainedModel, _: Any) -> None:

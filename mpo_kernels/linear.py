@@ -17,7 +17,7 @@ from mpo_kernels.decompose import (
     reconstruct,
     round_cores,
 )
-from mpo_kernels.gauge import whitened
+from mpo_kernels.gauge import balanced
 from mpo_kernels.plan import Gradients, Plan, groups
 from mpo_kernels.quantized import QuantizedMPOLinear
 from mpo_kernels.shape import MPOShape
@@ -98,13 +98,13 @@ class MPOModule(nn.Module):
         for core in self.cores:
             core.requires_grad_(True)
 
-    def whiten(self) -> None:
+    def balance(self) -> None:
         """Bring the cores, in place, into the form that light fine-tuning learns best in.
 
-        The matrix stays the same; see :func:`mpo_kernels.gauge.whitened`. To be called before
+        The matrix stays the same; see :func:`mpo_kernels.gauge.balanced`. To be called before
         there is an optimizer.
         """
-        self._replace_cores(whitened(list(self.cores), self.central))
+        self._replace_cores(balanced(list(self.cores), self.central))
 
     def _replace_cores(self, cores: Sequence[Tensor]) -> None:
         """The parameters stay the same objects."""

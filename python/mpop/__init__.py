@@ -15,7 +15,7 @@ if find_spec("transformers") is not None:  # without it, the command still says 
     from mpop.compress import CompressionReport, compress, merge
     from mpop.config import CompressionConfig, MPOConfig
     from mpop.export import Exported, export
-    from mpop.light import ParameterCount, count_parameters, freeze_central, unfreeze, whiten
+    from mpop.light import ParameterCount, balance, count_parameters, freeze_central, unfreeze
     from mpop.squeeze import SqueezeReport, squeeze
 
 # Imported when first used. A function named as its module has to be imported above instead: the
@@ -36,6 +36,7 @@ __all__ = [
     "ParameterCount",
     "Settler",
     "SqueezeReport",
+    "balance",
     "compress",
     "count_parameters",
     "dequantize_centres",
@@ -53,7 +54,6 @@ __all__ = [
     "save",
     "squeeze",
     "unfreeze",
-    "whiten",
 ]
 
 

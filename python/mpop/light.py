@@ -39,18 +39,17 @@ def freeze_central(model: nn.Module) -> ParameterCount:
     return count_parameters(model)
 
 
-def whiten(model: nn.Module) -> None:
+def balance(model: nn.Module) -> None:
     """Prepare every MPO module for light fine-tuning; what the model computes stays the same.
 
-    The central tensors become white, so that a step on an auxiliary tensor changes each weight as
-    much whatever the weight's size; see `mpo_kernels.gauge.whitened`. To be called before there is
-    an optimizer.
+    A step on an entry of an auxiliary tensor then changes its weight by as much as on any other, in
+    every matrix; see `mpo_kernels.gauge.balanced`. To be called before there is an optimizer.
 
     Raises:
         ValueError: a model without MPO modules.
     """
     for module in _modules_of(model):
-        module.whiten()
+        module.balance()
 
 
 def unfreeze(model: nn.Module) -> ParameterCount:

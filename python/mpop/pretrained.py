@@ -119,7 +119,7 @@ def load_for_training(
     if method != "dense" and not compressed:
         mpop.compress(model, config)
         if method == "light":
-            mpop.whiten(model)
+            mpop.balance(model)
     model.requires_grad_(True)
     if method == "light":
         mpop.freeze_central(model)

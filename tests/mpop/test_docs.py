@@ -39,7 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["index.md", "planner.md", "transformers.md"])
+@pytest.mark.parametrize("page", ["index.md", "peft.md", "planner.md", "transformers.md"])
 def test_python(page: str, here: Path) -> None:
     names: dict[str, object] = {}
     blocks = snippets(page, "python")

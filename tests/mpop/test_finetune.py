@@ -91,7 +91,7 @@ def test_light_freezes_the_central_tensors_to_the_bit(light, bert, data, tmp_pat
     output, _ = light
     start = AutoModelForSequenceClassification.from_pretrained(bert)
     mpop.compress(start, mpop.CompressionConfig())
-    mpop.whiten(start)
+    mpop.balance(start)
     before, after = start.state_dict(), weights(output)
     central = central_names(output)
     cores = {name for name in before if ".cores." in name}

@@ -83,11 +83,11 @@ def test_an_optimizer_of_the_trainable_ones_moves_exactly_them() -> None:
 
 
 @pytest.mark.parametrize("name", ["bert-mlm", "t5", "gpt2-lm"])
-def test_whitening_changes_the_tensors_and_no_output(name: str) -> None:
+def test_balancing_changes_the_tensors_and_no_output(name: str) -> None:
     model = build(name).eval()
     mpop.compress(model)
     expected, before = logits(model), [p.clone() for p in model.parameters()]
-    mpop.whiten(model)
+    mpop.balance(model)
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
     cores = {id(core) for _, module in mpo_modules(model) for core in module.cores}
     changed = {id(p) for p, b in zip(model.parameters(), before, strict=True) if not p.equal(b)}
@@ -95,6 +95,6 @@ def test_whitening_changes_the_tensors_and_no_output(name: str) -> None:
 
 
 def test_a_dense_model_has_nothing_to_freeze() -> None:
-    for function in (mpop.freeze_central, mpop.unfreeze, mpop.whiten):
+    for function in (mpop.freeze_central, mpop.unfreeze, mpop.balance):
         with pytest.raises(ValueError, match="expected a compressed model"):
             function(build("bert"))
