@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -208,7 +209,12 @@ def _made_once(cache: Path, name: str, made_of: Any, make: Callable[[Path], Any]
     if not folder.is_dir():
         new = folder.with_suffix(f".{os.getpid()}")  # a run may be stopped in the midst of it
         make(new)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:  # a run beside this one has made it meanwhile
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(new)
     return folder
 
 

@@ -109,3 +109,21 @@ def test_the_table_of_fits(glue: Path, encoder: Path, tmp_path: Path, capsys: An
     text = (tmp_path / "fit.md").read_text()
     assert "mean ratio to SVD" in text and str(tmp_path) not in text
     assert torch.isfinite(torch.tensor(list(found["last_hidden_error"].values()))).all()
+
+
+def test_two_runs_that_make_the_same_model_at_once_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(folder: Path, text: str) -> None:
+        folder.mkdir()
+        (folder / "model").write_text(text)
+
+    def late(folder: Path) -> None:
+        monkeypatch.setattr("os.getpid", lambda: 2)
+        methods._made_once(tmp_path, "model", "the same", lambda other: write(other, "other"))
+        write(folder, "ours")
+
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    found = methods._made_once(tmp_path, "model", "the same", late)
+    assert (found / "model").read_text() == "other"
+    assert list(tmp_path.iterdir()) == [found]
