@@ -207,7 +207,7 @@ def _add_finetune(commands: Any) -> None:
         "--learning-rate",
         type=_positive_float,
         metavar="LR",
-        help="peak rate of all but MPO tensors (5e-5; light 2e-4)",
+        help="peak rate of all but MPO tensors (5e-5; light 1e-4)",
     )
     parser.add_argument(
         "--mpo-learning-rate",
