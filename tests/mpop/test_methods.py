@@ -12,6 +12,8 @@ from tiny_glue import save_bert, write_glue
 
 import mpop
 from bench import fit_table, methods, times
+from mpo_kernels.gauge import balanced
+from mpop.modules import mpo_modules
 from mpop.pretrained import load_as_saved
 
 
@@ -127,3 +129,12 @@ def test_two_runs_that_make_the_same_model_at_once_share_it(
     found = methods._made_once(tmp_path, "model", "the same", late)
     assert (found / "model").read_text() == "other"
     assert list(tmp_path.iterdir()) == [found]
+
+
+def test_light_fine_tuning_of_the_encoder_begins_balanced(encoder: Path) -> None:
+    model = load_as_saved(encoder)
+    methods.METHODS["light-encoder"].compress(model, None)
+    for _, module in mpo_modules(model):
+        again = balanced(list(module.cores), module.central)
+        for core, same in zip(module.cores, again, strict=True):
+            torch.testing.assert_close(core.detach().norm(), same.norm())
