@@ -132,7 +132,7 @@ def load_for_evaluation(source: str | Path, task: Task) -> PreTrainedModel:
     """A classifier whose head is part of the checkpoint and fits `task`.
 
     Raises:
-        ValueError: No such model, no trained head, or one of another size.
+        ValueError: No such model, no trained head, or one of another size or with other labels.
     """
     model, info = _load_classifier(source)
     if info["missing_keys"]:
@@ -141,6 +141,13 @@ def load_for_evaluation(source: str | Path, task: Task) -> PreTrainedModel:
     if model.config.num_labels != task.num_labels:
         raise ValueError(
             f"{source} has {model.config.num_labels} outputs; {task.name} needs {task.num_labels}"
+        )
+    names = [str(model.config.id2label[i]).lower() for i in range(task.num_labels)]
+    unnamed = [f"label_{i}" for i in range(task.num_labels)]
+    if task.labels and names not in (unnamed, list(task.labels)):
+        raise ValueError(
+            f"{source} has the outputs {', '.join(names)}; {task.name} needs "
+            f"{', '.join(task.labels)} (where they mean the same, rename id2label in config.json)"
         )
     return model
 

@@ -338,6 +338,8 @@ def test_evaluating_without_a_trained_head(bert, dense, data):
         evaluate(bert, "sst2", data_dir=data, max_length=16)
     with pytest.raises(ValueError, match="has 2 outputs; mnli needs 3"):
         evaluate(dense[0], "mnli", data_dir=data, max_length=16)
+    with pytest.raises(ValueError, match="has the outputs negative, positive; cola needs unacc"):
+        evaluate(dense[0], "cola", data_dir=data, max_length=16)
 
 
 def test_a_diverged_training_saves_no_model(bert, data, tmp_path):
