@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import mpop
-from bench import facts
+from bench.encoder import say, table
 from mpo_kernels import Decomposition, MPOShape, decompose, reconstruct
 from mpo_kernels.family import Cost, choose, judged
 from mpop.calibration import Batches, Moments, second_moments
-from mpop.demo import default_model
 from mpop.finetune import calibration_batches
 from mpop.modules import module_at, weight_of
 from mpop.permute import sort_hidden_units
@@ -130,7 +126,7 @@ def _all(moments: Moments) -> Tensor:
     return moments.fit + moments.judge
 
 
-def markdown(found: dict[str, Any], conditions: dict[str, Any]) -> str:
+def markdown(found: dict[str, Any], conditions: dict[str, Any]) -> list[str]:
     """Means over the matrices by role, the whole encoder, and a caption."""
 
     def row(name: str, cells: list[str]) -> str:
@@ -148,7 +144,6 @@ def markdown(found: dict[str, Any], conditions: dict[str, Any]) -> str:
     lines.append(row("**mean ratio to SVD**", ratios))
     whole = found["last_hidden_error"]
     lines.append(row("last hidden state", [f"{whole[fit]:.3f}" for fit in FITS]))
-    versions, commit = conditions["versions"], (conditions["commit"] or "none")[:12]
     lines += [
         "",
         f"Relative output errors on held-out rows of {conditions['task']}, "
@@ -157,54 +152,22 @@ def markdown(found: dict[str, Any], conditions: dict[str, Any]) -> str:
         "ranks allocated over the encoder under the same budget, the last hidden state's error is "
         f"{whole['chosen, ranks allocated']:.3f} with the chosen members, and "
         f"{whole['aware SVD, ranks allocated']:.3f} with aware SVD at their sizes. The chosen "
-        f"member's error is at most {found['worst_to_aware_svd']:.3f} × aware SVD's on any matrix. "
-        f"torch {versions['torch']}, transformers {versions['transformers']}; commit {commit}"
-        f"{' with changes' * conditions['dirty']}.",
-        "",
-        f"`{conditions['command']}`",
+        f"member's error is at most {found['worst_to_aware_svd']:.3f} × aware SVD's on any matrix.",
     ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
+SETTINGS = {
+    "task": ("sst2", "whose training rows"),
+    "kept": (0.5, "fraction of the parameters"),
+    "samples": (3008, "rows to calibrate with, by 32"),
+    "test_samples": (704, "rows to judge by"),
+}
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure and write `fit.json` and `fit.md`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.fit_table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output", required=True, help="folder of fit.json and fit.md")
-    parser.add_argument("--data-dir", help="a folder in GLUE's own layout; without it the hub")
-    parser.add_argument("--model", help="a hub name or a folder (all-MiniLM-L6-v2, from pip)")
-    parser.add_argument("--task", default="sst2", help="(sst2)")
-    parser.add_argument("--kept", type=float, default=0.5, help="fraction of the parameters (0.5)")
-    parser.add_argument(
-        "--samples", type=int, default=3008, help="rows to calibrate with, by 32 (3008)"
-    )
-    parser.add_argument("--test-samples", type=int, default=704, help="rows to judge by (704)")
-    options = parser.parse_args(argv)
-    named = Path(options.model).name if options.model else "all-MiniLM-L6-v2"
-    options.model = options.model or str(default_model())
-    found = measure(options)
-    conditions = {
-        "command": facts.command("bench.fit_table", argv),
-        "model": named,
-        **{name: getattr(options, name) for name in ("task", "kept", "samples", "test_samples")},
-        "machine": facts.machine(torch.device("cpu")),
-        "versions": facts.versions() | {"transformers": metadata.version("transformers")},
-        **facts.commit(),
-    }
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"conditions": conditions, **found}, indent=1) + "\n"
-    (output / "fit.json").write_text(content, encoding="utf-8")
-    (output / "fit.md").write_text(markdown(found, conditions), encoding="utf-8")
-    print(markdown(found, conditions))
+    table("fit", __doc__, argv, SETTINGS, measure, markdown)
 
 
 if __name__ == "__main__":

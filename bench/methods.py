@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 import mpop
@@ -70,24 +71,29 @@ def _frozen_embeddings(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def matched_lora(model: PreTrainedModel) -> tuple[list[str], int]:
+    """The encoder's linear layers, and LoRA's rank on them that trains as many as light does."""
+    matrices = [names[0] for names in dense_matrices(model.base_model)]
+    linears = {name: module_at(model.base_model, name) for name in matrices}
+    linears = {name: found for name, found in linears.items() if isinstance(found, nn.Linear)}
+    light = sum(light_parameters(linear) for linear in linears.values())
+    return list(linears), round(light / sum(sum(found.weight.shape) for found in linears.values()))
+
+
 def _lora(model: PreTrainedModel) -> Any:
     """As many trained parameters as light fine-tuning of the encoder's full-rank MPOs has."""
-    matrices = [names[0] for names in dense_matrices(model.base_model)]
-    linears = [
-        name for name in matrices if isinstance(module_at(model.base_model, name), torch.nn.Linear)
-    ]
-    light = sum(_auxiliary(module_at(model.base_model, name)) for name in linears)
-    a_rank = sum(sum(module_at(model.base_model, name).weight.shape) for name in linears)
+    linears, rank = matched_lora(model)
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
-        r=round(light / a_rank),
-        lora_alpha=2 * round(light / a_rank),
+        r=rank,
+        lora_alpha=2 * rank,
         target_modules=[f"{model.base_model_prefix}.{name}" for name in linears],
     )
     return get_peft_model(model, config)
 
 
-def _auxiliary(linear: torch.nn.Linear) -> int:
+def light_parameters(linear: nn.Linear) -> int:
+    """Auxiliary entries of its exact decomposition into five balanced factors."""
     shape = MatrixConfig().shape(linear.in_features, linear.out_features)
     with torch.device("meta"):
         layer = MPOLinear(linear.in_features, linear.out_features, shape, bias=False)

@@ -142,7 +142,8 @@ def load_for_evaluation(source: str | Path, task: Task) -> PreTrainedModel:
         raise ValueError(
             f"{source} has {model.config.num_labels} outputs; {task.name} needs {task.num_labels}"
         )
-    names = [str(model.config.id2label[i]).lower() for i in range(task.num_labels)]
+    id2label: Any = model.config.id2label
+    names = [str(id2label[i]).lower() for i in range(task.num_labels)]
     unnamed = [f"label_{i}" for i in range(task.num_labels)]
     if task.labels and names not in (unnamed, list(task.labels)):
         raise ValueError(

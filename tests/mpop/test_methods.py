@@ -1,4 +1,4 @@
-"""Every method of the table, and the table of fits, on a tiny encoder."""
+"""Every method of the table, and the tables of fits and gradients, on a tiny encoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from tiny_glue import save_bert, write_glue
 
 import mpop
-from bench import fit_table, methods, times
+from bench import fit_table, gradient_table, methods, times
+from mpo_kernels import MPOShape, decompose
+from mpo_kernels.cores import merge_cores
 from mpo_kernels.gauge import balanced
 from mpop.modules import mpo_modules
 from mpop.pretrained import load_as_saved
@@ -111,6 +113,37 @@ def test_the_table_of_fits(glue: Path, encoder: Path, tmp_path: Path, capsys: An
     text = (tmp_path / "fit.md").read_text()
     assert "mean ratio to SVD" in text and str(tmp_path) not in text
     assert torch.isfinite(torch.tensor(list(found["last_hidden_error"].values()))).all()
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(12, 18), (10, 13)])
+def test_what_auxiliary_tensors_can_follow(in_features: int, out_features: int) -> None:
+    shape = MPOShape(*((2, 3, 2), (3, 2, 3)), in_features=in_features, out_features=out_features)
+    weight, gradient = torch.randn(2, out_features, in_features, dtype=torch.float64)
+    cores, central = decompose(weight, shape).cores, shape.central
+
+    def matrix(*trained: torch.Tensor) -> torch.Tensor:
+        chain = [*trained[:central], cores[central], *trained[central:]]
+        return merge_cores(chain)[0, :in_features, :out_features, 0].t()
+
+    trained = tuple(core for k, core in enumerate(cores) if k != central)
+    jacobian = torch.autograd.functional.jacobian(matrix, trained)
+    moves = torch.cat([part.reshape(weight.numel(), -1) for part in jacobian], dim=1)
+    basis, sizes, _ = torch.linalg.svd(moves, full_matrices=False)
+    basis = basis[:, sizes > 1e-9 * sizes[0]]
+    share = (basis.T @ gradient.reshape(-1)).square().sum() / gradient.square().sum()
+    found = gradient_table.followed(gradient, weight, shape)
+    assert 0 < found < 1 and found == pytest.approx(float(share), abs=1e-6)
+
+
+def test_the_table_of_gradients(glue: Path, encoder: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ["--output", str(tmp_path), "--data-dir", str(glue), "--model", str(encoder)]
+    gradient_table.main([*options, "--task", "sst2", "--steps", "2"])
+    found = json.loads((tmp_path / "gradient.json").read_text())
+    assert len(found["matrices"]) == 13 and found["rows"] == 16
+    for row in found["matrices"].values():
+        assert 0 < row["light"] < 1 and 0 < row["drawn"] < row["best"] <= 1 + 1e-9
+    text = (tmp_path / "gradient.md").read_text()
+    assert "light fine-tuning" in text and str(tmp_path) not in text
 
 
 def test_two_runs_that_make_the_same_model_at_once_share_it(

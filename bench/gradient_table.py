@@ -1,0 +1,152 @@
+"""How much of a fine-tuning gradient each way to train few numbers can follow.
+
+`python -m bench.gradient_table --output O`. A dense encoder is fine-tuned for a few steps, so that
+its head means something; then the mean gradient of the loss over other training rows is taken for
+every linear layer. What a method follows at first is the gradient's projection on the directions in
+which its trained tensors can move W: of light fine-tuning those of the auxiliary tensors, of LoRA
+those of B beside A as drawn. LoRA's A turns as well; the best that any A of its rank can do is the
+gradient's leading singular vectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from scipy.sparse.linalg import LinearOperator, lsqr
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from bench.encoder import say, table
+from bench.methods import light_parameters, matched_lora
+from mpo_kernels import MPOShape, decompose
+from mpo_kernels.cores import merge_cores
+from mpop.config import MatrixConfig
+from mpop.finetune import Collator, encoded, finetune, fitting, load_data
+from mpop.glue import get_task
+from mpop.modules import module_at
+from mpop.pretrained import load_for_training, load_tokenizer
+
+_BATCH = 32
+
+
+def followed(gradient: Tensor, weight: Tensor, shape: MPOShape) -> float:
+    """The share of the squared norm that auxiliary tensors of an exact decomposition can follow.
+
+    Args:
+        gradient, weight: ``[out_features, in_features]``, float64.
+        shape: of full rank.
+    """
+    cores, central = decompose(weight, shape).cores, shape.central
+    trained = [core for k, core in enumerate(cores) if k != central]
+    sizes = [core.numel() for core in trained]
+    out_features, in_features = weight.shape
+
+    def matrix(*auxiliary: Tensor) -> Tensor:
+        chain = [*auxiliary[:central], cores[central], *auxiliary[central:]]
+        return merge_cores(chain)[0, :in_features, :out_features, 0].t()
+
+    def push(step: Any) -> Any:
+        parts = torch.as_tensor(step).ravel().split(sizes)
+        tangents = tuple(part.view_as(core) for part, core in zip(parts, trained, strict=True))
+        return torch.func.jvp(matrix, tuple(trained), tangents)[1].ravel().numpy()
+
+    pull = torch.func.vjp(matrix, *trained)[1]
+
+    def back(change: Any) -> Any:
+        parts = pull(torch.as_tensor(change).view_as(weight))
+        return torch.cat([part.ravel() for part in parts]).numpy()
+
+    operator = LinearOperator((weight.numel(), sum(sizes)), push, back, dtype=float)
+    unfollowed = lsqr(operator, gradient.ravel().numpy(), atol=1e-6, btol=1e-6)[3]
+    return 1 - (unfollowed / float(gradient.norm())) ** 2
+
+
+def gradients(model: PreTrainedModel, batches: DataLoader[Any]) -> None:
+    """Leave the mean gradient of the loss over all batches in the model, without dropout."""
+    model.eval().zero_grad()
+    for batch in batches:
+        (model(**batch).loss / len(batches)).backward()
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """For every linear layer the gradient's squared norm, and the share of it each way follows."""
+    torch.manual_seed(0)
+    task = get_task(options.task)
+    rows, split = options.steps * _BATCH, "train-holdout"
+    with tempfile.TemporaryDirectory() as folder:
+        finetune(
+            *(options.model, options.task, folder, "dense"),
+            data_dir=options.data_dir,
+            learning_rate=1e-4,
+            epochs=1,
+            batch_size=_BATCH,
+            max_train_samples=rows,
+            eval_split=split,
+        )
+        model = load_for_training(folder, task, "dense", None)
+    tokenizer = load_tokenizer(options.model)
+    unseen = load_data(task, options.data_dir, split, rows, None)[1][split]
+    unseen = encoded(unseen, tokenizer, fitting(128, model, tokenizer))
+    gradients(model, DataLoader(unseen, _BATCH, collate_fn=Collator(tokenizer)))
+    linears, rank = matched_lora(model)
+    found = {}
+    for name in linears:
+        say(name)
+        linear = module_at(model.base_model, name)
+        weight, gradient = linear.weight.detach().double(), linear.weight.grad.double()
+        energy = gradient.square().sum()
+        drawn = torch.empty(rank, weight.shape[1]).double().uniform_(-1, 1)
+        rows_of_a = torch.linalg.qr(drawn.T).Q
+        shape = MatrixConfig().shape(weight.shape[1], weight.shape[0])
+        found[name] = {
+            "squared_norm": float(energy),
+            "light": followed(gradient, weight, shape),
+            "drawn": float((gradient @ rows_of_a).square().sum() / energy),
+            "best": float(torch.linalg.svdvals(gradient)[:rank].square().sum() / energy),
+            "trained": light_parameters(linear) / weight.numel(),
+            "parameters": weight.numel(),
+        }
+    return {"rank": rank, "rows": len(unseen), "matrices": found}
+
+
+def markdown(found: dict[str, Any], conditions: dict[str, Any]) -> list[str]:
+    """Shares of the whole encoder's gradient, the least and the most of any matrix, a caption."""
+    matrices = list(found["matrices"].values())
+    energy = sum(row["squared_norm"] for row in matrices)
+    numbers = sum(row["parameters"] for row in matrices)
+    trained = sum(row["trained"] * row["parameters"] for row in matrices)
+    lines = ["| | of the gradient | least, most of a matrix |", "|---|---:|---:|"]
+    for name, key in (
+        ("light fine-tuning, five balanced factors", "light"),
+        (f"LoRA of rank {found['rank']}, B beside A as drawn", "drawn"),
+        (f"the best directions of rank {found['rank']}", "best"),
+    ):
+        share = sum(row[key] * row["squared_norm"] for row in matrices) / energy
+        least, most = (extreme(row[key] for row in matrices) for extreme in (min, max))
+        lines.append(f"| {name} | {share:.1%} | {least:.1%}, {most:.1%} |")
+    lines += [
+        "",
+        f"Of the squared norm of the mean gradient over {found['rows']} held-out training rows of "
+        f"{conditions['task']}, in {len(matrices)} linear layers of {conditions['model']} after "
+        f"{conditions['steps']} steps of dense fine-tuning; light trains {trained / numbers:.1%} "
+        "of their parameters.",
+    ]
+    return lines
+
+
+SETTINGS = {"task": ("cola", "whose training rows"), "steps": (15, "of 32 rows, before")}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and write `gradient.json` and `gradient.md`."""
+    table("gradient", __doc__, argv, SETTINGS, measure, markdown)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
