@@ -120,6 +120,11 @@ def load_for_training(
         mpop.compress(model, config)
         if method == "light":
             mpop.balance(model)
+    return trainable(model, method)
+
+
+def trainable(model: PreTrainedModel, method: str) -> PreTrainedModel:
+    """The model, with everything trained that `method` trains."""
     model.requires_grad_(True)
     if method == "light":
         mpop.freeze_central(model)

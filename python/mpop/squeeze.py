@@ -115,9 +115,9 @@ def squeeze(
     A round takes the bonds whose next cut adds least error for a parameter, over all matrices,
     until ``step`` of the parameters in cores are gone; rounds the cores from canonical form, the
     optimizer's state going with them; fine-tunes until the loss settles; and evaluates. A round
-    within the bound is kept, and the next is larger where it was free; one outside is undone, and
-    a half as large one is tried. The paper (section 4.3) cuts one bond a round and stops at the
-    first drop.
+    within the bound is kept, and the next is half as large again where it was free, up to a fifth
+    of the parameters; one outside is undone, and a half as large one is tried. The paper (section
+    4.3) cuts one bond a round and stops at the first drop.
 
     Args:
         model: with MPO modules; it ends as the smallest that was within the bound.
@@ -129,7 +129,7 @@ def squeeze(
             cores are fitted to what their layers' outputs lose. Without it each matrix's own
             relative error counts.
         max_steps: at most this many rounds.
-        step: fraction of the parameters in cores that the first round cuts.
+        step: fraction of the parameters in cores that the first round cuts, at least 0.002.
         state: a file that always holds a whole state, replaced after each round; `trace.jsonl`
             beside it has a line for each.
         resume: go on from that file, with the same result as without the interruption; from the
@@ -137,18 +137,15 @@ def squeeze(
         settings: what the result depends on besides, JSON-like; a state of others is refused.
         on_round: told of each round as it ends.
 
-    A round whose training diverges or whose metric is NaN is undone like one outside the bound.
+    A round whose training diverges or whose metric is not finite is undone like one outside the
+    bound.
 
     Raises:
         ValueError: no MPO modules, no bond above 1, a bound below zero, a metric that is NaN at the
             start, a state that is there without `resume`, or one to resume that is of another
             model or other settings. The model is as it was.
     """
-    if not 0 <= max_drop < math.inf or not 0 < step < 1 or max_steps < 1:
-        raise ValueError(
-            "expected max_drop >= 0, 0 < step < 1 and max_steps >= 1, "
-            f"got {max_drop}, {step} and {max_steps}"
-        )
+    check_bounds(max_drop, step, max_steps)
     modules = dict(mpo_modules(model))
     if not modules:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
@@ -172,6 +169,7 @@ def squeeze(
             raise ValueError(f"expected a finite metric, got {run.metric}")
         run.parameters_before = run.parameters = count_parameters(model).total
         run.fraction = step
+        run.best = run.snapshot()  # evaluating may have drawn random numbers
     try:
         while len(run.rounds) < max_steps and run.fraction >= _LEAST:
             made = run.round(evaluate, max_drop)
@@ -185,6 +183,15 @@ def squeeze(
     return SqueezeReport(
         run.metric_before, run.parameters_before, run.metric, run.parameters, tuple(run.rounds)
     )
+
+
+def check_bounds(max_drop: float, step: float, max_steps: int) -> None:
+    """Raise a ValueError unless `squeeze` can be called with these."""
+    if not 0 <= max_drop < math.inf or not _LEAST <= step < 1 or max_steps < 1:
+        raise ValueError(
+            f"expected max_drop >= 0, {_LEAST} <= step < 1 and max_steps >= 1, "
+            f"got {max_drop}, {step} and {max_steps}"
+        )
 
 
 class _Run:
@@ -228,16 +235,23 @@ class _Run:
         whole = {"progress": progress, "rounds": rounds, "settings": self.settings}
         torch.save({**self.best, **whole}, new)
         os.replace(new, self.file)
-        trace = "".join(f"{json.dumps(made)}\n" for made in rounds)
-        self.file.with_name("trace.jsonl").write_text(trace, encoding="utf-8")
+        self.write_trace()
+
+    def write_trace(self) -> None:
+        assert self.file is not None
+        new = self.file.with_name("trace.jsonl.new")
+        lines = (f"{json.dumps(asdict(made))}\n" for made in self.rounds)
+        new.write_text("".join(lines), encoding="utf-8")
+        os.replace(new, self.file.with_name("trace.jsonl"))
 
     def load(self) -> None:
         assert self.file is not None
         try:
             held = torch.load(self.file, weights_only=True, map_location="cpu")
-            found = held["settings"]
-        except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.file}: not the state of a squeeze") from error
+            found, progress = held["settings"], held["progress"]
+            rounds = [SqueezeRound(**made) for made in held["rounds"]]
+        except (UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.file}: not the state of a squeeze, or damaged") from error
         for name in {**found, **self.settings}:
             if found.get(name) != self.settings.get(name):
                 raise ValueError(
@@ -250,10 +264,10 @@ class _Run:
         except (RuntimeError, ValueError, KeyError) as error:
             self.restore(before)
             raise ValueError(f"{self.file}: the state of another model ({error})") from error
-        for name, value in held["progress"].items():
+        for name, value in progress.items():
             setattr(self, name, value)
-        self.rounds = [SqueezeRound(**made) for made in held["rounds"]]
-        self.best = self.snapshot()
+        self.rounds, self.best = rounds, self.snapshot()
+        self.write_trace()  # what was stopped between the two files
 
     def round(self, evaluate: Callable[[], float], max_drop: float) -> SqueezeRound | None:
         """One round, None where no bond is left to cut."""
@@ -285,7 +299,7 @@ class _Run:
         except FloatingPointError:
             loss, metric = None, math.nan
         # So that a drop of just the bound, in floating point, is within it.
-        kept = self.metric_before - metric <= max_drop + 1e-12
+        kept = math.isfinite(metric) and self.metric_before - metric <= max_drop + 1e-12
         made = SqueezeRound(
             step=len(self.rounds) + 1,
             fraction=self.fraction,
@@ -301,7 +315,8 @@ class _Run:
         if kept:
             is_free = metric >= self.metric
             self.metric, self.parameters, self.best = metric, parameters, self.snapshot()
-            self.fraction = min(_MOST, 1.5 * self.fraction) if is_free else self.fraction
+            if is_free:
+                self.fraction = max(self.fraction, min(_MOST, 1.5 * self.fraction))
         else:
             self.restore(self.best)
             self.fraction /= 2

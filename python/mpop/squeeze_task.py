@@ -21,9 +21,15 @@ from mpop.finetune import (
     unlabelled,
 )
 from mpop.glue import get_task
-from mpop.pretrained import check_output, is_compressed, load_for_training, load_tokenizer
+from mpop.pretrained import (
+    check_output,
+    is_compressed,
+    load_for_evaluation,
+    load_tokenizer,
+    trainable,
+)
 from mpop.settle import Settler
-from mpop.squeeze import SqueezeRound, plot_trace, squeeze
+from mpop.squeeze import SqueezeRound, check_bounds, plot_trace, squeeze
 from mpop.trainer import Collator, MPOTrainer, runtime_arguments
 
 
@@ -85,6 +91,7 @@ def squeeze_on_task(
         max_train_samples=max_train_samples,
         max_eval_samples=max_eval_samples,
     )
+    check_bounds(max_drop, step, max_rounds)
     if calibration_samples < 0:
         raise ValueError(f"calibration_samples: expected at least 0, got {calibration_samples}")
     if precision not in ("fp32", "bf16"):
@@ -100,7 +107,7 @@ def squeeze_on_task(
     )
     set_seed(seed)
     tokenizer = load_tokenizer(model_name_or_path)
-    model = load_for_training(model_name_or_path, glue_task, "light", None)
+    model = trainable(load_for_evaluation(model_name_or_path, glue_task), "light")
     if prepare is not None:
         model = prepare(model)
     max_length = fitting(max_length, model, tokenizer)

@@ -255,6 +255,24 @@ class TestSqueeze:
         fractions = [made.fraction for made in report.rounds]
         assert fractions == pytest.approx([0.04, 0.06, 0.09, 0.045, 0.045])
 
+    def test_a_large_first_step_stays_as_it_is(self) -> None:
+        model, tuner = rows_and_tuner()
+        report = squeeze(
+            model, evaluate=lambda: 0.9, finetune=tuner, max_drop=0.1, max_steps=2, step=0.3
+        )
+        assert [made.fraction for made in report.rounds] == [0.3, 0.3]
+
+    def test_a_trace_that_lags_behind_is_made_up_for(self, tmp_path: Path) -> None:
+        options: dict[str, Any] = {"evaluate": lambda: 0.9, "max_drop": 0.1}
+        options |= {"max_steps": 2, "state": tmp_path / "state.pt"}
+        squeeze(*rows_and_tuner()[:1], finetune=rows_and_tuner()[1], **options)
+        trace = tmp_path / "trace.jsonl"
+        whole = trace.read_text()
+        trace.write_text(whole.splitlines(keepends=True)[0])
+        model, tuner = rows_and_tuner()
+        squeeze(model, finetune=tuner, resume=True, **options)
+        assert trace.read_text() == whole and len(whole.splitlines()) == 2
+
     def test_nothing_that_may_go_leaves_the_model_as_it_was(self) -> None:
         model, tuner = rows_and_tuner()
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -267,7 +285,7 @@ class TestSqueeze:
 
     def test_a_round_that_diverges_or_has_no_metric_is_undone(self) -> None:
         model, tuner = rows_and_tuner()
-        metrics = iter([0.9, 0.9, math.nan, 0.9, 0.9])
+        metrics = iter([0.9, 0.9, math.inf, 0.9, 0.9])
         calls = iter(range(100))
 
         class Fragile:
@@ -282,6 +300,7 @@ class TestSqueeze:
         report = squeeze(
             model, evaluate=lambda: next(metrics), finetune=Fragile(), max_drop=0.1, max_steps=5
         )
+        assert report.metric == 0.9
         assert [made.kept for made in report.rounds] == [True, False, False, True, True]
         assert [made.metric for made in report.rounds] == [0.9, None, None, 0.9, 0.9]
         assert report.rounds[2].loss is None
@@ -337,6 +356,7 @@ class TestSqueeze:
             def evaluate() -> float:
                 if where == "evaluating":
                     burn(1)
+                torch.rand(3)  # as a DataLoader does, even where it does not shuffle
                 return measured()
 
             report = squeeze(
@@ -438,7 +458,8 @@ class TestSqueeze:
         for options, message in [
             ({"max_drop": -1}, "expected max_drop >= 0"),
             ({"max_drop": math.nan}, "expected max_drop >= 0"),
-            ({"step": 1.5}, "0 < step < 1"),
+            ({"step": 1.5}, "0.002 <= step < 1"),
+            ({"step": 0.001}, "0.002 <= step < 1"),
             ({"max_steps": 0}, "max_steps >= 1"),
             ({"evaluate": lambda: math.nan}, "expected a finite metric, got nan"),
             ({"resume": True}, "expected the state's file"),
@@ -460,6 +481,15 @@ class TestSqueeze:
             squeeze(other, **{**good, "max_drop": 0.2}, state=state, resume=True)
         with pytest.raises(ValueError, match="expected the state of task = 'b', got one of None"):
             squeeze(other, **good, state=state, resume=True, settings={"task": "b"})
+        for damage in ("cut", "progress"):
+            damaged = tmp_path / f"{damage}.pt"
+            damaged.write_bytes(state.read_bytes()[:5000])
+            if damage == "progress":
+                held = torch.load(state, weights_only=True)
+                del held["progress"]
+                torch.save(held, damaged)
+            with pytest.raises(ValueError, match=f"{damage}.pt: not the state of .*, or damaged"):
+                squeeze(other, **good, state=damaged, resume=True)
         with pytest.raises(ValueError, match="the state of another model"):
             squeeze(
                 nn.Sequential(MPOLinear(24, 30, MPOShape((4, 6), (5, 6)))),
@@ -494,6 +524,11 @@ class TestCommand:
         assert main([*command, "--resume", "--max-rounds", "5"]) == 0
         longer = last_json(capsys.readouterr().out)
         assert longer["rounds"][:3] == result["rounds"] and len(longer["rounds"]) > 3
+        assert main([*command[:4], str(tmp_path / "o"), *command[5:], "--step", "1.5"]) == 2
+        assert "0.002 <= step < 1" in capsys.readouterr().err
+        assert main([*command[:4], str(tmp_path / "o"), "--task", "cola", *command[7:]]) == 2
+        assert "has the outputs negative, positive; cola needs" in capsys.readouterr().err
+        assert not (tmp_path / "o").exists()
         # Too few texts for the pooler, which sees one row of each.
         few = [*command[:4], str(tmp_path / "few"), *command[5:], "--calibration-samples", "36"]
         assert main(few) == 2
