@@ -22,6 +22,8 @@ _RTOL = 1e-10
 # What a step of 1 on an auxiliary entry changes W by; with the 1 of a dense layer, centres would be
 # divided by more than fp16 has room for.
 _EFFECT = 8.0
+# Of a core's norm, what rounding to bf16 stays below and overflow or underflow does not.
+_LOST = 0.01
 
 
 @torch.no_grad()
@@ -36,6 +38,9 @@ def balanced(cores: Sequence[Tensor], central: int) -> list[Tensor]:
     Args:
         cores: core k ``[D_k, i_k, j_k, D_{k+1}]``; not changed. Bonds above the full rank shrink.
         central: index of the central tensor.
+
+    Raises:
+        ValueError: the dtype has no room for the scaled cores, as fp16 for a small matrix.
     """
     dtype = cores[0].dtype
     work = [core.detach().to(torch.promote_types(dtype, torch.float32)) for core in cores]
@@ -48,7 +53,15 @@ def balanced(cores: Sequence[Tensor], central: int) -> list[Tensor]:
             bond = work[k].shape[3 if k < central else 0]
             scale = norm / (_EFFECT * math.sqrt(bond))
             work[k], work[central] = work[k] * scale, work[central] / scale
-    return [core.to(dtype) for core in work]
+    scaled = [core.to(dtype) for core in work]
+    for core, exact in zip(scaled, work, strict=True):
+        expected, got = (float(torch.linalg.norm(part.double())) for part in (exact, core))
+        if not abs(got - expected) <= _LOST * expected:
+            raise ValueError(
+                f"expected a dtype with room for balanced cores, got {dtype} for one of norm "
+                f"{expected:.2g}; balance in another and convert afterwards"
+            )
+    return scaled
 
 
 class BondMap(NamedTuple):

@@ -87,6 +87,19 @@ def test_balancing_in_place_keeps_what_the_layer_computes(dtype: torch.dtype) ->
     torch.testing.assert_close(layer(x), before, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("size", [1e-3, 60.0])
+def test_a_dtype_without_room_for_balanced_cores_leaves_the_layer(size: float) -> None:
+    linear = torch.nn.Linear(64, 64, dtype=torch.float16)
+    torch.nn.init.normal_(linear.weight, std=size)
+    layer = MPOLinear.from_linear(linear, MPOShape.balanced(64, 64, 5))
+    before = [core.detach().clone() for core in layer.cores]
+    with pytest.raises(ValueError, match="expected a dtype with room for balanced cores"):
+        layer.balance()
+    assert all(torch.equal(a, b) for a, b in zip(layer.cores, before, strict=True))
+    layer.float().balance()
+    assert all(core.isfinite().all() for core in layer.cores)
+
+
 def test_nothing_and_bonds_that_are_too_large_can_be_balanced() -> None:
     zero = [torch.zeros(1, 2, 3, 4), torch.zeros(4, 5, 2, 4), torch.zeros(4, 2, 2, 1)]
     assert all(core.isfinite().all() for core in balanced(zero, 1))
