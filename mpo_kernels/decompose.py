@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 
 import torch
 from torch import Tensor
@@ -277,6 +278,12 @@ def _check_bounds(max_rank: int | None, rel_error: float | None, compression: fl
         raise ValueError("expected one of rel_error and compression, got both")
 
 
+def rounded_up(value: float) -> str:
+    """Four significant digits, as the least that is enough has to be told."""
+    unit = Decimal(1).scaleb(Decimal(value).adjusted() - 3)
+    return f"{float(Decimal(value).quantize(unit, ROUND_CEILING)):.4g}"
+
+
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -322,7 +329,8 @@ def _ranks_within(
         shrinkable = [k for k in inner if bonds[k] > 1]
         if not shrinkable:
             raise ValueError(
-                f"expected a compression of at least {parameters() / shape.dense_parameters:.4g}, "
+                f"expected a compression of at least "
+                f"{rounded_up(parameters() / shape.dense_parameters)}, "
                 f"all bonds 1 with factors {shape.in_factors} and {shape.out_factors}, "
                 f"got {compression}"
             )

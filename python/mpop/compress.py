@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mpo_kernels import Decomposition, MPOShape, decompose, reconstruct
+from mpo_kernels.decompose import rounded_up
 from mpo_kernels.family import Cost, choose, judged
 from mpop.allocation import Point, allocate, curve
 from mpop.calibration import MEASURABLE, MEMORY, Batches, Calibration, Moments
@@ -286,7 +286,7 @@ def _fit_within(
     whole, least = sum(dense.values()), sum(points[0].cost for points in curves.values())
     if budget * whole < least:
         raise ValueError(
-            f"expected a compression of at least {math.ceil(1e4 * least / whole) / 1e4:.4g}, the "
+            f"expected a compression of at least {rounded_up(least / whole)}, the "
             f"cheapest that {len(curves)} matrices can be in {config.objective}, got {budget:g}"
         )
     points = allocate(list(curves.values()), budget * whole)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import nn
 
+from mpo_kernels.blockwise import BlockwiseLayer
 from mpop.modules import MPO, mpo_modules
 
 
@@ -17,11 +19,13 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count parameters, as trainable where they require a gradient."""
+    """Count parameters, as trainable where they require a gradient; a quantised centre's too."""
     parameters = list(model.parameters())
+    quantised = [layer for layer in model.modules() if isinstance(layer, BlockwiseLayer)]
     return ParameterCount(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        total=sum(p.numel() for p in parameters)
+        + sum(math.prod(layer.shape.core_shapes[layer.central]) for layer in quantised),
     )
 
 
@@ -47,10 +51,14 @@ def balance(model: nn.Module) -> None:
     not for modules that share a single core, such as a centre.
 
     Raises:
-        ValueError: a model without MPO modules.
+        ValueError: a model without MPO modules, or a dtype without room for the scaled cores.
     """
-    for module in _modules_of(model):
-        module.balance()
+    _modules_of(model)
+    for name, module in mpo_modules(model):
+        try:
+            module.balance()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def unfreeze(model: nn.Module) -> ParameterCount:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mpo_kernels import Decomposition, MPOShape, decompose
+from mpo_kernels.decompose import rounded_up
 from mpop.config import CompressionConfig, MatrixConfig, matches
 from mpop.modules import Names, dense_matrices, is_embedding, module_at, weight_of
 
@@ -21,6 +22,11 @@ class MatrixPlan(NamedTuple):
     names: Names
     config: MatrixConfig
     shape: MPOShape
+
+    @property
+    def least(self) -> float:
+        """The compression with every bond 1."""
+        return self.shape.with_ranks(1).compression
 
     def decompose(self, weight: Tensor, second_moment: Tensor | None = None) -> Decomposition:
         """Cores for the weight ``[out, in]``, as planned."""
@@ -69,10 +75,18 @@ def plan(model: PreTrainedModel, config: CompressionConfig) -> list[MatrixPlan]:
         ValueError: what `select` says, factors or ranks that do not fit a matrix's size, or a
             compression out of reach.
     """
-    return [
+    plans = [
         _plan_matrix(model, names, config.for_matrix(names), devices_of(model, names, config))
         for names in select(model, config)
     ]
+    hardest = max(plans, key=lambda plan: plan.least)
+    for each in (hardest, *plans):
+        if each.config.compression is not None and each.config.compression < each.least:
+            raise ValueError(
+                f"{each.names[0]}: expected a compression of at least {rounded_up(each.least)}, "
+                f"got {each.config.compression}"
+            )
+    return plans
 
 
 def _included(
@@ -109,11 +123,6 @@ def _plan_matrix(
     out_features, in_features = weight_of(module_at(model, names[0])).shape
     try:
         shape = config.shape(in_features, out_features, devices)
-        least = shape.with_ranks(1).compression
-        if config.compression is not None and config.compression < least:
-            raise ValueError(
-                f"expected a compression of at least {least:.3g}, got {config.compression}"
-            )
     except ValueError as error:
         raise ValueError(f"{names[0]}: {error}") from error
     return MatrixPlan(names, config, shape)

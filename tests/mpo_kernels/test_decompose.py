@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -182,6 +183,19 @@ SHAPE = MPOShape((2, 3), (4, 5))
 def test_bad_input_says_what_was_expected(weight, options, error, says):
     with pytest.raises(error, match=says):
         decompose(weight, SHAPE, **options)
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(48, 48), (96, 48), (30, 77)])
+def test_the_least_compression_that_is_told_is_enough(out_features, in_features):
+    weight, shape = (
+        torch.randn(out_features, in_features),
+        MPOShape.balanced(in_features, out_features, 5),
+    )
+    with pytest.raises(ValueError, match="compression of at least") as error:
+        decompose(weight, shape, compression=1e-6)
+    least = float(re.search(r"at least ([\d.e-]+)", str(error.value))[1])
+    assert decompose(weight, shape, compression=least).shape.ranks == (1, 1, 1, 1)
+    assert least == pytest.approx(shape.with_ranks(1).compression, rel=1e-3)
 
 
 def test_cores_that_do_not_chain_are_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import sys
 import weakref
 
@@ -348,6 +349,16 @@ def test_a_bad_weight_leaves_the_model_untouched(poison, error: type, message: s
     for name, tensor in model.state_dict().items():
         if not tensor.is_meta:
             torch.testing.assert_close(tensor, before[name], equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_cores", [2, 3, 5])
+def test_the_least_compression_that_is_told_is_enough_for_every_matrix(num_cores: int) -> None:
+    model = build("bert")
+    with pytest.raises(ValueError, match="compression of at least") as error:
+        _compress(model, compression=1e-6, num_cores=num_cores)
+    least = float(re.search(r"at least ([\d.e-]+)", str(error.value))[1])
+    _compress(model, compression=least, num_cores=num_cores)
+    assert any(set(module.shape.ranks) == {1} for _, module in mpo_modules(model))
 
 
 @pytest.mark.parametrize(

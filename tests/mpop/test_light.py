@@ -43,6 +43,8 @@ def test_counts_are_those_of_the_tensors(name: str) -> None:
     assert count.total == sum(distinct.values())
     assert count.trainable == count.total - sum(central.values())
     assert mpop.count_parameters(model) == count
+    mpop.quantize_centres(model)
+    assert mpop.count_parameters(model) == count
 
 
 def test_only_central_tensors_go_without_a_gradient() -> None:
