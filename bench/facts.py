@@ -41,6 +41,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def processor() -> str:
+    """The GPU's name where there is one, else the CPU's."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = machine(device)
+    return str(found.get("gpu", found["cpu"]))
+
+
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -104,7 +104,9 @@ def markdown(rows: Sequence[Row], times: dict[str, Row], conditions: dict[str, A
     lines = []
     for method in methods:
         of_method = [cells.get((method, task)) for task in by_task]
-        found = [row for row in of_method if row]
+        # As the mean: what a method chooses differs from task to task.
+        found = [row for row in of_method if row and row["task"] != _NOT_IN_MEAN]
+        found = found or [row for row in of_method if row]
         lines.append(
             (
                 f"`{method}`",
@@ -120,16 +122,19 @@ def markdown(rows: Sequence[Row], times: dict[str, Row], conditions: dict[str, A
     parts = [
         table(head, lines),
         "\n".join(what),
-        caption(by_task, conditions),
+        caption(by_task, times, conditions),
         rates(methods, cells, conditions["grid_tasks"]),
         f"`{conditions['command']}`",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def caption(by_task: dict[str, list[Row]], conditions: dict[str, Any]) -> str:
+def caption(
+    by_task: dict[str, list[Row]], times: dict[str, Row], conditions: dict[str, Any]
+) -> str:
     """Under which conditions all of it was measured."""
-    machine, versions = conditions["machine"], conditions["versions"]
+    versions = conditions["versions"]
+    timed = {f"{row['threads']} threads of {row['machine']}": None for row in times.values()}
     commit = (conditions["commit"] or "none")[:12] + (" with changes" * conditions["dirty"])
     sizes = []
     for task, rows in by_task.items():
@@ -144,15 +149,15 @@ def caption(by_task: dict[str, list[Row]], conditions: dict[str, Any]) -> str:
         )
     return (
         f"{conditions['model']}: mean ± standard deviation over seeds, in percent, on dev"
-        f"{'; the mean leaves out WNLI' * (_NOT_IN_MEAN in by_task)}. Train / dev rows: "
-        f"{'; '.join(sizes)}. What is cut has nine tenths of its steps before the cut and one "
-        "after (`svd`, `dir`: two thirds and one), except `squeezed`, which has up to 10 "
-        f"rounds of 20 steps instead. Batch {conditions['batch_size']}, length "
+        f"{'; the mean and the sizes leave out WNLI' * (_NOT_IN_MEAN in by_task)}. "
+        f"Train / dev rows: {'; '.join(sizes)}. What is cut has nine tenths of its steps before "
+        "the cut and one after (`svd`, `dir`: two thirds and one), except `squeezed`, which has up "
+        f"to 10 rounds of 20 steps instead. Batch {conditions['batch_size']}, length "
         f"{conditions['max_length']}, {conditions['precision']}. #Pr trained and #To all "
         "parameters. Calibration draws from all training rows, without their labels. A step of 32 "
         "texts of 64 tokens, the peak memory of the process (the device's on a GPU) after it, and "
-        "the latency of one text are medians, with nothing else running, "
-        f"{machine['threads']} threads. {machine.get('gpu', machine['cpu'])}; "
+        "the latency of one text are medians, with nothing else running"
+        f"{', '.join(['', *timed])}. Runs on {', '.join(conditions['machines'])}; "
         f"torch {versions['torch']}, transformers {versions['transformers']}, "
         f"peft {versions['peft']}; commit {commit}."
     )

@@ -25,8 +25,6 @@ from math import isinf
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench import facts
 from bench.glue_report import figure, markdown, tasks_figure, trace
 from bench.methods import METHODS
@@ -93,11 +91,17 @@ class Bench:
         self.deadline = time.monotonic() + 60 * options.budget_minutes
         self.results: dict[Run, dict[str, Any]] = {}
         self.failed: set[Run] = set()
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.machines: dict[str, None] = {}  # in order
+        text = self.file.read_text() if self.file.exists() else ""
+        # A run that was stopped while it was written down is measured again.
+        *lines, unfinished = text.split("\n")
+        if unfinished:
+            self.file.write_text(text.removesuffix(unfinished))
         for record in map(json.loads, lines):
             run = Run(**{**record["run"], "rates": tuple(record["run"]["rates"])})
             if record["result"] is not None:
                 self.results[run] = record["result"]
+                self.machines[record["machine"]] = None
 
     def measure_run(self, run: Run) -> None:
         """Measure the run unless its result is known; a failure is written down and passed over.
@@ -125,7 +129,9 @@ class Bench:
             error = (done.stderr.splitlines() or ["no message"])[-1]
             say(f"  failed: {error}")
         with self.file.open("a") as file:
-            record = {"run": asdict(run), "result": result, "error": error}
+            outcome = {"result": result, "error": error, "machine": facts.processor()}
+            record = {"run": asdict(run), **outcome}
+            self.machines[record["machine"]] = None
             file.write(json.dumps(record) + "\n")
 
     def start(
@@ -308,7 +314,6 @@ def summary(run: Run, seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """What the figures hold for."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = ("transformers", "accelerate", "datasets", "peft")
     return {
         "command": facts.command("bench.glue_table", argv),
@@ -319,7 +324,6 @@ def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str,
         "batch_size": options.batch_size,
         "max_length": options.max_length,
         "precision": options.precision,
-        "machine": facts.machine(device),
         "versions": facts.versions() | {name: metadata.version(name) for name in names},
         **facts.commit(),
     }
@@ -412,7 +416,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         options.max_train_samples = by_task(int, None, options.max_train_samples)
         options.grid_train_samples = by_task(int, None, options.grid_train_samples)
         options.grid = grids(options.grid)
-    except ValueError as error:
+        Path(options.output).mkdir(parents=True, exist_ok=True)
+    except (ValueError, FileExistsError) as error:
         parser.error(str(error))
     return options
 
@@ -420,7 +425,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Measure until all is there or the budget is spent; write the tables either way."""
     options = parse(argv)
-    Path(options.output).mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
     try:
         bench.measure()
@@ -429,7 +433,8 @@ def main(argv: Sequence[str]) -> None:
     except (BudgetSpent, KeyboardInterrupt) as stop:
         say(f"stopped ({type(stop).__name__}); the same command continues")
     finally:
-        conditions, rows, times = conditions_of(options, argv), bench.rows(), bench.times()
+        conditions = {**conditions_of(options, argv), "machines": list(bench.machines)}
+        rows, times = bench.rows(), bench.times()
         whole = {"conditions": conditions, "rows": rows, "times": times}
         content, text = json.dumps(whole, indent=2) + "\n", markdown(rows, times, conditions)
         (Path(options.output) / "table.json").write_text(content, encoding="utf-8")
@@ -442,6 +447,8 @@ def main(argv: Sequence[str]) -> None:
             (Path(options.output) / "trace.jsonl").write_text(lines, encoding="utf-8")
             trace(rounds, Path(options.output) / "trace.png")
     print(text)
+    if bench.failed and not rows:
+        raise SystemExit(f"{len(bench.failed)} runs failed; each has its error in {bench.file}")
 
 
 if __name__ == "__main__":

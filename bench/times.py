@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from bench import facts
 from mpop.benchmark import median_seconds
 from mpop.trainer import peak_memory, reset_peak_memory
 
@@ -53,7 +54,9 @@ def measure(model: Any, autocast: torch.dtype | None = None) -> dict[str, Any]:
         model = model.merge_and_unload()  # as it would be served
     model.eval()
     latency_seconds = median_seconds(answer, device, REPEATS)
-    return {"step_seconds": step_seconds, "latency_seconds": latency_seconds, **memory}
+    conditions = {"machine": facts.processor(), "threads": torch.get_num_threads()}
+    seconds = {"step_seconds": step_seconds, "latency_seconds": latency_seconds}
+    return {**seconds, **memory, **conditions}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import glue_table
+from bench import facts, glue_table
 
 
 @pytest.fixture
@@ -24,6 +24,7 @@ def finetune(monkeypatch):
         if command[2] == "bench.times":
             assert Path(command[3]).read_text() == "a model" and command[4] == "fp32"
             times = {"step_seconds": 0.2855, "latency_seconds": 0.005, "peak_memory_bytes": 2**30}
+            times |= {"machine": "a processor", "threads": 3}
             return subprocess.CompletedProcess(command, 0, "log\n" + json.dumps(times), "")
         assert command[1:3] == ["-m", "bench.methods"]
         options = json.loads(command[3])
@@ -38,7 +39,7 @@ def finetune(monkeypatch):
         result = {
             "metric": "accuracy",
             "value": 1 - abs(rate - best) + 0.1 * options["seed"] + (options["task"] == "wnli"),
-            "trainable_parameters": 2_500_000,
+            "trainable_parameters": 2_500_000 * (1 + (options["task"] == "wnli")),
             "total_parameters": 10_000_000,
             "train_samples": 1200,
             "eval_samples": 300,
@@ -91,6 +92,9 @@ def test_times_are_of_the_model_that_the_first_seed_left(finetune, tmp_path):
     run(tmp_path, "--time")
     assert [bool(command["keep"]) for command in finetune] == [False] * 4 + [True, False]
     assert "| 40 MB | 286 ms | 1024 MiB | 5.0 ms |" in (tmp_path / "table.md").read_text()
+    assert (
+        "with nothing else running, 3 threads of a processor" in (tmp_path / "table.md").read_text()
+    )
     # Without that model one is made on a few rows; its result is not the method's.
     (tmp_path / "cache" / "rte-light.pt").unlink()
     finetune.clear()
@@ -122,7 +126,24 @@ def test_a_task_may_choose_for_itself_where_another_speaks_for_the_rest(finetune
     assert trials == ["rte"] * 4 + ["cola"] * 4
     text = (tmp_path / "table.md").read_text()
     assert "| rates of | RTE, WNLI | CoLA |" in text
-    assert "| 155.0 ± 7.1 | 55.0 |" in text  # the mean is without WNLI
+    assert "| 155.0 ± 7.1 | 55.0 | 2.50 M |" in text  # the means are without WNLI
+
+
+def test_a_run_cut_off_while_written_down_is_measured_again(finetune, tmp_path):
+    rows = run(tmp_path)["rows"]
+    runs = tmp_path / "runs.jsonl"
+    runs.write_text(runs.read_text()[:-20])
+    finetune.clear()
+    assert run(tmp_path)["rows"] == rows
+    assert [(c["seed"], c["learning_rate"]) for c in finetune] == [(0, 2.0), (1, 0.5)]
+    assert len(runs.read_text().splitlines()) == 7  # the diverged one twice
+    machines = {json.loads(line)["machine"] for line in runs.read_text().splitlines()}
+    assert machines == {facts.processor()}
+
+
+def test_nothing_but_failures_is_a_failure(finetune, tmp_path):
+    with pytest.raises(SystemExit, match=r"2 runs failed; each has its error in .*runs\.jsonl"):
+        run(tmp_path, "--grid", "light=2,3", "--seeds", "0", "--methods", "light")
 
 
 def test_no_time_left_writes_an_empty_table(finetune, tmp_path):
