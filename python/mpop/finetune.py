@@ -255,12 +255,14 @@ def evaluate(
 
     Raises:
         ValueError: A bad argument or data file, or a checkpoint without this task's trained head.
-        NotADirectoryError: No folder for the predictions.
+        NotADirectoryError, IsADirectoryError: No folder for the predictions, or nothing but one.
     """
     _check_choice("precision", precision, PRECISIONS)
     check_positive(batch_size=batch_size, max_length=max_length, max_eval_samples=max_eval_samples)
     if predictions is not None and not (folder := Path(predictions).absolute().parent).is_dir():
         raise NotADirectoryError(f"{folder}: expected a folder for the predictions")
+    if predictions is not None and Path(predictions).is_dir():
+        raise IsADirectoryError(f"{predictions}: expected a file for the predictions")
     glue_task = get_task(task)
     evaluation = _load_dev(glue_task, data_dir, max_eval_samples)
     model = load_for_evaluation(model_name_or_path, glue_task)

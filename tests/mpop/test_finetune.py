@@ -127,6 +127,8 @@ def test_predictions_with_nowhere_to_go_are_refused_before_the_work(data, tmp_pa
         evaluate(
             tmp_path / "no-model", "sst2", data_dir=data, predictions=tmp_path / "nowhere/p.npz"
         )
+    with pytest.raises(IsADirectoryError, match="expected a file for the predictions"):
+        evaluate(tmp_path / "no-model", "sst2", data_dir=data, predictions=tmp_path)
 
 
 @pytest.mark.parametrize("method", ["dense", "light"])
