@@ -329,7 +329,7 @@ def _ranks_within(
         shrinkable = [k for k in inner if bonds[k] > 1]
         if not shrinkable:
             raise ValueError(
-                f"expected a compression of at least "
+                "expected a compression of at least "
                 f"{rounded_up(parameters() / shape.dense_parameters)}, "
                 f"all bonds 1 with factors {shape.in_factors} and {shape.out_factors}, "
                 f"got {compression}"

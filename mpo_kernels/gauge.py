@@ -59,7 +59,7 @@ def balanced(cores: Sequence[Tensor], central: int) -> list[Tensor]:
         if not abs(got - expected) <= _LOST * expected:
             raise ValueError(
                 f"expected a dtype with room for balanced cores, got {dtype} for one of norm "
-                f"{expected:.2g}; balance in another and convert afterwards"
+                f"{expected:.2g}: train in float32 or bfloat16"
             )
     return scaled
 
