@@ -11,6 +11,7 @@ gradient's leading singular vectors.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -116,26 +117,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any], conditions: dict[str, Any]) -> list[str]:
-    """Shares of the whole encoder's gradient, the least and the most of any matrix, a caption."""
+    """Shares of each layer's gradient: their mean, least and most; of all of it; a caption."""
     matrices = list(found["matrices"].values())
     energy = sum(row["squared_norm"] for row in matrices)
     numbers = sum(row["parameters"] for row in matrices)
     trained = sum(row["trained"] * row["parameters"] for row in matrices)
-    lines = ["| | of the gradient | least, most of a matrix |", "|---|---:|---:|"]
+    lines = ["| | mean of the layers | least, most | of the whole |", "|---|---:|---:|---:|"]
     for name, key in (
         ("light fine-tuning, five balanced factors", "light"),
         (f"LoRA of rank {found['rank']}, B beside A as drawn", "drawn"),
         (f"the best directions of rank {found['rank']}", "best"),
     ):
-        share = sum(row[key] * row["squared_norm"] for row in matrices) / energy
-        least, most = (extreme(row[key] for row in matrices) for extreme in (min, max))
-        lines.append(f"| {name} | {share:.1%} | {least:.1%}, {most:.1%} |")
+        shares = [row[key] for row in matrices]
+        whole = sum(row[key] * row["squared_norm"] for row in matrices) / energy
+        mean, extremes = statistics.fmean(shares), f"{min(shares):.1%}, {max(shares):.1%}"
+        lines.append(f"| {name} | {mean:.1%} | {extremes} | {whole:.1%} |")
+    largest = max(found["matrices"], key=lambda name: found["matrices"][name]["squared_norm"])
+    of_largest = found["matrices"][largest]["squared_norm"] / energy
     lines += [
         "",
         f"Of the squared norm of the mean gradient over {found['rows']} held-out training rows of "
         f"{conditions['task']}, in {len(matrices)} linear layers of {conditions['model']} after "
-        f"{conditions['steps']} steps of dense fine-tuning; light trains {trained / numbers:.1%} "
-        "of their parameters.",
+        f"{conditions['steps']} steps of dense fine-tuning; of the whole {largest} has "
+        f"{of_largest:.0%}. Light trains {trained / numbers:.1%} of their parameters.",
     ]
     return lines
 
