@@ -100,6 +100,13 @@ def test_times_are_of_the_model_that_the_first_seed_left(finetune, tmp_path):
     finetune.clear()
     table = run(tmp_path, "--time")
     assert finetune[-1]["max_train_samples"] == 320 and finetune[-1]["keep"]
+    # What is chosen by the data depends on all of them.
+    options = "--time", "--methods", "chosen", "--grid", "dense=1", "chosen=0.1"
+    run(tmp_path, *options)
+    (tmp_path / "cache" / "rte-chosen.pt").unlink()
+    run(tmp_path, *options)
+    assert finetune[-1]["max_train_samples"] is None and finetune[-1]["keep"]
+    run(tmp_path, "--time")
     assert table["rows"][0]["seeds"] == [0, 1]
     assert "286 ms" in (tmp_path / "table.md").read_text()
 
