@@ -351,6 +351,16 @@ def test_a_bad_weight_leaves_the_model_untouched(poison, error: type, message: s
             torch.testing.assert_close(tensor, before[name], equal_nan=True, rtol=0, atol=0)
 
 
+def test_a_model_without_words_is_compressed() -> None:
+    config = hf.ConvNextConfig(hidden_sizes=[16, 24], depths=[1, 1], num_stages=2)
+    model = hf.ConvNextModel(config).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    before = model(pixels).last_hidden_state
+    mpop.compress(model)
+    assert len(list(mpo_modules(model))) == 4
+    torch.testing.assert_close(model(pixels).last_hidden_state, before, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("num_cores", [2, 3, 5])
 def test_the_least_compression_that_is_told_is_enough_for_every_matrix(num_cores: int) -> None:
     model = build("bert")
