@@ -129,9 +129,9 @@ class Bench:
             error = (done.stderr.splitlines() or ["no message"])[-1]
             say(f"  failed: {error}")
         with self.file.open("a") as file:
-            outcome = {"result": result, "error": error, "machine": facts.processor()}
-            record = {"run": asdict(run), **outcome}
-            self.machines[record["machine"]] = None
+            machine = facts.processor()
+            record = {"run": asdict(run), "result": result, "error": error, "machine": machine}
+            self.machines[machine] = None
             file.write(json.dumps(record) + "\n")
 
     def start(

@@ -79,6 +79,7 @@ def plan(model: PreTrainedModel, config: CompressionConfig) -> list[MatrixPlan]:
         _plan_matrix(model, names, config.for_matrix(names), devices_of(model, names, config))
         for names in select(model, config)
     ]
+    # The hardest first: what is told is then enough for all that have the same budget.
     hardest = max(plans, key=lambda plan: plan.least)
     for each in (hardest, *plans):
         if each.config.compression is not None and each.config.compression < each.least:
