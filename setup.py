@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-SOURCES = Path(__file__).parent / "csrc"
+ROOT = Path(__file__).parent
 CHOICE = os.environ.get("MPO_KERNELS_BUILD_CUDA") or "auto"
 # Code for 8.0 runs on 8.6 and 8.9, of 10.0 on 10.3; nothing in csrc tells them apart.
 RELEASE = "80-real;90a-real;100-real;120"
@@ -51,7 +51,7 @@ def architectures() -> str:
 
 
 class CMakeBuild(build_ext):
-    """Builds ``mpo_kernels/_cuda`` from ``csrc``."""
+    """Builds ``mpo_kernels/_cuda``, as CMakeLists.txt says."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -59,7 +59,7 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         folder = Path(self.build_temp).resolve()
         configure = [
-            *("cmake", "--fresh", "-G", "Ninja", "-S", str(SOURCES), "-B", str(folder)),
+            *("cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)),
             f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}",
             f"-DWARNINGS_ARE_ERRORS={'ON' if architectures() == RELEASE else 'OFF'}",
             f"-DPython_EXECUTABLE={sys.executable}",
