@@ -15,16 +15,15 @@ OLDEST_TRITON := 3.5.1
 demo: $(READY)
 	$(BIN)/python -m mpop.demo $(DEMO_ARGS)
 
-# The longest test compiles for minutes; another worker goes on beside it.
 test: lint
 	OMP_NUM_THREADS=1 $(PYTEST)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 test-vllm: $(VENV_VLLM)/.ready
-	$(VENV_VLLM)/bin/python -m pytest tests/vllm --timeout 600
+	$(VENV_VLLM)/bin/python -m pytest tests/serving/vllm --timeout 600
 
 test-sglang: $(VENV_SGLANG)/.ready
-	$(VENV_SGLANG)/bin/python -m pytest tests/sglang --timeout 600
+	$(VENV_SGLANG)/bin/python -m pytest tests/serving/sglang --timeout 600
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -63,11 +62,11 @@ $(VENV_VLLM)/.ready: pyproject.toml setup.py
 	touch $@
 
 # Without its own requirements, which are for GPUs; it asks for torch 2.14.1.
-$(VENV_SGLANG)/.ready: pyproject.toml setup.py tests/sglang/requirements.txt
+$(VENV_SGLANG)/.ready: pyproject.toml setup.py tests/serving/sglang/requirements.txt
 	python3 -m venv $(VENV_SGLANG)
 	$(VENV_SGLANG)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV_SGLANG)/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV_SGLANG)/bin/python -m pip install --quiet --requirement tests/sglang/requirements.txt
+	$(VENV_SGLANG)/bin/python -m pip install --quiet --requirement tests/serving/sglang/requirements.txt
 	$(VENV_SGLANG)/bin/python -m pip install --quiet --no-deps sglang==0.5.23
 	MPO_KERNELS_BUILD_CUDA=0 $(VENV_SGLANG)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from mpo_kernels import available_backends, measured
+from mpo_kernels import available_backends
 from mpo_kernels.backends import validation
-from mpo_kernels.figures import calibrate
+from mpo_kernels.calibration import calibrate
+from mpo_kernels.planning import measured
 from mpo_kernels.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 import mpo_kernels.ops  # noqa: F401  the operators are defined there
-from mpo_kernels.backends.torch import ALGORITHMS, gather, plan_for
+from mpo_kernels.backends.torch import gather
+from mpo_kernels.backends.torch.backend import ALGORITHMS, TorchBackend
 
 # The rows that it is planned for: a batch of texts.
 ROWS = 512
 
 
 def _linear(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
-    plan = plan_for(ROWS, x.dtype, x.device, cores)
+    plan = TorchBackend().plan_for(ROWS, x.dtype, x.device, cores)
     rows = x.reshape(-1, x.shape[-1])
     y = ALGORITHMS[plan.algorithm].plain(rows, cores, out_features, plan)
     if bias is not None:

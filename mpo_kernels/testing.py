@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpo_kernels.cores import merge_cores
-from mpo_kernels.shape import MPOShape
+from mpo_kernels.cores.chain import merge_cores
+from mpo_kernels.cores.shape import MPOShape
 
 # Odd on purpose: primes, ones, padding on either side, bonds of one, one core, many cores.
 ODD_SHAPES = (

@@ -1,4 +1,4 @@
-"""Back ends by name, each a module with the same functions, and the choice between them."""
+"""The back ends by name, and the choice between them: one computes the operators at a time."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from types import ModuleType
 
 from torch import Tensor
 
-from mpo_kernels.backends import torch as torch_backend
 from mpo_kernels.backends.cuda import extension
+from mpo_kernels.backends.torch.backend import TorchBackend
 from mpo_kernels.backends.triton import device as triton_device
 
 NAMES = ("torch", "triton", "cuda")
 
 logger = logging.getLogger(__name__)
 
+_TORCH = TorchBackend()
 _selected = os.environ.get("MPO_KERNELS_BACKEND") or "auto"
 
 
@@ -60,7 +60,7 @@ def use_backend(name: str) -> Iterator[None]:
         _selected = before
 
 
-def selected(like: Tensor) -> ModuleType:
+def selected(like: Tensor) -> TorchBackend:
     """The back end that computes now, for operands of this device and dtype.
 
     Raises:
@@ -68,7 +68,7 @@ def selected(like: Tensor) -> ModuleType:
     """
     name = _checked(_selected)
     if name == "torch" or (name == "auto" and like.device.type == "cpu"):
-        return torch_backend
+        return _TORCH
     if name != "triton":
         reason = extension.unsupported(like.device)
         if reason is None:
@@ -80,14 +80,15 @@ def selected(like: Tensor) -> ModuleType:
         if name == "triton":
             raise ValueError(f"the triton back end cannot compute this: {reason}")
         _log_once("the triton back end", reason)
-        return torch_backend
+        return _TORCH
     return _kernels("triton")
 
 
 @cache
-def _kernels(name: str) -> ModuleType:
+def _kernels(name: str) -> TorchBackend:
     """Imported when first used: importing the package needs neither triton nor the extension."""
-    return import_module(f"mpo_kernels.backends.{name}.backend")
+    module = import_module(f"mpo_kernels.backends.{name}.backend")
+    return module.CudaBackend() if name == "cuda" else module.TritonBackend()
 
 
 @cache

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mpo_kernels.backends.cuda import extension
+from mpo_kernels.backends.triton import device
 
-_FOLDER = Path(__file__).parent
-RECORDS = _FOLDER / "validated.json"
-KINDS = ("triton", "cuda")
+RECORDS = Path(__file__).with_name("validated.json")
+_SOURCES: dict[str, Callable[[], str | None]] = {
+    "triton": device.source_hash,
+    "cuda": extension.source_hash,
+}
+KINDS = tuple(_SOURCES)
 
 
-@cache
 def source_hash(kernels: str) -> str | None:
-    """Of the sources of ``"triton"`` or ``"cuda"`` kernels.
-
-    Triton's are the files of their folder that hold any; those of ``csrc`` are named by the library
-    made of them, which may not be there.
-    """
-    if kernels == "cuda":
-        return getattr(extension.loaded()[0], "SOURCES", None)
-    digest = hashlib.sha256()
-    for path in sorted((_FOLDER / "triton").glob("*.py")):
-        if b"@triton.jit" in (source := path.read_bytes()):
-            digest.update(path.name.encode() + b"\0" + source + b"\0")
-    return digest.hexdigest()[:16]
+    """Of the sources of ``"triton"`` or ``"cuda"`` kernels, None where they are not there."""
+    return _SOURCES[kernels]()
 
 
 def _records() -> list[dict[str, Any]]:

@@ -9,23 +9,29 @@ from importlib.util import find_spec
 from typing import Any
 
 if find_spec("transformers") is not None:  # without it, the command still says what to install
-    from mpop.card import model_card
-    from mpop.centres import dequantize_centres, quantize_centres
-    from mpop.checkpoint import load, push_to_hub, save
-    from mpop.compress import CompressionReport, compress, merge
-    from mpop.config import CompressionConfig, MPOConfig
-    from mpop.export import Exported, export
-    from mpop.light import ParameterCount, balance, count_parameters, freeze_central, unfreeze
-    from mpop.squeeze import SqueezeReport, squeeze
+    from mpop.checkpoints.card import model_card
+    from mpop.checkpoints.folder import load, push_to_hub, save
+    from mpop.compression.compress import compress, merge
+    from mpop.compression.report import CompressionReport
+    from mpop.finetuning.squeeze import SqueezeReport, squeeze
+    from mpop.integrations.export import Exported, export
+    from mpop.models.centres import dequantize_centres, quantize_centres
+    from mpop.models.config import CompressionConfig, MPOConfig
+    from mpop.models.light import (
+        ParameterCount,
+        balance,
+        count_parameters,
+        freeze_central,
+        unfreeze,
+    )
 
-# Imported when first used. A function named as its module has to be imported above instead: the
-# module, once imported from elsewhere, would take its name here.
+# Imported when first used.
 _LAZY = {
-    "format_rows": "mpop.inspect",
-    "inspect_model": "mpop.inspect",
-    "plot_spectra": "mpop.inspect",
-    "plot_trace": "mpop.squeeze",
-    "Settler": "mpop.settle",
+    "format_rows": "mpop.compression.inspect",
+    "inspect_model": "mpop.compression.inspect",
+    "plot_spectra": "mpop.compression.inspect",
+    "plot_trace": "mpop.finetuning.squeeze",
+    "Settler": "mpop.finetuning.settle",
 }
 
 __all__ = [

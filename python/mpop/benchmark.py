@@ -20,9 +20,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import mpop
-from mpop.light import count_parameters
-from mpop.pretrained import is_compressed, load_as_saved
-from mpop.trainer import peak_memory, reset_peak_memory
+from mpop.checkpoints.opening import is_compressed, load_as_saved
+from mpop.finetuning.trainer import peak_memory, reset_peak_memory
+from mpop.models.light import count_parameters
 
 _WARM_UP = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -158,7 +158,7 @@ def _batch(
 
 def format_benchmark(found: dict[str, Any]) -> str:
     """Dense beside MPO as a table that a person can read."""
-    from mpop.compress import table
+    from mpop.compression.report import table
 
     dense, mpo = found["dense"], found["mpo"]
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from mpop import sentiment
-from mpop.compress import table
-from mpop.glue import Task, get_task, load_split
+from mpop.compression.report import table
+from mpop.data.glue import Task, get_task, load_split
 
 # MPO methods have their own default rates; dense's is too low for a short run of a small encoder.
 OPTIONS: dict[str, tuple[str, ...]] = {

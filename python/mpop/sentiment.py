@@ -12,7 +12,7 @@ import random
 from itertools import product
 from pathlib import Path
 
-from mpop.glue import get_task
+from mpop.data.glue import get_task
 
 _ASPECTS = (
     "acting,plot,script,dialogue,pacing,camera work,soundtrack,humour,ending,cast,direction,"

@@ -1,1 +1,14 @@
-"""What the plug-ins for vLLM and SGLang share: layers held as cores, and their names."""
+"""Serving MPO checkpoints with vLLM and SGLang: plug-ins that their entry points name.
+
+See docs/vllm.md and docs/sglang.md.
+"""
+
+
+def register_vllm() -> None:
+    """Make the quantization method ``"mpo"`` known; vLLM calls this in each of its processes."""
+    import mpop_serving.vllm  # noqa: F401  registers when it is first imported
+
+
+def register_sglang() -> None:
+    """Make the quantization method ``"mpo"`` known; SGLang calls this in each of its processes."""
+    import mpop_serving.sglang  # noqa: F401  registers when it is first imported

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpo_kernels import MPOShape, mpo_embedding, mpo_linear
-from mpo_kernels.linear import merged_for
-from mpo_kernels.shape import leading_digit
+from mpo_kernels.cores.shape import leading_digit
+from mpo_kernels.layers.module import merged_for
 
 if TYPE_CHECKING:
-    from mpop.config import ModuleSpec
+    from mpop.models.config import ModuleSpec
 
 # What both call the matrices of a fused layer.
 _INDICES = {None: 0, "q": 0, "k": 1, "v": 2}

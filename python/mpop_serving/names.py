@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from mpop.config import ModuleSpec
+    from mpop.models.config import ModuleSpec
 
     Specs: TypeAlias = Mapping[str, ModuleSpec]
 

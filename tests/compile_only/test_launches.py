@@ -13,9 +13,10 @@ from triton.runtime.jit import JITFunction
 
 import mpo_kernels as mk
 from mpo_kernels import MPOShape
-from mpo_kernels.backends.triton import backend, device
+from mpo_kernels.backends.triton import device
+from mpo_kernels.backends.triton.backend import TritonBackend
 from mpo_kernels.backends.triton.launch import precision
-from mpo_kernels.plan import Gradients
+from mpo_kernels.planning.plan import Gradients
 from mpo_kernels.testing import random_cores
 
 
@@ -75,10 +76,10 @@ def test_a_training_step_launches_only_what_it_needs(compiled: list[str]) -> Non
     def kernels(*needs: bool) -> set[str]:
         compiled.clear()
         gradients = Gradients(needs[0], needs[1:])
-        plan = backend.plan_for(4096, x.dtype, x.device, cores, gradients, (1024, 1024))
+        plan = TritonBackend().plan_for(4096, x.dtype, x.device, cores, gradients, (1024, 1024))
         fused = next(p for p in plan.candidates if p.algorithm == "fused")
         assert len(fused.launches) == sum(needs)
-        backend.linear_backward(dy, x, cores, gradients, fused)
+        TritonBackend().linear_backward(dy, x, cores, gradients, fused)
         return set(compiled)
 
     assert "chain_gradient_kernel" not in kernels(True, False, False)

@@ -84,7 +84,7 @@ def kernels(request: pytest.FixtureRequest) -> ModuleType:
 @pytest.fixture
 def cuda_backend(
     kernels: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ModuleType]:
+) -> Iterator[backend.CudaBackend]:
     """The back end as a whole; what tests make lies on its device."""
     if not ON_DEVICE:
         monkeypatch.setattr(extension, "loaded", lambda: (kernels, ""))
@@ -93,7 +93,7 @@ def cuda_backend(
         monkeypatch.setattr(extension, "limits", lambda device: (90, 132, 227 << 10))
         monkeypatch.setattr(decode, "stream_of", lambda device: 0)
     torch.set_default_device(device)
-    yield backend
+    yield backend.CudaBackend()
     torch.set_default_device(None)
     decode.chain_of.cache_clear()
     backend._plan.cache_clear()

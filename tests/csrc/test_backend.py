@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mpo_kernels as mk
 from mpo_kernels import MPOShape
-from mpo_kernels.backends import torch as library
-from mpo_kernels.backends.cuda import decode, extension
-from mpo_kernels.plan import Gradients
+from mpo_kernels.backends.cuda import backend, decode, extension
+from mpo_kernels.backends.torch.backend import TorchBackend
+from mpo_kernels.planning.plan import Gradients
 from mpo_kernels.testing import ODD_SHAPES, dense_linear, random_cores, relative_error
 
 BF16 = torch.bfloat16
@@ -21,7 +21,9 @@ BF16 = torch.bfloat16
 
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("shape", [s for s in ODD_SHAPES if s.num_cores > 1], ids=str)
-def test_every_plan_agrees_with_dense(cuda_backend: ModuleType, shape: MPOShape, rows: int) -> None:
+def test_every_plan_agrees_with_dense(
+    cuda_backend: backend.CudaBackend, shape: MPOShape, rows: int
+) -> None:
     cores = random_cores(shape, BF16, torch.get_default_device())
     x, bias = (
         torch.randn(rows, shape.in_features).to(BF16),
@@ -41,13 +43,15 @@ def test_every_plan_agrees_with_dense(cuda_backend: ModuleType, shape: MPOShape,
 
 
 @pytest.fixture
-def without_triton(cuda_backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def without_triton(
+    cuda_backend: backend.CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> backend.CudaBackend:
     """Beside the library's calls the decode chain is always the fastest at few rows."""
-    monkeypatch.setattr(cuda_backend, "_rest", lambda device, dtype: library)
+    monkeypatch.setattr(backend, "rest_of", lambda device, dtype: TorchBackend())
     return cuda_backend
 
 
-def test_a_layer_decodes_few_rows_and_leaves_the_rest(without_triton: ModuleType) -> None:
+def test_a_layer_decodes_few_rows_and_leaves_the_rest(without_triton: backend.CudaBackend) -> None:
     torch.manual_seed(1)
     layer = mk.MPOLinear.from_linear(torch.nn.Linear(64, 96), MPOShape((8, 8), (8, 12), 8)).to(BF16)
     exact = copy.deepcopy(layer).double().to_linear()
@@ -73,7 +77,7 @@ def test_a_layer_decodes_few_rows_and_leaves_the_rest(without_triton: ModuleType
             )
 
 
-def test_serving_merges_nothing_at_a_call(without_triton: ModuleType) -> None:
+def test_serving_merges_nothing_at_a_call(without_triton: backend.CudaBackend) -> None:
     shape = MPOShape((2, 4, 4, 4), (4, 4, 4, 2), 8)
     layer = mk.MPOLinear(128, 128, shape, dtype=BF16)
     with mk.use_backend("cuda"), torch.no_grad():
@@ -85,7 +89,7 @@ def test_serving_merges_nothing_at_a_call(without_triton: ModuleType) -> None:
         assert relative_error(served(x), exact) < 2 * torch.finfo(BF16).eps
 
 
-def test_compiled_and_traced_calls_see_an_operator(cuda_backend: ModuleType) -> None:
+def test_compiled_and_traced_calls_see_an_operator(cuda_backend: backend.CudaBackend) -> None:
     layer = mk.MPOLinear(64, 64, MPOShape((8, 8), (8, 8), 8), dtype=BF16).requires_grad_(False)
     x = torch.randn(2, 64).to(BF16)
     with mk.use_backend("cuda"):
@@ -99,7 +103,7 @@ def test_compiled_and_traced_calls_see_an_operator(cuda_backend: ModuleType) -> 
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("shape", [MPOShape((8, 9), (6, 8), 8), MPOShape((4, 3, 4), (3, 4, 5), 6)])
 def test_a_quantised_layer(
-    cuda_backend: ModuleType,
+    cuda_backend: backend.CudaBackend,
     shape: MPOShape,
     stored: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
@@ -113,9 +117,7 @@ def test_a_quantised_layer(
         core.data = bytes_.float() * scale
     widened.bias.data = layer.bias.float().detach()
     calls = []
-    monkeypatch.setattr(
-        cuda_backend, "decode", lambda *a: calls.append(len(a[0])) or decode.decode(*a)
-    )
+    monkeypatch.setattr(backend, "decode", lambda *a: calls.append(len(a[0])) or decode.decode(*a))
     for rows in (1, 3, 17):
         x = torch.randn(rows, shape.in_features).to(BF16)
         with mk.use_backend("cuda"):
@@ -127,19 +129,19 @@ def test_a_quantised_layer(
 
 
 def test_bytes_are_widened_where_that_is_faster(
-    cuda_backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+    cuda_backend: backend.CudaBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = mk.MPOLinear(72, 48, MPOShape((8, 9), (6, 8), 8), dtype=BF16).quantized()
     x = torch.randn(2, 72).to(BF16)
     with mk.use_backend("cuda"):
         expected = served(x)
-        cuda_backend.quantized_chain.cache_clear()
-        monkeypatch.setattr(cuda_backend, "MEASURED", 1e6)
-        monkeypatch.setattr(cuda_backend, "decode", None)
+        backend.quantized_chain.cache_clear()
+        monkeypatch.setattr(backend, "MEASURED", 1e6)
+        monkeypatch.setattr(backend, "decode", None)
         assert relative_error(served(x), expected.double()) < 3 * torch.finfo(BF16).eps
 
 
-def test_gradients_are_left_to_the_others(cuda_backend: ModuleType) -> None:
+def test_gradients_are_left_to_the_others(cuda_backend: backend.CudaBackend) -> None:
     shape = MPOShape((4, 8), (8, 4), 8)
     cores = random_cores(shape, BF16, torch.get_default_device())
     x, grad = torch.randn(2, 32).to(BF16), torch.randn(2, 32).to(BF16)
@@ -171,7 +173,9 @@ class TestWorkspace:
         spaces = sorted(space for one in taken for space in one)
         return spaces[0][0] > 0 and all(a[1] <= b[0] for a, b in pairwise(spaces))
 
-    def test_a_stream_keeps_its_own(self, cuda_backend: ModuleType, streams: list[int]) -> None:
+    def test_a_stream_keeps_its_own(
+        self, cuda_backend: backend.CudaBackend, streams: list[int]
+    ) -> None:
         workspace, many = decode.Workspace(), decode.Workspace.COUNTERS
         one, _ = self.spaces(workspace, 8, 100, streams[0])
         assert self.spaces(workspace, 8, 100, streams[0]) == (one, ())
@@ -186,7 +190,7 @@ class TestWorkspace:
         assert self.apart([few[1]], [more[0]])
 
     def test_a_graph_takes_counters_for_good(
-        self, cuda_backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+        self, cuda_backend: backend.CudaBackend, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         workspace = decode.Workspace()
         eager, _ = self.spaces(workspace, 1, 100, 0)
@@ -200,7 +204,7 @@ class TestWorkspace:
         assert not zeros.any() and len(zeros) == 30_000
 
 
-def test_a_view_negated_on_reading(without_triton: ModuleType) -> None:
+def test_a_view_negated_on_reading(without_triton: backend.CudaBackend) -> None:
     layer = mk.MPOLinear(64, 64, MPOShape((8, 8), (8, 8), 8), dtype=BF16).requires_grad_(False)
     x = torch.randn(2, 64).to(BF16)
     with mk.use_backend("cuda"):
@@ -209,7 +213,7 @@ def test_a_view_negated_on_reading(without_triton: ModuleType) -> None:
         assert torch.equal(layer(torch._neg_view(x)), layer(-x))
 
 
-def test_a_core_past_2_31_is_left_to_the_others(cuda_backend: ModuleType) -> None:
+def test_a_core_past_2_31_is_left_to_the_others(cuda_backend: backend.CudaBackend) -> None:
     shape = MPOShape((4, 8), (8, 4), 8)
     cores = random_cores(shape, BF16, torch.get_default_device())
     wide = torch.empty(0, dtype=BF16, device="meta").new_empty_strided(

@@ -10,8 +10,8 @@ import torch
 
 import mpo_kernels as mk
 from mpo_kernels import MPOShape
-from mpo_kernels.backends.triton import backend
-from mpo_kernels.plan import Gradients
+from mpo_kernels.backends.triton.backend import TritonBackend
+from mpo_kernels.planning.plan import Gradients
 from mpo_kernels.testing import ODD_SHAPES, dense_linear, random_cores, relative_error
 
 
@@ -36,9 +36,9 @@ def test_every_forward_plan_agrees_with_dense(shape: MPOShape, rows: int) -> Non
     x, cores, bias = problem(shape, rows)
     exact = dense_linear(x.double(), [c.double() for c in cores], bias.double(), shape)
     features = (shape.in_features, shape.out_features)
-    plan = backend.plan_for(rows, x.dtype, x.device, cores, features=features)
+    plan = TritonBackend().plan_for(rows, x.dtype, x.device, cores, features=features)
     for candidate in plan.candidates:
-        y = backend.linear(x, cores, bias, shape.out_features, candidate)
+        y = TritonBackend().linear(x, cores, bias, shape.out_features, candidate)
         assert relative_error(y, exact) < 2e-6, candidate.algorithm
 
 
@@ -53,9 +53,9 @@ def test_every_backward_plan_agrees_with_dense(shape: MPOShape, light: bool) -> 
     needs = tuple(not light or k != shape.central for k in range(len(cores)))
     gradients = Gradients(True, needs)
     features = (shape.in_features, shape.out_features)
-    plan = backend.plan_for(5, x.dtype, x.device, cores, gradients, features)
+    plan = TritonBackend().plan_for(5, x.dtype, x.device, cores, gradients, features)
     for candidate in plan.candidates:
-        dx, found = backend.linear_backward(dy, x, cores, gradients, candidate)
+        dx, found = TritonBackend().linear_backward(dy, x, cores, gradients, candidate)
         assert relative_error(dx, of_x) < 3e-6, candidate
         for need, got, core, expected in zip(needs, found, cores, of_cores, strict=True):
             assert (got is not None) == need
@@ -68,7 +68,7 @@ def test_two_parts_have_kernels_for_all_there_is_to_form() -> None:
     cores = random_cores(MPOShape((6, 7), (5, 8), 4), device=torch.get_default_device())
 
     def kinds(gradients: Gradients | None) -> set[str]:
-        plan = backend.plan_for(7, torch.float32, cores[0].device, cores, gradients)
+        plan = TritonBackend().plan_for(7, torch.float32, cores[0].device, cores, gradients)
         return {candidate.algorithm for candidate in plan.candidates}
 
     assert {"fused", "implicit", "panels", "chain"} <= kinds(None)
@@ -136,9 +136,11 @@ def test_gradients_do_not_change_from_run_to_run() -> None:
     x, cores, _ = problem(MPOShape((6, 7), (5, 8), 4), 70)
     dy = torch.randn(70, 40)
     gradients = Gradients(True, (True, True))
-    plan = backend.plan_for(70, x.dtype, x.device, cores, gradients, (42, 40))
+    plan = TritonBackend().plan_for(70, x.dtype, x.device, cores, gradients, (42, 40))
     fused = next(p for p in plan.candidates if p.algorithm == "fused")
-    one, two = (backend.linear_backward(dy, x, cores, gradients, fused)[1] for _ in range(2))
+    one, two = (
+        TritonBackend().linear_backward(dy, x, cores, gradients, fused)[1] for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -159,7 +161,7 @@ def test_bias_and_ids_of_any_stride(stride: int) -> None:
     x, cores, _ = problem(shape, 7)
     bias = torch.randn(16).as_strided((8,), (stride,))
     exact = dense_linear(x.double(), [c.double() for c in cores], bias.double(), shape)
-    assert backend.plan_for(7, x.dtype, x.device, cores).algorithm == "fused"
+    assert TritonBackend().plan_for(7, x.dtype, x.device, cores).algorithm == "fused"
     assert relative_error(mk.mpo_linear(x, cores, bias), exact) < 2e-6
     ids = torch.randint(15, (40,)).as_strided((20,), (stride,))
     rows = mk.mpo_embedding(ids, [c.requires_grad_() for c in cores])
@@ -178,17 +180,17 @@ def test_the_plan_of_a_padded_layer_can_be_run() -> None:
     shape = MPOShape((5, 8), (6, 7), 4, in_features=37, out_features=40)
     layer = mk.MPOLinear(37, 40, shape)
     x = torch.randn(9, 37)
-    y = backend.linear(x, list(layer.cores), layer.bias, 40, layer.plan(9))
+    y = TritonBackend().linear(x, list(layer.cores), layer.bias, 40, layer.plan(9))
     assert torch.equal(y, layer(x))
 
 
 def test_an_id_out_of_range_reads_nothing() -> None:
     cores = random_cores(MPOShape((3, 5), (4, 2), 3), device=torch.get_default_device())
     ids = torch.tensor([3, 15, -1, 10**6])
-    rows = backend.embedding(ids, cores, 8)
+    rows = TritonBackend().embedding(ids, cores, 8)
     assert rows[0].any() and not rows[1:].any()
     needs = (True, True)
-    all_ids = backend.embedding_backward(torch.ones(4, 8), ids, cores, needs)
-    first = backend.embedding_backward(torch.ones(1, 8), ids[:1], cores, needs)
+    all_ids = TritonBackend().embedding_backward(torch.ones(4, 8), ids, cores, needs)
+    first = TritonBackend().embedding_backward(torch.ones(1, 8), ids[:1], cores, needs)
     for got, expected in zip(all_ids, first, strict=True):
         torch.testing.assert_close(got, expected)

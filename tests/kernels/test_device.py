@@ -11,13 +11,14 @@ import triton
 
 import mpo_kernels as mk
 from mpo_kernels import MPOShape
-from mpo_kernels.backends.triton import backend, tiles
+from mpo_kernels.backends.triton import tiles
+from mpo_kernels.backends.triton.backend import TritonBackend
 from mpo_kernels.backends.triton.chain import chain
 from mpo_kernels.backends.triton.chain_backward import chain_gradient
 from mpo_kernels.backends.triton.gather import gather
 from mpo_kernels.backends.triton.implicit import implicit
 from mpo_kernels.backends.triton.tiles import Chain, TwoParts
-from mpo_kernels.plan import Gradients
+from mpo_kernels.planning.plan import Gradients
 from mpo_kernels.testing import random_cores, relative_error
 
 BF16 = torch.bfloat16
@@ -84,7 +85,7 @@ def test_a_row_stride_past_2_to_the_31(tall: torch.Tensor) -> None:
     x = tall.view(-1).as_strided((2, 768), (2**31 + 1024, 1))
     module = layer()
     fused = next(plan for plan in module.plan(2).candidates if plan.algorithm == "fused")
-    y = backend.linear(x, list(module.cores), module.bias, 3072, fused)
+    y = TritonBackend().linear(x, list(module.cores), module.bias, 3072, fused)
     assert relative_error(y, exact(module, x)) < 2e-2
 
 
@@ -177,13 +178,13 @@ def test_memory_of_a_step_is_bounded() -> None:
     x = torch.randn(16384, 768, device="cuda", dtype=BF16)
     dy = torch.randn(16384, 3072, device="cuda", dtype=BF16)
     gradients = Gradients(True, (True, True))
-    plan = backend.plan_for(16384, BF16, x.device, cores, gradients, (768, 3072))
+    plan = TritonBackend().plan_for(16384, BF16, x.device, cores, gradients, (768, 3072))
     fused = next(p for p in plan.candidates if p.algorithm == "fused")
-    backend.linear_backward(dy, x, cores, gradients, fused)
+    TritonBackend().linear_backward(dy, x, cores, gradients, fused)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    backend.linear_backward(dy, x, cores, gradients, fused)
+    TritonBackend().linear_backward(dy, x, cores, gradients, fused)
     held = torch.cuda.max_memory_allocated() - before
     # dx, and for each part its gradient in fp32 once a split.
     splits = max(launch.tile.splits for launch in fused.launches)

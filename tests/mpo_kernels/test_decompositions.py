@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.export import Dim
 
 from mpo_kernels import MPOEmbedding, MPOLinear, MPOShape, reconstruct
-from mpo_kernels.backends.torch import ALGORITHMS, gather, plan_for
+from mpo_kernels.backends.torch import gather
+from mpo_kernels.backends.torch.backend import ALGORITHMS, TorchBackend
 from mpo_kernels.export import DECOMPOSITIONS
 from mpo_kernels.testing import ODD_SHAPES, dense_linear, random_cores
 
@@ -15,7 +16,7 @@ from mpo_kernels.testing import ODD_SHAPES, dense_linear, random_cores
 def test_every_plan_in_plain_torch(shape):
     cores = random_cores(shape, torch.float64)
     x = torch.randn(6, shape.in_features, dtype=torch.float64)
-    plans = plan_for(6, torch.float64, x.device, cores).candidates
+    plans = TorchBackend().plan_for(6, torch.float64, x.device, cores).candidates
     for plan in plans:
         y = ALGORITHMS[plan.algorithm].plain(x, cores, shape.out_features, plan)
         torch.testing.assert_close(y, dense_linear(x, cores, None, shape))

@@ -9,7 +9,7 @@ import pytest
 from tiny_glue import save_bert, write_glue
 
 from mpop import demo
-from mpop.glue import TASKS, load_split
+from mpop.data.glue import TASKS, load_split
 
 
 def test_three_methods_and_a_reload(tmp_path, capfd):
@@ -27,7 +27,7 @@ def test_three_methods_and_a_reload(tmp_path, capfd):
 
 
 def test_the_generated_set_is_called_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("mpop.glue.hub_reachable", lambda: False)
+    monkeypatch.setattr("mpop.data.glue.hub_reachable", lambda: False)
     folder, source = demo.find_data(TASKS["sst2"], None, tmp_path)
     assert "NOT GLUE" in source
     assert len(load_split(TASKS["sst2"], "train", folder)) == 2000

@@ -10,7 +10,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from mpop import sentiment
-from mpop.glue import TASKS, load_split
+from mpop.data.glue import TASKS, load_split
 
 
 @pytest.fixture(scope="module")

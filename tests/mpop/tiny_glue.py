@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from mpop.glue import TASKS, Task
+from mpop.data.glue import TASKS, Task
 
 torch.set_num_threads(1)  # matrices this small only lose by sharing
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import cuda_report, gpu_gate
+from bench.gpu import cuda_static, gate
 from tools.release import (
     TOOLS,
     WITH_CUDA,
@@ -67,12 +67,12 @@ def used(python: Path) -> dict[str, Any]:
 def test_a_release_serves_every_architecture_and_imports_anywhere(
     release: Path, tmp_path: Path
 ) -> None:
-    assert cuda_report.main([str(release), "--check"]) == 0
+    assert cuda_static.main([str(release), "--check"]) == 0
     found = used(installed(release, tmp_path / "clean"))
     assert found["file"].startswith(str(tmp_path)) and not found["started"]
     assert found["shape"] == [2, 6]
     assert found["extension"][0] == 1 and found["extension"][1] >= 1
-    assert found["sources"] == gpu_gate.csrc_hash()
+    assert found["sources"] == gate.csrc_hash()
     assert found["reason"] == "no CUDA device"
     assert found["no device"].startswith("cudaDeviceGetAttribute: ")
 

@@ -41,6 +41,11 @@ def load() -> ModuleType:
     return module
 
 
+def source_hash() -> str | None:
+    """Of the files of ``csrc`` that the library was made of, as it names them; None without one."""
+    return getattr(loaded()[0], "SOURCES", None)
+
+
 @cache
 def unavailable() -> str | None:
     """Why the kernels cannot run here, or None."""

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpo_kernels.backends.torch.merging import add_product, merge, unmerge
-from mpo_kernels.plan import Gradients, Plan, Step, folds, groups
+from mpo_kernels.planning.plan import Gradients, Plan, Step, groups
+from mpo_kernels.planning.work import folds
 
 
 def _matrix(part: Tensor, order: str) -> Tensor:

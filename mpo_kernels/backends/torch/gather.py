@@ -18,7 +18,7 @@ BLOCK = 2**22
 COPIES = 16
 
 
-def embedding(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
+def forward(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
     """Rows ``[len(ids), embedding_dim]`` of the table, each distinct one formed once."""
     mirrored = _mirror_pays(len(ids), cores)
     if mirrored:
@@ -35,7 +35,7 @@ def embedding(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tenso
 
 
 def plain(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
-    """:func:`embedding` with nothing written in place and no branch, whatever the ids."""
+    """:func:`forward` with nothing written in place and no branch, whatever the ids."""
     mirrored = _mirror_pays(1, cores)
     if mirrored:
         ids, cores = _mirror_ids(ids, cores), _mirror_cores(cores)
@@ -66,7 +66,7 @@ def _by_digit(state: Tensor, slices: Tensor, digits: Tensor, limit: int) -> Tens
     return result.index_copy(0, torch.cat(places), torch.cat(products))
 
 
-def embedding_backward(
+def backward(
     grad: Tensor, ids: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of the cores from ``grad [len(ids), embedding_dim]``."""

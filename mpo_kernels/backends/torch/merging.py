@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_kernels.cores import merge_cores
-from mpo_kernels.plan import groups
+from mpo_kernels.cores.chain import merge_cores
+from mpo_kernels.planning.plan import groups
 
 
 def merge(cores: Sequence[Tensor], split: Sequence[int]) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpo_kernels.backends.torch.merging import add_product, merge, unmerge
-from mpo_kernels.plan import Gradients, Plan, groups
+from mpo_kernels.planning.plan import Gradients, Plan, groups
 
 
 def _panels(

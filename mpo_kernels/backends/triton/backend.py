@@ -1,7 +1,4 @@
-"""The Triton back end: fused kernels where they win, the library's GEMMs elsewhere.
-
-Every function is that of ``backends/torch``; the plan says which kernels compute a call.
-"""
+"""The Triton back end: fused kernels where they win, the library's GEMMs elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_kernels.backends import torch as library
+from mpo_kernels.backends.torch.backend import TorchBackend
 from mpo_kernels.backends.torch.merging import merge, unmerge
 from mpo_kernels.backends.triton import tuning
 from mpo_kernels.backends.triton.chain import chain
@@ -20,100 +17,103 @@ from mpo_kernels.backends.triton.gather import gather, gather_gradient
 from mpo_kernels.backends.triton.implicit import implicit
 from mpo_kernels.backends.triton.planning import Launch, plan_fused, two_parts
 from mpo_kernels.backends.triton.tiles import GatherTile, TwoParts
-from mpo_kernels.figures import device_figures
-from mpo_kernels.plan import (
+from mpo_kernels.planning.figures import device_figures
+from mpo_kernels.planning.plan import (
     Gradients,
     Plan,
     features_of,
-    merge_work,
     merged_parts,
     row_bucket,
     shapes_of,
 )
-from mpo_kernels.quantize import dequantize
-
-__all__ = [
-    "embedding",
-    "embedding_backward",
-    "linear",
-    "linear_backward",
-    "plan_for",
-    "quantized_linear",
-]
+from mpo_kernels.planning.work import merge_work
 
 
-def plan_for(
-    rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    cores: Sequence[Tensor],
-    gradients: Gradients | None = None,
-    features: tuple[int, int] | None = None,
-) -> Plan:
-    """The plan for ``x [rows, in]``, forward or (with ``gradients``) backward.
+class TritonBackend(TorchBackend):
+    """One kernel for two parts, forward and backward, where a plan has launches; and embeddings."""
 
-    ``features`` are the true in and out of the layer, by default those of the factors.
-    """
-    shapes = shapes_of(cores)
-    figures = device_figures(device, dtype)
-    return plan_fused(
-        shapes, features or features_of(shapes), rows, dtype, figures, limits(device), gradients
-    )
+    def plan_for(
+        self,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        cores: Sequence[Tensor],
+        gradients: Gradients | None = None,
+        features: tuple[int, int] | None = None,
+    ) -> Plan:
+        shapes, figures = shapes_of(cores), device_figures(device, dtype)
+        features = features or features_of(shapes)
+        return plan_fused(shapes, features, rows, dtype, figures, limits(device), gradients)
+
+    def linear(
+        self,
+        x: Tensor,
+        cores: Sequence[Tensor],
+        bias: Tensor | None,
+        out_features: int,
+        plan: Plan | None = None,
+    ) -> Tensor:
+        features = (x.shape[1], out_features)
+        plan = plan or self.plan_for(x.shape[0], x.dtype, x.device, cores, features=features)
+        if not plan.launches or x.shape[0] == 0:
+            return super().linear(x, cores, bias, out_features, plan)
+        bias = None if bias is None else bias.contiguous()
+        return _product(x, *_factors(merge(cores, plan.split)), bias, plan.launches[0])
+
+    def linear_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        cores: Sequence[Tensor],
+        gradients: Gradients,
+        plan: Plan | None = None,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        features = (x.shape[1], grad.shape[1])
+        plan = plan or self.plan_for(x.shape[0], x.dtype, x.device, cores, gradients, features)
+        if not plan.launches or x.shape[0] == 0:
+            return super().linear_backward(grad, x, cores, gradients, plan)
+        left, right = _factors(merge(cores, plan.split))
+        dx: Tensor | None = None
+        sums: dict[str, Tensor] = {}
+        for launch in plan.launches:
+            if launch.result == "dx":
+                dx = _product(grad, left, right, None, launch)
+            else:
+                sums[launch.result] = _part_gradient(grad, x, left, right, launch)
+        return dx, unmerge(
+            cores, plan.split, [sums.get("left"), sums.get("right")], gradients.cores
+        )
+
+    def embedding(self, ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
+        split = _table_split(len(ids), cores)
+        if split is None:
+            return super().embedding(ids, cores, embedding_dim)
+        parts = merge(cores, (split,))
+        problem, tile = _table(len(ids), parts, embedding_dim, "gather")
+        return gather(ids.contiguous(), *_factors(parts), problem, tile)
+
+    def embedding_backward(
+        self, grad: Tensor, ids: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        split = _table_split(len(ids), cores)
+        # The kernel adds atomically; where torch asks for deterministic algorithms torch sorts.
+        if split is None or torch.are_deterministic_algorithms_enabled():
+            return super().embedding_backward(grad, ids, cores, needs)
+        parts = merge(cores, (split,))
+        left, right = _factors(parts)
+        problem, tile = _table(len(ids), parts, grad.shape[1], "gather_gradient")
+        ids, of_left, of_right = ids.contiguous(), None, None
+        if any(needs[:split]):
+            of_left = gather_gradient(grad, ids, right, True, problem, tile).unsqueeze(0)
+        if any(needs[split:]):
+            total = gather_gradient(grad, ids, left, False, problem, tile)
+            of_right = total.permute(2, 0, 1).unsqueeze(3)
+        return unmerge(cores, (split,), [of_left, of_right], needs)
 
 
 def _factors(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """``left [1, i, j, D]`` and ``right [D, i, j, 1]`` as views ``[i, j, D]``."""
     return parts[0][0], parts[1][..., 0].permute(1, 2, 0)
-
-
-def linear(
-    x: Tensor,
-    cores: Sequence[Tensor],
-    bias: Tensor | None,
-    out_features: int,
-    plan: Plan | None = None,
-) -> Tensor:
-    """``y [rows, out_features]`` of ``x [rows, in]``, all of one dtype."""
-    features = (x.shape[1], out_features)
-    plan = plan or plan_for(x.shape[0], x.dtype, x.device, cores, features=features)
-    if not plan.launches or x.shape[0] == 0:
-        return library.linear(x, cores, bias, out_features, plan)
-    bias = None if bias is None else bias.contiguous()
-    return _product(x, *_factors(merge(cores, plan.split)), bias, plan.launches[0])
-
-
-def quantized_linear(
-    x: Tensor,
-    cores: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    bias: Tensor | None,
-    out_features: int,
-) -> Tensor:
-    """:func:`linear` with cores of one byte an element, widened; see ``quantize.py``."""
-    return linear(x, dequantize(cores, scales, x.dtype), bias, out_features)
-
-
-def linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    cores: Sequence[Tensor],
-    gradients: Gradients,
-    plan: Plan | None = None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """``dx [rows, in]`` and each core's gradient, ``None`` (and not computed) where not asked."""
-    features = (x.shape[1], grad.shape[1])
-    plan = plan or plan_for(x.shape[0], x.dtype, x.device, cores, gradients, features)
-    if not plan.launches or x.shape[0] == 0:
-        return library.linear_backward(grad, x, cores, gradients, plan)
-    left, right = _factors(merge(cores, plan.split))
-    dx: Tensor | None = None
-    sums: dict[str, Tensor] = {}
-    for launch in plan.launches:
-        if launch.result == "dx":
-            dx = _product(grad, left, right, None, launch)
-        else:
-            sums[launch.result] = _part_gradient(grad, x, left, right, launch)
-    return dx, unmerge(cores, plan.split, [sums.get("left"), sums.get("right")], gradients.cores)
 
 
 def _product(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, launch: Launch) -> Tensor:
@@ -136,38 +136,6 @@ def _part_gradient(grad: Tensor, x: Tensor, left: Tensor, right: Tensor, launch:
         total = chain_gradient(grad, x, other.transpose(0, 1), launch.problem, launch.tile)
         total = total.transpose(0, 1)
     return total.unsqueeze(0) if of_left else total.permute(2, 0, 1).unsqueeze(3)
-
-
-def embedding(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
-    """Rows ``[len(ids), embedding_dim]`` of the table."""
-    split = _table_split(len(ids), cores)
-    if split is None:
-        return library.embedding(ids, cores, embedding_dim)
-    parts = merge(cores, (split,))
-    problem, tile = _table(len(ids), parts, embedding_dim, "gather")
-    return gather(ids.contiguous(), *_factors(parts), problem, tile)
-
-
-def embedding_backward(
-    grad: Tensor, ids: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of the cores from ``grad [len(ids), embedding_dim]``.
-
-    The kernel adds atomically; where torch asks for deterministic algorithms the library sorts.
-    """
-    split = _table_split(len(ids), cores)
-    if split is None or torch.are_deterministic_algorithms_enabled():
-        return library.embedding_backward(grad, ids, cores, needs)
-    parts = merge(cores, (split,))
-    left, right = _factors(parts)
-    problem, tile = _table(len(ids), parts, grad.shape[1], "gather_gradient")
-    ids, of_left, of_right = ids.contiguous(), None, None
-    if any(needs[:split]):
-        of_left = gather_gradient(grad, ids, right, True, problem, tile).unsqueeze(0)
-    if any(needs[split:]):
-        total = gather_gradient(grad, ids, left, False, problem, tile)
-        of_right = total.permute(2, 0, 1).unsqueeze(3)
-    return unmerge(cores, (split,), [of_left, of_right], needs)
 
 
 def _table(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
-from mpo_kernels import measured
 from mpo_kernels.backends.triton.tiles import LIMITS, Limits
+from mpo_kernels.planning import measured
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_TRITON = (3, 5)
@@ -74,6 +76,16 @@ def architecture(index: int) -> str:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def source_hash() -> str:
+    """Of the files of this folder that hold kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if b"@triton.jit" in (source := path.read_bytes()):
+            digest.update(path.name.encode() + b"\0" + source + b"\0")
+    return digest.hexdigest()[:16]
 
 
 @cache

@@ -11,20 +11,19 @@ import torch
 
 from mpo_kernels.backends.triton import tuning
 from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts, ceil_div
-from mpo_kernels.plan import (
+from mpo_kernels.planning.candidates import plan_linear
+from mpo_kernels.planning.figures import DeviceFigures
+from mpo_kernels.planning.plan import (
     CoreShape,
     CoreShapes,
-    DeviceFigures,
     Gradients,
     Plan,
     best_of,
     groups,
-    merge_work,
     merged_parts,
-    plan_linear,
     row_bucket,
-    time_of,
 )
+from mpo_kernels.planning.work import merge_work, time_of
 
 # Library calls that take the host as long as one launch from triton.
 STARTED = 2.5

@@ -1,8 +1,8 @@
 """The best tile for a problem: what was measured on this device, else what the model says.
 
 With ``MPO_KERNELS_TUNE=1`` a problem met for the first time is measured on random data, and the
-fastest of the model's first candidates is kept (``mpo_kernels/measured.py``). The key names the
-row bucket, never the rows.
+fastest of the model's first candidates is kept (``planning/measured.py``). The key names the row
+bucket, never the rows.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpo_kernels import measured
 from mpo_kernels.backends.triton import tiles
+from mpo_kernels.backends.triton.device import source_hash
 from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts
-from mpo_kernels.backends.validation import source_hash
+from mpo_kernels.planning import measured
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +64,18 @@ def best(
         if timed:
             found = Best(*min(timed), True)
             value = {"seconds": found.seconds, "tile": found.tile._asdict()}
-            measured.put(limits.name, _section(), key, value)
+            measured.put(limits.name, section(), key, value)
             return found
     return Best(*candidates[0], False)
 
 
-def _section() -> str:
+def section() -> str:
     """What was measured holds for the kernels as they are."""
-    return f"tiles {source_hash('triton')}"
+    return f"tiles {source_hash()}"
 
 
 def _stored(name: str, key: str, kind: type[Any]) -> Best | None:
-    stored = measured.get(name, _section(), key)
+    stored = measured.get(name, section(), key)
     try:
         return stored and Best(float(stored["seconds"]), kind(**stored["tile"]), True)
     except (TypeError, ValueError, KeyError) as error:

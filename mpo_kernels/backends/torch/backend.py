@@ -1,0 +1,102 @@
+"""The torch back end: both contractions in library GEMMs, on any device and in any dtype.
+
+It is the base of the others, which override what they compute faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpo_kernels.backends.torch import chain, gather, panels
+from mpo_kernels.cores.quantize import dequantize
+from mpo_kernels.planning.candidates import plan_linear
+from mpo_kernels.planning.figures import device_figures
+from mpo_kernels.planning.plan import Gradients, Plan, shapes_of
+
+ALGORITHMS = {"chain": chain, "panels": panels}
+
+
+class TorchBackend:
+    """What computes the operators, from ``x [rows, in]`` and cores, never the dense weight.
+
+    Backward recomputes what it needs from x and the cores. A plan says how; where none is given the
+    fastest is taken.
+    """
+
+    def plan_for(
+        self,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        cores: Sequence[Tensor],
+        gradients: Gradients | None = None,
+        features: tuple[int, int] | None = None,
+    ) -> Plan:
+        """The plan for ``x [rows, in]``, forward or (with ``gradients``) backward.
+
+        ``features`` are the true in and out of the layer, by default those of the factors; only
+        kernels care.
+        """
+        figures = device_figures(device, dtype)
+        return plan_linear(shapes_of(cores), rows, dtype, figures, gradients)
+
+    def linear(
+        self,
+        x: Tensor,
+        cores: Sequence[Tensor],
+        bias: Tensor | None,
+        out_features: int,
+        plan: Plan | None = None,
+    ) -> Tensor:
+        """``y [rows, out_features]`` of ``x [rows, in]``, all of one dtype."""
+        y = x.new_empty(x.shape[0], out_features)
+        if x.shape[0] == 0:
+            return y
+        plan = plan or self.plan_for(x.shape[0], x.dtype, x.device, cores)
+        ALGORITHMS[plan.algorithm].forward(x, cores, bias, y, plan)
+        return y
+
+    def quantized_linear(
+        self,
+        x: Tensor,
+        cores: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        bias: Tensor | None,
+        out_features: int,
+    ) -> Tensor:
+        """:meth:`linear` with cores of one byte an element; see ``cores/quantize.py``.
+
+        They are widened first, where no kernel reads the bytes.
+        """
+        return self.linear(x, dequantize(cores, scales, x.dtype), bias, out_features)
+
+    def linear_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        cores: Sequence[Tensor],
+        gradients: Gradients,
+        plan: Plan | None = None,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """``dx [rows, in]`` and each core's gradient, ``None`` (not computed) where not asked."""
+        if x.shape[0] == 0:
+            empty = [
+                torch.zeros_like(core) if need else None
+                for core, need in zip(cores, gradients.cores, strict=True)
+            ]
+            return (x.new_empty(x.shape) if gradients.x else None), empty
+        plan = plan or self.plan_for(x.shape[0], x.dtype, x.device, cores, gradients)
+        return ALGORITHMS[plan.algorithm].backward(grad, x, cores, gradients, plan)
+
+    def embedding(self, ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
+        """Rows ``[len(ids), embedding_dim]`` of the table, each distinct one formed once."""
+        return gather.forward(ids, cores, embedding_dim)
+
+    def embedding_backward(
+        self, grad: Tensor, ids: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients of the cores from ``grad [len(ids), embedding_dim]``."""
+        return gather.backward(grad, ids, cores, needs)

@@ -1,0 +1,366 @@
+"""Dense matrix <-> cores: TT-SVD, canonical form, rounding, spectra and entropies.
+
+Oseledets, "Tensor-Train Decomposition", SIAM J. Sci. Comput. 33 (2011): algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
+
+import torch
+from torch import Tensor
+
+from mpo_kernels.cores.chain import check_cores, check_finite, merge_cores, orthogonalise
+from mpo_kernels.cores.fitting import check_second_moment, fit, output_error, padded_moment, scaled
+from mpo_kernels.cores.shape import MPOShape
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Cores in canonical form about ``shape.central``, and what the truncation cost.
+
+    Attributes:
+        cores: core k is ``[D_k, i_k, j_k, D_{k+1}]``, contiguous, in the dtype of the input; left
+            of the centre each is left-orthogonal, right of it right-orthogonal.
+        shape: factors and the bonds that were kept.
+        rel_error: ‖W − MPO‖_F / ‖W‖_F, measured before the cores are cast to the input's dtype; 0
+            for a zero matrix.
+        spectra: singular values of each bond before it was cut, descending, float64.
+        output_error: ‖(W − MPO)S^½‖_F / ‖W S^½‖_F where a second moment S was given, measured
+            before the cast as well.
+    """
+
+    cores: list[Tensor]
+    shape: MPOShape
+    rel_error: float
+    spectra: list[Tensor]
+    output_error: float | None = None
+
+    @property
+    def entropies(self) -> list[float]:
+        """Entanglement entropy of each bond, −Σ v ln v with v = λ² / Σ λ², in nats."""
+        entropies = []
+        for spectrum in self.spectra:
+            v = spectrum.square()
+            v = v[v > 0] / v.sum()
+            entropies.append(float(-(v * v.log()).sum()) if len(v) else 0.0)
+        return entropies
+
+
+@torch.no_grad()
+def reconstruct(
+    cores: Sequence[Tensor], *, in_features: int | None = None, out_features: int | None = None
+) -> Tensor:
+    """The dense weight ``[out_features, in_features]`` of ``cores``, without their padding.
+
+    Args:
+        cores: core k ``[D_k, i_k, j_k, D_{k+1}]``, ``D_0 = D_n = 1``.
+        in_features: true input size; default ∏ i_k.
+        out_features: true output size; default ∏ j_k.
+    """
+    check_cores(cores)
+    weight = merge_cores(cores)[0, :, :, 0].t()
+    out_size, in_size = weight.shape
+    if (in_features or 1) > in_size or (out_features or 1) > out_size:
+        raise ValueError(
+            f"expected at most {in_size} in_features and {out_size} out_features, the products of "
+            f"the factors, got {in_features} and {out_features}"
+        )
+    return weight[:out_features, :in_features].contiguous()
+
+
+@torch.no_grad()
+def decompose(
+    weight: Tensor,
+    shape: MPOShape,
+    *,
+    max_rank: int | None = None,
+    rel_error: float | None = None,
+    compression: float | None = None,
+    second_moment: Tensor | None = None,
+    max_sweeps: int = 20,
+) -> Decomposition:
+    """Decompose a dense weight by sequential TT-SVD, at most ``shape.ranks``.
+
+    With a second moment of the layer's inputs the cores are then fitted to what its output loses;
+    the bonds are chosen without it. Plain low rank, or any two cores of which one has the whole
+    input, is exact then; other chains are fitted by alternating least squares (`fitting.py`).
+
+    Args:
+        weight: ``[out_features, in_features]``, any floating dtype; computed in fp32, or fp64 for
+            a float64 weight.
+        shape: factors, and bonds as caps.
+        max_rank: a further cap on every bond.
+        rel_error: bound on ‖W − MPO‖_F / ‖W‖_F, split evenly over the bonds (each may discard
+            rel_error · ‖W‖ / √(n − 1)).
+        compression: parameters to keep, as a fraction of the dense ones, at most 1; the singular
+            values that cost least error a parameter go first.
+        second_moment: E[x xᵀ] ``[in_features, in_features]`` in any scale, or ``[in_features]``
+            where it is diagonal, as an embedding's counts are. Directions without input are held
+            by a little of the identity.
+        max_sweeps: of alternating least squares; it ends where one takes less than a hundredth
+            off the error.
+
+    Raises:
+        TypeError: a weight or second moment that is not a floating-point tensor.
+        ValueError: a weight of another size, with NaN or Inf; bounds outside their range, or more
+            than one of ``rel_error`` and ``compression``; a compression no bond of 1 reaches; a
+            second moment of another size, with NaN or Inf, or zero.
+    """
+    _check_weight(weight, shape)
+    _check_bounds(max_rank, rel_error, compression)
+    if second_moment is not None:
+        check_second_moment(second_moment, shape.in_features)
+    work = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    padded = work.new_zeros(math.prod(shape.in_factors), math.prod(shape.out_factors))
+    padded[: shape.in_features, : shape.out_features] = work.t()
+    n = shape.num_cores
+    # [i_1 … i_n, j_1 … j_n] -> [i_1, j_1, …, i_n, j_n]
+    interleaved = [axis for k in range(n) for axis in (k, n + k)]
+    remainder = padded.view(*shape.in_factors, *shape.out_factors).permute(interleaved)
+
+    caps = shape.ranks if max_rank is None else shape.with_ranks(max_rank).ranks
+    caps = tuple(min(a, b) for a, b in zip(caps, shape.ranks, strict=True))
+    threshold = _bond_threshold(rel_error, work, n)
+    cores, spectra, rank = [], [], 1
+    for k in range(n - 1):
+        i, j = shape.in_factors[k], shape.out_factors[k]
+        left, values, right = _svd(remainder.reshape(rank * i * j, -1))
+        kept = min(caps[k], _tail_rank(values, threshold))
+        cores.append(left[:, :kept].reshape(rank, i, j, kept))
+        remainder, rank = values[:kept, None] * right[:kept], kept
+        spectra.append(values.double())
+    cores.append(remainder.reshape(rank, shape.in_factors[-1], shape.out_factors[-1], 1))
+
+    if compression is not None:
+        kept_ranks = _ranks_within(spectra, shape, compression, caps)
+        cores = _truncate(orthogonalise(cores, 0), kept_ranks, None)[0]
+    if second_moment is not None:
+        cores = _fitted(cores, padded, second_moment, max_sweeps)
+    error, lost = _errors(cores, padded, shape, second_moment)
+    return _decomposition(cores, shape, weight.dtype, error, spectra, lost)
+
+
+@torch.no_grad()
+def round_cores(
+    cores: Sequence[Tensor],
+    *,
+    max_rank: int | None = None,
+    rel_error: float | None = None,
+    ranks: Iterable[int] | None = None,
+    in_features: int | None = None,
+    out_features: int | None = None,
+    second_moment: Tensor | None = None,
+    max_sweeps: int = 20,
+) -> Decomposition:
+    """Cut the bonds of any cores, trained ones included: re-canonicalise, then truncate by SVD.
+
+    The result is canonical about the central tensor; with no bound given, only bonds above the
+    full rank shrink. Its error is that of sequential rounding, √(Σ discarded λ²) at most. With a
+    second moment of the layer's inputs the cores are then fitted to what its output loses.
+
+    Args:
+        cores: core k ``[D_k, i_k, j_k, D_{k+1}]``; not changed.
+        max_rank: a cap on every bond.
+        rel_error: bound on the relative error, split evenly over the bonds.
+        ranks: exactly these n − 1 bonds, none larger than now.
+        in_features: true input size where the factors are padded.
+        out_features: true output size, likewise.
+        second_moment, max_sweeps: see :func:`decompose`.
+
+    Raises:
+        ValueError: bounds or ranks that do not fit, NaN or Inf in a core, or a second moment as
+            :func:`decompose` refuses it.
+    """
+    check_cores(cores)
+    check_finite(cores)
+    _check_bounds(max_rank, rel_error, None)
+    shape = MPOShape(
+        [core.shape[1] for core in cores],
+        [core.shape[2] for core in cores],
+        max_rank,
+        in_features=in_features,
+        out_features=out_features,
+    )
+    if second_moment is not None:
+        check_second_moment(second_moment, shape.in_features)
+    bonds = [core.shape[3] for core in cores[:-1]]
+    if ranks is not None:
+        wanted = shape.with_ranks(tuple(ranks)).ranks
+        if any(rank > bond for rank, bond in zip(wanted, bonds, strict=True)):
+            raise ValueError(f"expected ranks of at most the present {tuple(bonds)}, got {wanted}")
+        bonds = list(wanted)
+    caps = tuple(min(a, b) for a, b in zip(bonds, shape.ranks, strict=True))
+    dtype = cores[0].dtype
+    work = [core.detach().to(torch.promote_types(dtype, torch.float32)) for core in cores]
+    canonical = orthogonalise(work, 0)
+    threshold = _bond_threshold(rel_error, canonical[0], len(cores))
+    rounded, spectra = _truncate(canonical, caps, threshold)
+    discarded = sum(
+        float(spectrum[core.shape[3] :].square().sum())
+        for spectrum, core in zip(spectra, rounded, strict=False)
+    )
+    if second_moment is not None:
+        matrix = merge_cores(work)[0, :, :, 0]
+        rounded = _fitted(rounded, matrix, second_moment, max_sweeps)
+        error, lost = _errors(rounded, matrix, shape, second_moment)
+        return _decomposition(rounded, shape, dtype, error, spectra, lost)
+    norm = float(torch.linalg.norm(canonical[0]))
+    error = math.sqrt(discarded) / norm if norm > 0 else 0.0
+    return _decomposition(rounded, shape, dtype, error, spectra)
+
+
+def _fitted(
+    cores: list[Tensor], matrix: Tensor, second_moment: Tensor, max_sweeps: int
+) -> list[Tensor]:
+    """Cores of these bonds, closest to ``matrix [∏ i, ∏ j]`` under the second moment."""
+    moment = scaled(second_moment.detach()).to(matrix)
+    cores = fit(cores, matrix, padded_moment(moment, len(matrix)), max_sweeps=max_sweeps)
+    ranks = [core.shape[3] for core in cores[:-1]]
+    return _truncate(orthogonalise(cores, 0), ranks, None)[0]
+
+
+def _errors(
+    cores: list[Tensor], matrix: Tensor, shape: MPOShape, second_moment: Tensor | None
+) -> tuple[float, float | None]:
+    """Relative errors of cores for ``matrix [∏ i, ∏ j]``: its own, and its output's."""
+    merged = merge_cores(cores)[0, :, :, 0]
+    norm = float(torch.linalg.norm(matrix))
+    error = float(torch.linalg.norm(merged - matrix)) / norm if norm > 0 else 0.0
+    if second_moment is None:
+        return error, None
+    true, fitted = (m[: shape.in_features, : shape.out_features].t() for m in (matrix, merged))
+    return error, output_error(true, fitted, scaled(second_moment.detach()).to(matrix))
+
+
+def _decomposition(
+    cores: list[Tensor],
+    shape: MPOShape,
+    dtype: torch.dtype,
+    error: float,
+    spectra: list[Tensor],
+    lost: float | None = None,
+) -> Decomposition:
+    return Decomposition(
+        cores=[core.to(dtype).contiguous() for core in orthogonalise(cores, shape.central)],
+        shape=shape.with_ranks(tuple(core.shape[3] for core in cores[:-1])),
+        rel_error=error,
+        spectra=spectra,
+        output_error=lost,
+    )
+
+
+def _check_weight(weight: Tensor, shape: MPOShape) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"expected a floating-point weight, got {got}")
+    expected = (shape.out_features, shape.in_features)
+    if tuple(weight.shape) != expected:
+        raise ValueError(
+            f"expected a weight [out_features, in_features] = {list(expected)}, "
+            f"got {list(weight.shape)}"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError("expected a finite weight, got NaN or Inf in it")
+
+
+def _check_bounds(max_rank: int | None, rel_error: float | None, compression: float | None) -> None:
+    if max_rank is not None and (not isinstance(max_rank, int) or max_rank < 1):
+        raise ValueError(f"expected max_rank to be an integer of at least 1, got {max_rank!r}")
+    if rel_error is not None and not 0 <= rel_error < 1:
+        raise ValueError(f"expected 0 <= rel_error < 1, got {rel_error!r}")
+    if compression is not None and not 0 < compression <= 1:
+        raise ValueError(f"expected 0 < compression <= 1, got {compression!r}")
+    if rel_error is not None and compression is not None:
+        raise ValueError("expected one of rel_error and compression, got both")
+
+
+def rounded_up(value: float) -> str:
+    """Four significant digits, as the least that is enough has to be told."""
+    unit = Decimal(1).scaleb(Decimal(value).adjusted() - 3)
+    return f"{float(Decimal(value).quantize(unit, ROUND_CEILING)):.4g}"
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # divide and conquer may fail to converge in fp32
+        factors = torch.linalg.svd(matrix.double(), full_matrices=False)
+        left, values, right = (factor.to(matrix.dtype) for factor in factors)
+    return left, values, right
+
+
+def _bond_threshold(rel_error: float | None, carrier: Tensor, num_cores: int) -> float | None:
+    """What one bond may discard, as a norm; ``carrier`` has the norm of the whole matrix."""
+    if rel_error is None:
+        return None
+    return rel_error * float(torch.linalg.norm(carrier)) / math.sqrt(max(num_cores - 1, 1))
+
+
+def _tail_rank(values: Tensor, threshold: float | None) -> int:
+    """The fewest singular values whose discarded rest has a norm within ``threshold``."""
+    if threshold is None:
+        return len(values)
+    tails = values.double().square().flip(0).cumsum(0).sqrt()
+    return max(1, len(values) - int((tails <= threshold).sum()))
+
+
+def _ranks_within(
+    spectra: Sequence[Tensor], shape: MPOShape, compression: float, caps: Sequence[int]
+) -> tuple[int, ...]:
+    """Bonds within a budget: by λ² a parameter, the cheapest go first, the dearest come back."""
+    budget = compression * shape.dense_parameters
+    sizes = [i * j for i, j in zip(shape.in_factors, shape.out_factors, strict=True)]
+    squares = [spectrum.square().tolist() for spectrum in spectra]
+    most = [1, *(min(cap, len(s)) for cap, s in zip(caps, spectra, strict=True)), 1]
+    bonds, inner = list(most), range(1, len(sizes))
+
+    def parameters() -> int:
+        return sum(bonds[k] * sizes[k] * bonds[k + 1] for k in range(len(sizes)))
+
+    def price(k: int) -> int:
+        """Parameters that one more value at bond k costs."""
+        return bonds[k - 1] * sizes[k - 1] + sizes[k] * bonds[k + 1]
+
+    while parameters() > budget:
+        shrinkable = [k for k in inner if bonds[k] > 1]
+        if not shrinkable:
+            raise ValueError(
+                "expected a compression of at least "
+                f"{rounded_up(parameters() / shape.dense_parameters)}, "
+                f"all bonds 1 with factors {shape.in_factors} and {shape.out_factors}, "
+                f"got {compression}"
+            )
+        bonds[min(shrinkable, key=lambda k: squares[k - 1][bonds[k] - 1] / price(k))] -= 1
+    # A bond is at most what the cores on either side of it can carry.
+    for k in (*inner, *reversed(inner)):
+        bonds[k] = min(bonds[k], bonds[k - 1] * sizes[k - 1], bonds[k + 1] * sizes[k])
+    while True:
+        left = budget - parameters()
+        growable = [
+            k
+            for k in inner
+            if price(k) <= left
+            and bonds[k] < min(most[k], bonds[k - 1] * sizes[k - 1], bonds[k + 1] * sizes[k])
+        ]
+        if not growable:
+            return tuple(bonds[1:-1])
+        bonds[max(growable, key=lambda k: squares[k - 1][bonds[k]] / price(k))] += 1
+
+
+def _truncate(
+    cores: Sequence[Tensor], caps: Sequence[int], threshold: float | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Cut the bonds left to right from cores whose centre is the first one."""
+    cores, spectra = list(cores), []
+    for k in range(len(cores) - 1):
+        d, i, j, r = cores[k].shape
+        left, values, right = _svd(cores[k].reshape(d * i * j, r))
+        kept = min(caps[k], _tail_rank(values, threshold))
+        cores[k] = left[:, :kept].reshape(d, i, j, kept)
+        cores[k + 1] = torch.tensordot(values[:kept, None] * right[:kept], cores[k + 1], dims=1)
+        spectra.append(values.double())
+    return cores, spectra

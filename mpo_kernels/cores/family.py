@@ -1,0 +1,152 @@
+"""The members of the family that may hold a matrix, and the one that loses least of its output.
+
+Plain low rank is a member, (1, I) × (J, 1), and under the inputs' second moment its best fit is
+known exactly; skewed and balanced chains follow it. Which is best is measured, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal, Protocol, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from mpo_kernels.cores.decompose import Decomposition, decompose, reconstruct
+from mpo_kernels.cores.fitting import output_error
+from mpo_kernels.cores.shape import MPOShape
+
+Objective: TypeAlias = Literal["parameters", "memory", "latency"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+# After one sweep a fit this much worse than the best is not carried on; at 1.2 some are lost that
+# twenty sweeps bring ahead.
+_HOPELESS = 1.5
+
+
+class Cost(Protocol):
+    """What members are weighed by, such as :class:`mpo_kernels.layers.cost.LayerCost`."""
+
+    objective: Objective
+
+    def of(self, shape: MPOShape) -> float:
+        """Of a layer with these cores."""
+
+    def of_dense(self, in_features: int, out_features: int) -> float:
+        """Of the dense layer."""
+
+
+def members(in_features: int, out_features: int, tensor_parallel: int = 1) -> list[MPOShape]:
+    """Factors worth a try, at full rank: low rank first, then skewed, balanced, n = 3, n = 5.
+
+    Only those that can be dealt to ``tensor_parallel`` devices, which must divide both sizes.
+    """
+    full = min(in_features, out_features)
+    shapes = [MPOShape.low_rank(in_features, out_features, full)]
+    for part in (2, 4):
+        if in_features > part and out_features > part:
+            shapes += [
+                MPOShape.skewed(in_features, out_features, part, -(-out_features // part), 2**62),
+                MPOShape.skewed(in_features, out_features, -(-in_features // part), part, 2**62),
+            ]
+    shapes += [
+        MPOShape.balanced(in_features, out_features, n, tensor_parallel=tensor_parallel)
+        for n in (2, 3, 5)
+    ]
+    return [shape for shape in dict.fromkeys(shapes) if shape.splits(tensor_parallel)]
+
+
+def low_ranks(in_features: int, out_features: int, cost: Cost) -> Iterator[MPOShape]:
+    """Low-rank shapes that cost less than dense, in steps of one rank, or of 16 for latency."""
+    dense, step = cost.of_dense(in_features, out_features), 1
+    if cost.objective == "latency":
+        step = 16
+    for rank in range(1, min(in_features, out_features) + 1, step):
+        shape = MPOShape.low_rank(in_features, out_features, rank)
+        if cost.of(shape) < dense:
+            yield shape
+
+
+def choose(
+    weight: Tensor,
+    budget: float,
+    cost: Cost,
+    second_moment: Tensor | None = None,
+    judge: Tensor | None = None,
+    tensor_parallel: int = 1,
+) -> Decomposition:
+    """The member that loses least within the budget, its cores fitted.
+
+    Args:
+        weight: ``[out, in]``.
+        budget: what it may cost, in the units of ``cost``.
+        second_moment: of the layer's inputs; see :func:`mpo_kernels.decompose`. Without it the
+            weight's own error decides.
+        judge: a second moment of other inputs, in the same scale, by which members are compared.
+            The result's ``output_error`` is that of its member on them, fitted without them; its
+            cores are then fitted to both.
+        tensor_parallel: see :func:`members`.
+
+    Raises:
+        ValueError: no member is that cheap, or sizes that ``tensor_parallel`` does not divide.
+    """
+    judge = second_moment if judge is None else judge
+
+    def fitted(shape: MPOShape, ratio: float, sweeps: int) -> Decomposition:
+        found = decompose(
+            weight, shape, compression=ratio, second_moment=second_moment, max_sweeps=sweeps
+        )
+        return found if judge is None else judged(found, weight, judge)
+
+    def lost(found: Decomposition) -> float:
+        return found.rel_error if found.output_error is None else found.output_error
+
+    best: Decomposition | None = None
+    is_hopeless = False
+    for shape in members(weight.shape[1], weight.shape[0], tensor_parallel):
+        if is_hopeless and shape.num_cores > 2:
+            break  # of balanced chains the longer lose more
+        ratio = _ratio_within(shape, budget, cost)
+        if ratio is None:
+            continue
+        found = fitted(shape, ratio, 1)
+        is_hopeless = best is not None and lost(found) > _HOPELESS * lost(best)
+        if is_hopeless or cost.of(found.shape) > budget:
+            continue
+        if second_moment is not None and best is not None:
+            found = fitted(shape, ratio, 20)
+        if best is None or lost(found) < lost(best):
+            best = found
+    if best is None:
+        raise ValueError(f"expected a budget that one rank meets, got {budget:g}")
+    if second_moment is None or judge is None or judge is second_moment:
+        return best
+    # Chosen on what was held out, which then helps to fit as well.
+    refitted = decompose(weight, best.shape, second_moment=second_moment + judge)
+    return replace(refitted, output_error=best.output_error)
+
+
+def judged(found: Decomposition, weight: Tensor, second_moment: Tensor) -> Decomposition:
+    """The same, with the ``output_error`` for other inputs."""
+    shape = found.shape
+    product = reconstruct(
+        found.cores, in_features=shape.in_features, out_features=shape.out_features
+    )
+    work = torch.promote_types(weight.dtype, torch.float32)
+    lost = output_error(weight.to(work), product.to(work), second_moment.to(weight.device, work))
+    return replace(found, output_error=lost)
+
+
+def _ratio_within(shape: MPOShape, budget: float, cost: Cost) -> float | None:
+    """The compression at which these factors cost no more than the budget, None where none does."""
+    if cost.of(shape.with_ranks(1)) > budget:
+        return None
+    if cost.objective == "parameters":
+        return budget / shape.dense_parameters
+    low, high = 1, max(shape.full_ranks)
+    while low < high:  # the largest cap on every bond that is within it
+        middle = (low + high + 1) // 2
+        low, high = (
+            (middle, high) if cost.of(shape.with_ranks(middle)) <= budget else (low, middle - 1)
+        )
+    return shape.with_ranks(low).compression

@@ -1,0 +1,1 @@
+"""Drop-in modules over the operators: what replaces ``nn.Linear`` and ``nn.Embedding``."""

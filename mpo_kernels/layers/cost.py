@@ -1,0 +1,75 @@
+"""What a layer of some shape costs: parameters, memory, or predicted seconds."""
+
+from __future__ import annotations
+
+import torch
+
+from mpo_kernels.cores.family import OBJECTIVES, Objective
+from mpo_kernels.cores.shape import MPOShape
+from mpo_kernels.layers.module import plan_for
+from mpo_kernels.planning.figures import device_figures
+from mpo_kernels.planning.work import Work
+
+
+class LayerCost:
+    """What a layer costs: its parameters, its bytes at ``rows`` rows, or its predicted seconds.
+
+    Args:
+        objective: ``"parameters"``; ``"memory"``, of the weights and the widest state between two
+            of them; ``"latency"``, by the planner of the back end that would compute.
+        rows: of x, for memory and latency.
+        dtype, device: what the layer is served in and on, likewise.
+
+    Raises:
+        ValueError: another objective, or no row.
+    """
+
+    def __init__(
+        self,
+        objective: Objective = "parameters",
+        rows: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected one of {OBJECTIVES}, got {objective!r}")
+        if rows < 1:
+            raise ValueError(f"rows: expected at least 1, got {rows}")
+        self.objective, self.rows, self.dtype = objective, rows, dtype
+        self.device = torch.device("cpu") if device is None else device
+
+    def of(self, shape: MPOShape) -> float:
+        """Of a layer with these cores."""
+        if self.objective == "parameters":
+            return shape.num_parameters
+        if self.objective == "memory":
+            return self.dtype.itemsize * (shape.num_parameters + self.rows * _widest_state(shape))
+        cores = [torch.empty(size, device="meta") for size in shape.core_shapes]
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        plan = plan_for(cores, self.rows, (shape.in_features, shape.out_features), like=like)
+        return plan.predicted_us * 1e-6
+
+    def of_dense(self, in_features: int, out_features: int) -> float:
+        """Of the dense layer."""
+        parameters = in_features * out_features
+        if self.objective == "parameters":
+            return parameters
+        if self.objective == "memory":
+            return self.dtype.itemsize * parameters
+        moved = self.dtype.itemsize * (parameters + self.rows * (in_features + out_features))
+        work = Work(out_features, self.rows, in_features, bytes=moved)
+        return work.seconds(device_figures(self.device, self.dtype))
+
+
+def _widest_state(shape: MPOShape) -> int:
+    """Numbers a row of the widest state between two cores, from the end where that is less."""
+
+    def widest(shape: MPOShape) -> int:
+        width, most = shape.in_features, 0
+        for _, i, j, bond in shape.core_shapes[:-1]:
+            width = width // i * j
+            most = max(most, width * bond)
+        return most
+
+    mirrored = MPOShape(shape.in_factors[::-1], shape.out_factors[::-1], shape.ranks[::-1])
+    return min(widest(shape), widest(mirrored))

@@ -1,0 +1,107 @@
+"""A layer for serving whose cores are held in one byte an element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mpo_kernels.cores.chain import check_finite
+from mpo_kernels.cores.quantize import LARGEST, dequantize, quantize
+from mpo_kernels.cores.shape import MPOShape
+from mpo_kernels.ops.functional import check_input
+
+
+class LinearLayer(Protocol):
+    """An :class:`MPOLinear`, as far as its cores are read."""
+
+    in_features: int
+    out_features: int
+    bias: Any
+
+    def oriented_cores(self) -> list[Tensor]:
+        """The cores as ``[D_k, in_k, out_k, D_{k+1}]``."""
+
+
+class QuantizedMPOLinear(nn.Module):
+    """An :class:`MPOLinear` for serving, by ``layer.quantized(dtype)``; its cores do not train.
+
+    At up to sixteen rows in fp16 or bf16 the CUDA back end reads the bytes as they are; elsewhere
+    cores are widened to x's dtype at every call. ``.to(dtype)`` changes the bias alone.
+
+    Attributes:
+        bias: ``[out_features]`` or None.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, layer: LinearLayer, dtype: torch.dtype) -> None:
+        super().__init__()
+        if dtype not in LARGEST:
+            known = [str(each) for each in LARGEST]
+            raise ValueError(f"expected a dtype of {known}, got {dtype}")
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.dtype = dtype
+        with torch.no_grad():
+            cores = layer.oriented_cores()
+            if len(cores) < 2:
+                raise ValueError("expected a layer of two cores or more, got one")
+            check_finite(cores)
+            quantized, scales = quantize(cores, dtype)
+            if not all(scale.isfinite().all() for scale in scales):
+                raise ValueError("expected cores within the range of fp32")
+        shapes = [core.shape for core in cores]
+        self.shape = MPOShape.of_cores(shapes, self.in_features, self.out_features)
+        # A state says by its names how its bytes are to be read.
+        self._prefix = str(dtype).removeprefix("torch.")
+        for k, core in enumerate(quantized):
+            # As bytes, which no cast of a module touches.
+            self.register_buffer(f"{self._prefix}_core_{k}", core.view(torch.int8))
+        for k, scale in enumerate(scales):
+            self.register_buffer(f"scale_{k}", scale)
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.register_buffer("bias", bias)
+
+    @property
+    def cores(self) -> list[Tensor]:
+        """int8 or e4m3 core k ``[D_k, i_k, j_k, D_{k+1}]``."""
+        count = self.shape.num_cores
+        return [getattr(self, f"{self._prefix}_core_{k}").view(self.dtype) for k in range(count)]
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """fp32 ``[D_k]`` for each bond between them."""
+        return [getattr(self, f"scale_{k}") for k in range(self.shape.num_cores - 1)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {f"scale_{k}": scale.view(torch.int32) for k, scale in enumerate(self.scales)}
+        super()._apply(fn, recurse)
+        for name, bits in kept.items():
+            setattr(self, name, fn(bits).view(torch.float32))
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in_features] -> [..., out_features]``; a gradient for x alone."""
+        check_input(x, self.in_features)
+        kind = x.device.type
+        if (
+            torch.amp.is_autocast_available(kind)
+            and torch.is_autocast_enabled(kind)
+            and x.dtype != torch.float64
+        ):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        cores, scales, out_features = self.cores, self.scales, self.out_features
+        if torch.is_grad_enabled() and x.requires_grad:
+            widened = dequantize(cores, scales, x.dtype)
+            return torch.ops.mpo_kernels.linear(x, widened, bias, out_features)
+        return torch.ops.mpo_kernels.quantized_linear(x, cores, scales, bias, out_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"in_factors={self.shape.in_factors}, out_factors={self.shape.out_factors}, "
+            f"ranks={self.shape.ranks}, bias={self.bias is not None}, dtype={self.dtype}"
+        )

@@ -1,0 +1,157 @@
+"""The operators' schemas, what computes them, their fakes, and what autocast does to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpo_kernels import backends
+from mpo_kernels.cores.chain import check_cores
+from mpo_kernels.planning.plan import Gradients
+
+# No default arguments: dispatch strips them, and needs_input_grad comes up short.
+LIBRARY = torch.library.Library("mpo_kernels", "DEF")
+LIBRARY.define("linear(Tensor x, Tensor[] cores, Tensor? bias, SymInt out_features) -> Tensor")
+LIBRARY.define(
+    "linear_backward(Tensor grad, Tensor x, Tensor[] cores, bool need_x, bool[] need_cores)"
+    " -> Tensor[]"
+)
+LIBRARY.define(
+    "quantized_linear(Tensor x, Tensor[] cores, Tensor[] scales, Tensor? bias, SymInt out_features)"
+    " -> Tensor"
+)
+LIBRARY.define("embedding(Tensor ids, Tensor[] cores, SymInt embedding_dim) -> Tensor")
+LIBRARY.define(
+    "embedding_backward(Tensor grad, Tensor ids, Tensor[] cores, bool[] need_cores) -> Tensor[]"
+)
+
+
+def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+    dtype, device = x.dtype, x.device
+    for tensor in cores if bias is None else (*cores, bias):
+        if tensor.dtype != dtype or tensor.device != device:
+            raise TypeError(
+                f"expected cores and bias like x, {dtype} on {device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    return computed(x, cores, bias, out_features)
+
+
+def computed(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+    backend = backends.selected(x)
+    if x.dim() == 2:
+        return backend.linear(x, cores, bias, out_features)
+    y = backend.linear(x.reshape(-1, x.shape[-1]), cores, bias, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _quantized_linear(
+    x: Tensor, cores: list[Tensor], scales: list[Tensor], bias: Tensor | None, out_features: int
+) -> Tensor:
+    for tensor in (*cores, *scales) if bias is None else (*cores, *scales, bias):
+        if tensor.device != x.device:
+            raise TypeError(f"expected all on {x.device} like x, got a tensor on {tensor.device}")
+    check_cores(cores)
+    if bias is not None and (bias.dtype != x.dtype or tuple(bias.shape) != (out_features,)):
+        raise TypeError(
+            f"expected a bias [{out_features}] of {x.dtype}, got {list(bias.shape)} of {bias.dtype}"
+        )
+    bonds = [core.shape[3] for core in cores[:-1]]
+    if [list(s.shape) for s in scales] != [[bond] for bond in bonds] or any(
+        s.dtype != torch.float32 or not s.is_contiguous() for s in scales
+    ):
+        raise TypeError(f"expected contiguous fp32 scales of lengths {bonds}")
+    rows = x.reshape(-1, x.shape[-1])
+    y = backends.selected(x).quantized_linear(rows, cores, scales, bias, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _linear_backward(
+    grad: Tensor, x: Tensor, cores: list[Tensor], need_x: bool, need_cores: list[bool]
+) -> list[Tensor]:
+    dx, core_grads = backends.selected(x).linear_backward(
+        grad.reshape(-1, grad.shape[-1]),
+        x.reshape(-1, x.shape[-1]),
+        cores,
+        Gradients(need_x, tuple(need_cores)),
+    )
+    wanted = [g for g in core_grads if g is not None]
+    return wanted if dx is None else [dx.view(x.shape), *wanted]
+
+
+def _embedding(ids: Tensor, cores: list[Tensor], embedding_dim: int) -> Tensor:
+    for core in cores:
+        if core.dtype != cores[0].dtype or core.device != ids.device:
+            raise TypeError(
+                f"expected cores of one dtype, {cores[0].dtype}, on {ids.device} like the ids, "
+                f"got {core.dtype} on {core.device}"
+            )
+    rows = backends.selected(cores[0]).embedding(ids.reshape(-1), cores, embedding_dim)
+    return rows.view(*ids.shape, embedding_dim)
+
+
+def _embedding_backward(
+    grad: Tensor, ids: Tensor, cores: list[Tensor], need_cores: list[bool]
+) -> list[Tensor]:
+    grads = backends.selected(cores[0]).embedding_backward(
+        grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), cores, tuple(need_cores)
+    )
+    return [g for g in grads if g is not None]
+
+
+def _empty_like_wanted(tensors: list[Tensor], wanted: list[bool]) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, need in zip(tensors, wanted, strict=True) if need]
+
+
+for name, implementation, fake in (
+    ("linear", _linear, lambda x, cores, bias, out: x.new_empty(*x.shape[:-1], out)),
+    (
+        "quantized_linear",
+        _quantized_linear,
+        lambda x, cores, scales, bias, out: x.new_empty(*x.shape[:-1], out),
+    ),
+    (
+        "linear_backward",
+        _linear_backward,
+        lambda grad, x, cores, need_x, need_cores: _empty_like_wanted(
+            [x, *cores], [need_x, *need_cores]
+        ),
+    ),
+    ("embedding", _embedding, lambda ids, cores, dim: cores[0].new_empty(*ids.shape, dim)),
+    (
+        "embedding_backward",
+        _embedding_backward,
+        lambda grad, ids, cores, need_cores: _empty_like_wanted(cores, need_cores),
+    ),
+):
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mpo_kernels::{name}", fake, lib=LIBRARY)
+
+
+def _autocast_to(dtype: torch.dtype, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_autocast_to(dtype, v) for v in value]
+    castable = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if castable and value.dtype != torch.float64 else value
+
+
+def _register_autocast(name: str, device: str, key: str, casts: bool) -> None:
+    """Compute in the autocast dtype of the moment, with autocast off inside the operator."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    operator = getattr(torch.ops.mpo_kernels, name).default
+
+    def call(*args: Any) -> Any:
+        if casts:
+            dtype = torch.get_autocast_dtype(device)
+            args = tuple(_autocast_to(dtype, value) for value in args)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return operator(*args)
+
+    LIBRARY.impl(name, call, key)
+
+
+for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    for name in ("linear", "linear_backward", "embedding", "embedding_backward"):
+        _register_autocast(name, device, key, casts=name == "linear")

@@ -1,0 +1,231 @@
+"""The library's contractions of a layer: every candidate with its cost, and the fastest.
+
+A candidate first merges contiguous groups of cores into parts. A *chain* applies the parts to x
+one after the other, from the left or from the right; *panels* multiply them into a few columns of
+W at a time, which one GEMM uses. The cost of each is a list of GEMMs and of bytes moved; the
+plan is a pure function of the core shapes, the row bucket, the dtype and the device's figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+
+from mpo_kernels.planning.figures import DeviceFigures
+from mpo_kernels.planning.plan import (
+    CoreShapes,
+    Gradients,
+    Plan,
+    Step,
+    best_of,
+    groups,
+    merged_parts,
+    merged_shape,
+    row_bucket,
+)
+from mpo_kernels.planning.work import Work, folds, merge_work, time_of
+
+
+def plan_linear(
+    core_shapes: Sequence[Sequence[int]],
+    rows: int,
+    dtype: torch.dtype,
+    figures: DeviceFigures,
+    gradients: Gradients | None = None,
+) -> Plan:
+    """The fastest predicted contraction, forward or (with ``gradients``) backward.
+
+    Args:
+        core_shapes: ``[D_k, i_k, j_k, D_{k+1}]`` of each core.
+        rows: product of x's leading dimensions; planned for the next power of two.
+        dtype: what is computed in.
+        figures: of the device.
+        gradients: what the backward pass must form; ``None`` plans the forward pass.
+    """
+    shapes = tuple((d, i, j, r) for d, i, j, r in core_shapes)
+    return _plan(shapes, row_bucket(rows), dtype, figures, gradients)
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    shapes: CoreShapes,
+    rows: int,
+    dtype: torch.dtype,
+    figures: DeviceFigures,
+    gradients: Gradients | None,
+) -> Plan:
+    candidates = list(_candidates(shapes, rows, dtype.itemsize, figures, gradients))
+    # Only a matrix that no split can keep below half of W, such as one column, is formed whole.
+    candidates = [plan for plan in candidates if plan.block] or [
+        replace(plan, block=1) for plan in candidates
+    ]
+    return best_of(candidates)
+
+
+def chain_steps(parts: CoreShapes, order: str) -> list[Step]:
+    """The products of a chain, in the order they are computed.
+
+    From the left the state is [rows, ∏ j done, (D, i), ∏ i to come], from the right
+    [rows, ∏ i to come, (i, D), ∏ j done]: each product lands where the next one reads it, so the
+    batch is never permuted.
+    """
+    steps, indices = [], range(len(parts))
+    for k in indices if order == "left" else reversed(indices):
+        d, i, j, r = parts[k]
+        before = math.prod(p[2 if order == "left" else 1] for p in parts[:k])
+        after = math.prod(p[1 if order == "left" else 2] for p in parts[k + 1 :])
+        m, inner = (j * r, d * i) if order == "left" else (d * j, i * r)
+        steps.append(Step(part=k, m=m, n=after, k=inner, batch=before))
+    return steps
+
+
+def _candidates(
+    shapes: CoreShapes,
+    rows: int,
+    itemsize: int,
+    figures: DeviceFigures,
+    gradients: Gradients | None,
+) -> Iterator[Plan]:
+    n = len(shapes)
+    dense = math.prod(s[1] for s in shapes) * math.prod(s[2] for s in shapes)
+    x_y_cores = Work(
+        count=0,
+        bytes=itemsize
+        * (
+            rows * (math.prod(s[1] for s in shapes) + math.prod(s[2] for s in shapes))
+            + sum(math.prod(s) for s in shapes)
+        ),
+    )
+
+    def priced(
+        algorithm: str,
+        order: str,
+        split: tuple[int, ...],
+        block: int,
+        work: list[Work],
+        steps: Sequence[Step] = (),
+    ) -> Plan:
+        work = [x_y_cores, *merge_work(shapes, split, itemsize, gradients), *work]
+        macs, moved = sum(w.macs for w in work), sum(w.bytes for w in work)
+        us = 1e6 * time_of(work, figures)
+        return Plan(algorithm, order, split, rows, block, macs, moved, us, tuple(steps))
+
+    for cuts in range(2 ** (n - 1)):
+        split = tuple(k for k in range(1, n) if cuts >> (k - 1) & 1)
+        if parts := merged_parts(shapes, split):
+            needs = _part_needs(gradients, split, n)
+            for order in ("left", "right"):
+                steps = chain_steps(parts, order)
+                block, work = _chain_work(steps, rows, itemsize, figures, gradients, needs)
+                # What is not read as it lies is transposed once, in short runs.
+                turned = [
+                    math.prod(parts[s.part])
+                    for s in steps
+                    if (s.n > 1 if order == "left" else parts[s.part][1] > 1 < parts[s.part][2])
+                ]
+                work += [Work(bytes=4 * size * itemsize) for size in turned]
+                if order == "right" and any(2 * size > dense for size in turned):
+                    block = 0  # a copy as large as W
+                yield priced("chain", order, split, block, work, steps)
+            if len(parts) > 1:
+                block, work = _panels_work(parts, rows, itemsize, figures, gradients, needs)
+                yield priced("panels", "left", split, block, work)
+
+
+def _part_needs(gradients: Gradients | None, split: tuple[int, ...], n: int) -> list[bool]:
+    if gradients is None:
+        return [False] * (len(split) + 1)
+    return [any(gradients.cores[a:b]) for a, b in groups(split, n)]
+
+
+def _chain_work(
+    steps: Sequence[Step],
+    rows: int,
+    itemsize: int,
+    figures: DeviceFigures,
+    gradients: Gradients | None,
+    needs: Sequence[bool],
+) -> tuple[int, list[Work]]:
+    # x and y are there whatever the block: it is for the states between them.
+    states = [s.gives for s in steps[:-1]]
+    held = sum(states) if gradients else max(a + b for a, b in pairwise([0, *states, 0]))
+    ins, outs = steps[0].takes, steps[-1].gives
+    # None is larger than half of W, or than x or y where those are larger still; the bucket is
+    # less than twice the rows.
+    limit = max(ins * outs // 2, rows // 2 * max(ins, outs))
+    block = rows
+    if states:
+        fits = figures.block_bytes // (held * itemsize)
+        block = min(rows, max(1, fits), limit // max(states))
+    blocks = -(-rows // max(block, 1))
+    # As good as equal, so that the last one is not small.
+    block = min(block, -(-rows // blocks))
+    work = []
+
+    def product(m: int, n: int, k: int, batch: int) -> None:
+        per_block = batch * max(block, 1)
+        moved = 0
+        if n == 1 or folds(n, m * k * itemsize):
+            moved = 0 if n == 1 else 2 * blocks * per_block * n * (m + k) * itemsize
+            m, n, k, per_block = per_block * n, m, k, 1
+        work.append(Work(m, n, k, per_block, count=blocks, bytes=moved))
+
+    for step in steps[:-1] if gradients else steps:
+        product(step.m, step.n, step.k, step.batch)
+    if gradients:
+        for index, step in enumerate(reversed(steps)):
+            below = [needs[s.part] for s in steps[: len(steps) - 1 - index]]
+            if gradients.x or any(below):
+                product(step.k, step.n, step.m, step.batch)
+            if needs[step.part]:
+                work.append(Work(step.m, step.k, step.batch * max(block, 1) * step.n, count=blocks))
+    return block, work
+
+
+def _panels_work(
+    parts: CoreShapes,
+    rows: int,
+    itemsize: int,
+    figures: DeviceFigures,
+    gradients: Gradients | None,
+    needs: Sequence[bool],
+) -> tuple[int, list[Work]]:
+    leading, features = parts[0][2], math.prod(p[1] for p in parts)
+    whole = features * math.prod(p[2] for p in parts)
+    # Elements of each product for one j of the first part: A_p, A_p · B, …, the panel.
+    sizes = [math.prod(merged_shape(parts[: k + 1])) // leading for k in range(len(parts))]
+    block = min(leading, min(whole // 2, figures.panel_bytes // itemsize) // max(sizes))
+    # One j is the floor, as long as it stays within half of W.
+    block = max(block, int(2 * max(sizes) <= whole))
+    panels = -(-leading // max(block, 1))
+    # Averaged over the panels, the last of which may be narrower.
+    sizes = [size * leading // panels for size in sizes]
+    columns = sizes[-1] // features
+
+    def product(m: int, n: int, k: int) -> Work:
+        return Work(m, n, k, count=panels)
+
+    permuted = Work(bytes=2 * sizes[-1] * itemsize * panels, count=panels)
+    work = [
+        product(sizes[k - 1] // parts[k][0], math.prod(parts[k][1:]), parts[k][0])
+        for k in range(1, len(parts))
+    ]
+    work.append(permuted)
+    if gradients is None:
+        return block, [*work, product(rows, columns, features)]
+    if gradients.x:
+        moved = 2 * rows * features * itemsize * panels
+        work += [product(rows, features, columns), Work(bytes=moved, count=0)]
+    if any(needs):
+        work += [product(features, columns, rows), permuted]
+    for k in range(len(parts) - 1, 0, -1):
+        if needs[k]:
+            work.append(product(parts[k][0], math.prod(parts[k][1:]), sizes[k - 1] // parts[k][0]))
+        if any(needs[:k]):
+            work.append(product(sizes[k - 1] // parts[k][0], parts[k][0], math.prod(parts[k][1:])))
+    return block, work

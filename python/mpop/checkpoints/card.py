@@ -1,0 +1,71 @@
+"""The model card of a compressed model: how it is loaded, what it came from, what was cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+from transformers import PreTrainedModel
+
+from mpop.models.light import count_parameters
+from mpop.models.matrices import mpo_modules
+
+
+def model_card(
+    model: PreTrainedModel, *, base_model: str | None = None, license: str | None = None
+) -> str:
+    """The text of a `README.md` for the hub, with its metadata.
+
+    Args:
+        base_model: the name on the hub of what was compressed; by default what the model was
+            loaded from, unless that is a folder.
+        license: of the model, an identifier of the hub's, such as `"apache-2.0"`.
+
+    Raises:
+        ValueError: a model without MPO modules.
+    """
+    modules = list(mpo_modules(model))
+    if not modules:
+        raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+    source = base_model or model.config._name_or_path
+    if not base_model and (not source or Path(source).exists() or Path(source).is_absolute()):
+        source = None
+    data = ModelCardData(
+        base_model=source, license=license, library_name="transformers", tags=["mpo", "mpop"]
+    )
+    total = count_parameters(model).total
+    dense = total + sum(
+        module.shape.dense_parameters - module.shape.num_parameters for _, module in modules
+    )
+    rows = [
+        f"| `{name}` | {module.shape.in_features} × {module.shape.out_features} "
+        f"| {'·'.join(map(str, module.shape.in_factors))} "
+        f"| {'·'.join(map(str, module.shape.out_factors))} "
+        f"| {' '.join(map(str, module.shape.ranks))} | {module.shape.compression:.3f} "
+        f"| {_error(getattr(module, 'rel_error', None))} |"
+        for name, module in modules
+    ]
+    cls = type(model).__name__
+    lines = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {Path(source).name if source else cls}, compressed",
+        f"{f'`{source}`' if source else f'A {cls}'} whose "
+        "matrices are matrix product operators: chains of small cores, contracted without ever "
+        f"forming the weight. {total:,} parameters, {total / dense:.3f} of the {dense:,} of the "
+        "dense model.",
+        "```python\n"
+        "import mpop  # teaches from_pretrained to read it; without it the weights are random\n\n"
+        'model = mpop.load("this repository")\n'
+        "```\n\n"
+        '`pip install "mpo-kernels[mpop]"`; `mpop.load` fails rather than start from weights that '
+        "are not there, and `mpop merge` gives a plain checkpoint back.",
+        "| matrix | in × out | in factors | out factors | ranks | parameters / dense "
+        "| error when cut |\n|---|---|---|---|---|---:|---:|\n" + "\n".join(rows),
+        "The error is ‖W − MPO‖ / ‖W‖ when the matrix was decomposed, before any training after "
+        "it.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"

@@ -1,0 +1,110 @@
+"""Opening checkpoints, dense or compressed, as they are or for a GLUE task."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mpop.checkpoints.folder import load
+from mpop.data.glue import hub_reachable
+
+# sentence-transformers' list of modules, and its settings in files beside it.
+_MODULES = "modules.json"
+
+
+_SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
+
+
+def check_output(output: str | Path, source: str | Path | None = None) -> None:
+    """Check, before the work is done, that the folder `output` can be written.
+
+    Raises:
+        ValueError: It is a file, is not writable, or holds the model `source` being read.
+    """
+    output = Path(output)
+    existing = next(path for path in (output, *output.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"cannot write to {output}: {existing} is not a writable folder")
+    if source is not None and output.resolve() == Path(source).resolve():
+        raise ValueError(f"{output} holds the model itself; choose another output folder")
+
+
+def is_compressed(source: str | Path) -> bool:
+    """Whether a checkpoint holds MPO tensors, by its configuration alone."""
+    quantization = getattr(_config(source), "quantization_config", None) or {}
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "mpo"
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer."""
+    return from_pretrained(AutoTokenizer, source)
+
+
+def copy_companions(source: str | Path, output: str | Path) -> None:
+    """Copy the tokenizer, and what makes a folder a sentence-transformers model, where there are.
+
+    Of the latter every module but the transformer itself: how tokens are pooled, most of all.
+    """
+    output = Path(output)
+    with contextlib.suppress(OSError, ValueError):
+        load_tokenizer(source).save_pretrained(output)
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            patterns = [_MODULES, *_SETTINGS, "[0-9]*_*/*"]
+            folder = Path(
+                snapshot_download(
+                    str(source), allow_patterns=patterns, local_files_only=not hub_reachable()
+                )
+            )
+        except (OSError, ValueError):
+            return
+    if not (folder / _MODULES).is_file():
+        return
+    modules = json.loads((folder / _MODULES).read_text(encoding="utf-8"))
+    for name in (_MODULES, *(path.name for glob in _SETTINGS for path in folder.glob(glob))):
+        shutil.copyfile(folder / name, output / name)
+    for path in (Path(module.get("path", "")) for module in modules):
+        # A module without settings has no files, and perhaps no folder.
+        if len(path.parts) == 1 and path.name != ".." and (folder / path).is_dir():
+            shutil.copytree(folder / path, output / path, dirs_exist_ok=True)
+
+
+def load_as_saved(source: str | Path) -> PreTrainedModel:
+    """The model with the class, and so the head, that its checkpoint was saved with."""
+    if is_compressed(source):
+        return load(source)
+    names = _config(source).architectures or [""]
+    return from_pretrained(getattr(transformers, names[0], AutoModel), source)
+
+
+def _config(source: str | Path) -> PreTrainedConfig:
+    return from_pretrained(AutoConfig, source)
+
+
+def from_pretrained(auto_class: Any, source: str | Path, **options: Any) -> Any:
+    # With the hub out of reach transformers would retry for half a minute; a cached copy serves.
+    folder = Path(source)
+    if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2):
+        raise ValueError(f"model {source} cannot be loaded: there is no such folder")
+    offline = folder.is_dir() or not hub_reachable()
+    try:
+        return auto_class.from_pretrained(source, local_files_only=offline, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"model {source} cannot be loaded: {error}") from error

@@ -1,0 +1,116 @@
+"""`mpop compress`: decompose a model's matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpop.cli.options import add_data_dir, add_output, command, positive_float, positive_int, task
+
+OBJECTIVES = ("parameters", "memory", "latency")
+
+
+def add(commands: Any) -> None:
+    """Its options."""
+    parser = command(commands, "compress", "Decompose a model's matrices into MPOs.", run)
+    add_output(parser)
+    parser.add_argument(
+        "--num-cores", type=positive_int, default=5, metavar="N", help="tensors a matrix (5)"
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--ranks",
+        type=positive_int,
+        nargs="+",
+        metavar="D",
+        help="one cap for every bond, or one rank for each; without a budget the rank is full",
+    )
+    budget.add_argument(
+        "--rel-error",
+        type=positive_float,
+        metavar="E",
+        help="truncate each matrix to this relative Frobenius error",
+    )
+    budget.add_argument(
+        "--compression",
+        type=positive_float,
+        metavar="R",
+        help="keep this fraction of each matrix's parameters",
+    )
+    parser.add_argument(
+        "--include", nargs="+", metavar="PATTERN", help="compress only modules of these names"
+    )
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="leave these modules dense"
+    )
+    parser.add_argument(
+        "--no-embeddings",
+        dest="embeddings",
+        action="store_false",
+        help="leave the word embeddings dense",
+    )
+    parser.add_argument(
+        "--factors",
+        choices=("balanced", "auto"),
+        default="balanced",
+        help="auto: for each matrix the member of the family that loses least, within "
+        "--compression over all of them (balanced: --num-cores even factors)",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="parameters",
+        help="what --compression counts with --factors auto (parameters)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="rows of x that memory and latency are meant for (1)",
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="choose factors that can be dealt to so many devices when serving (1)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=task,
+        metavar="TASK",
+        help="fit what the layers' outputs lose on this GLUE task's training rows",
+    )
+    parser.add_argument(
+        "--calibration-samples",
+        type=positive_int,
+        default=1500,
+        metavar="N",
+        help="rows to calibrate with (1500)",
+    )
+    add_data_dir(parser)
+
+
+def run(model: str, output: str, **options: Any) -> tuple[dict[str, Any], str]:
+    """What to print as JSON, and for a person."""
+    import mpop
+    from mpop.checkpoints.opening import check_output, copy_companions, load_as_saved
+
+    check_output(output, model)
+    ranks = options["ranks"]
+    if ranks and len(ranks) == 1:
+        options["ranks"] = ranks[0]
+    task, samples, data_dir = (
+        options.pop(name) for name in ("calibrate", "calibration_samples", "data_dir")
+    )
+    config = mpop.CompressionConfig(**options)
+    batches = None
+    if task is not None:
+        from mpop.finetuning.rows import calibration_batches
+
+        batches = calibration_batches(model, task, data_dir, samples)
+    loaded = load_as_saved(model)
+    report = mpop.compress(loaded, config, batches)
+    mpop.save(loaded, output)
+    copy_companions(model, output)
+    return {"model": model, "output": output, **report.to_dict()}, str(report)

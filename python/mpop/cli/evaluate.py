@@ -1,0 +1,24 @@
+"""`mpop evaluate`: a fine-tuned model on a task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpop.cli.options import add_data, command, metrics_table
+
+
+def add(commands: Any) -> None:
+    """Its options."""
+    parser = command(commands, "evaluate", "Evaluate a fine-tuned model on a task.", run)
+    add_data(parser)
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="write the model's outputs as a .npz archive"
+    )
+
+
+def run(model: str, **options: Any) -> tuple[dict[str, Any], str]:
+    """What to print as JSON, and for a person."""
+    from mpop.finetuning.task import evaluate
+
+    result = evaluate(model, **options)
+    return result, metrics_table(result)

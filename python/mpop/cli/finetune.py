@@ -1,0 +1,75 @@
+"""`mpop finetune`: fine-tune on a GLUE task, and evaluate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpop.cli.options import (
+    add_data,
+    add_output,
+    add_training_set,
+    command,
+    metrics_table,
+    positive_float,
+    positive_int,
+)
+
+
+def add(commands: Any) -> None:
+    """Its options."""
+    parser = command(commands, "finetune", "Fine-tune on a GLUE task and evaluate.", run)
+    add_output(parser)
+    add_data(parser)
+    parser.add_argument(
+        "--method",
+        choices=("dense", "full", "light"),
+        default="dense",
+        help="dense: ordinary fine-tuning; full: compress at full rank, train every tensor; "
+        "light: the same with the central tensors frozen (dense)",
+    )
+    parser.add_argument(
+        "--centre-bits",
+        type=int,
+        choices=(4, 8),
+        help="hold the frozen centres of a light run in so many bits while it trains",
+    )
+    add_training_set(parser)
+    parser.add_argument(
+        "--epochs", type=positive_float, default=3.0, metavar="N", help="passes over the data (3)"
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=positive_float,
+        metavar="LR",
+        help="peak rate of all but MPO tensors (5e-5; light 1e-4)",
+    )
+    parser.add_argument(
+        "--mpo-learning-rate",
+        type=positive_float,
+        metavar="LR",
+        help="peak rate of the trained MPO tensors (--learning-rate)",
+    )
+    parser.add_argument(
+        "--gradient-accumulation-steps",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="batches per optimizer step (1)",
+    )
+    parser.add_argument(
+        "--save-steps", type=positive_int, metavar="N", help="write a checkpoint every N steps"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the last checkpoint in --output"
+    )
+    parser.add_argument(
+        "--report-to", default="none", metavar="NAME", help="a tracker, e.g. tensorboard (none)"
+    )
+
+
+def run(model: str, **options: Any) -> tuple[dict[str, Any], str]:
+    """What to print as JSON, and for a person."""
+    from mpop.finetuning.task import finetune
+
+    result = finetune(model, **options)
+    return result, metrics_table(result)

@@ -1,0 +1,127 @@
+"""What the commands share: the parser, options that several have, types of values."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def command(commands: Any, name: str, summary: str, run: Callable[..., Any]) -> Parser:
+    """A command of this name that `run` carries out, with the options that every command has."""
+    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("--model", required=True, metavar="M", help="a hub name or a folder")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object as the last line of stdout, all else to stderr",
+    )
+    return parser
+
+
+def add_output(parser: Parser) -> None:
+    """The folder to write."""
+    parser.add_argument("--output", required=True, metavar="O", help="the folder to write")
+
+
+def add_training_set(parser: Parser) -> None:
+    """Which rows are trained on, and the seed."""
+    parser.add_argument(
+        "--eval-split",
+        choices=("dev", "train-holdout"),
+        default="dev",
+        help="train-holdout: evaluate on training rows held out, to choose settings (dev)",
+    )
+    parser.add_argument(
+        "--max-train-samples", type=positive_int, metavar="N", help="train on a fixed subset"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of head, data order, dropout (0)"
+    )
+
+
+def add_data_dir(parser: Parser) -> None:
+    """Where the data is."""
+    parser.add_argument(
+        "--data-dir",
+        metavar="D",
+        help="a folder of <TASK>/{train,dev}.tsv in GLUE's own layout; without it the hub is used",
+    )
+
+
+def add_data(parser: Parser, precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")) -> None:
+    """The task, its data, and how it is batched."""
+    parser.add_argument("--task", required=True, type=task, help="a GLUE task, e.g. rte or SST-2")
+    add_data_dir(parser)
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=32, metavar="N", help="rows per device (32)"
+    )
+    parser.add_argument(
+        "--max-length", type=positive_int, default=128, metavar="N", help="tokens a row (128)"
+    )
+    parser.add_argument(
+        "--max-eval-samples", type=positive_int, metavar="N", help="evaluate on a fixed subset"
+    )
+    parser.add_argument("--precision", choices=precisions, default="fp32", help="autocast (fp32)")
+
+
+def task(text: str) -> str:
+    """The name of a GLUE task."""
+    from mpop.data.glue import get_task
+
+    try:
+        return get_task(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def positive_int(text: str) -> int:
+    """At least 1."""
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+
+
+def positive_float(text: str) -> float:
+    """Above 0, and finite."""
+    if (value := _finite(text)) > 0:
+        return value
+    raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+
+
+def fall(text: str) -> float:
+    """At least 0, and finite."""
+    if (value := _finite(text)) >= 0:
+        return value
+    raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+
+
+def _finite(text: str) -> float:
+    """The number, NaN where it is none."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    return math.nan
+
+
+def metrics_table(result: dict[str, Any]) -> str:
+    """The results of a run on a task as lines that a person can read."""
+    rows = {
+        "task": result["task"],
+        **{name: f"{value:.4f}" for name, value in result["metrics"].items()},
+        "trained parameters": f"{result['trainable_parameters']:,}",
+        "total parameters": f"{result['total_parameters']:,}",
+        "training time": f"{result['train_seconds']:.1f} s",
+        "peak memory": f"{result['peak_memory_bytes'] / 2**20:.0f} MiB "
+        f"({result['peak_memory_kind']})",
+    }
+    return "\n".join(f"{name:<22}{value}" for name, value in rows.items())

@@ -1,0 +1,101 @@
+"""`mpop squeeze`: cut bonds while a task's metric holds."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from mpop.cli.options import (
+    add_data,
+    add_output,
+    add_training_set,
+    command,
+    fall,
+    positive_float,
+    positive_int,
+)
+
+
+def add(commands: Any) -> None:
+    """Its options."""
+    parser = command(
+        commands,
+        "squeeze",
+        "Cut the bonds that carry least while a task's metric holds, with light fine-tuning.",
+        run,
+    )
+    add_output(parser)
+    add_data(parser, ("fp32", "bf16"))
+    parser.add_argument(
+        "--max-drop",
+        type=fall,
+        required=True,
+        metavar="D",
+        help="how far the metric may fall, as a fraction of 1: 0.01 is a point",
+    )
+    parser.add_argument(
+        "--max-rounds", type=positive_int, default=50, metavar="N", help="cuts at most (50)"
+    )
+    parser.add_argument(
+        "--step",
+        type=positive_float,
+        default=0.05,
+        metavar="F",
+        help="fraction of the cores' parameters that the first round cuts (0.05)",
+    )
+    parser.add_argument(
+        "--settle-steps",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="optimizer steps between two cuts at most (200)",
+    )
+    parser.add_argument(
+        "--window",
+        type=positive_int,
+        default=20,
+        metavar="N",
+        help="steps whose mean loss tells whether it has settled (20)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=positive_float,
+        default=2e-5,
+        metavar="LR",
+        help="constant rate (2e-5)",
+    )
+    add_training_set(parser)
+    parser.add_argument(
+        "--calibration-samples",
+        type=int,
+        default=1500,
+        metavar="N",
+        help="training rows that show what a cut costs; 0: matrices' own errors do (1500)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the squeeze in --output")
+
+
+def run(model: str, **options: Any) -> tuple[dict[str, Any], str]:
+    """What to print as JSON, and for a person."""
+    from tqdm import tqdm
+
+    from mpop.finetuning.squeeze_task import squeeze_on_task
+
+    def show(made: Any) -> None:
+        tqdm.write(
+            f"round {made.step}: {made.cuts} bonds cut, {made.parameters:,} parameters, "
+            f"metric {math.nan if made.metric is None else made.metric:.4f}, "
+            f"{'kept' if made.kept else 'undone'}",
+            file=sys.stderr,
+        )
+
+    result = squeeze_on_task(model, on_round=show, **options)
+    text = (
+        f"{result['output']}: {result['parameters']:,} of {result['parameters_before']:,} "
+        f"parameters, {result['metric_name']} {result['metric']:.4f} "
+        f"(before: {result['metric_before']:.4f})"
+    )
+    if result["parameters"] == result["parameters_before"]:
+        text += f"; no cut was within --max-drop {result['max_drop']}"
+    return result, text

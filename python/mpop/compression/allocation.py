@@ -1,0 +1,92 @@
+"""One budget over the matrices of a model: to each what lowers the sum of losses most."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpo_kernels.cores.family import Cost, low_ranks
+from mpo_kernels.cores.fitting import weighted_spectrum
+
+
+class Point(NamedTuple):
+    """A size that a matrix may have."""
+
+    cost: float
+    lost: float  # a squared relative error, of the model's output where it was measured
+
+
+def curve(
+    weight: Tensor, second_moment: Tensor | None, cost: Cost, sensitivity: float = 1.0
+) -> list[Point]:
+    """The lower convex hull of (cost, loss) of one matrix, from one rank to dense, cheapest first.
+
+    Low rank stands for the family here: its losses at all ranks are known from one spectrum.
+    ``sensitivity`` is what the model's output loses for each unit that the matrix's output does.
+    """
+    out_features, in_features = weight.shape
+    squares = weighted_spectrum(weight, second_moment).square()
+    whole = float(squares.sum())
+    tails = torch.cat((squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1))).tolist()
+    points = [
+        Point(cost.of(shape), sensitivity * tails[shape.ranks[0]] / whole if whole else 0.0)
+        for shape in low_ranks(in_features, out_features, cost)
+    ]
+    points.append(Point(cost.of_dense(in_features, out_features), 0.0))
+    return _hull(points)
+
+
+def _hull(points: Sequence[Point]) -> list[Point]:
+    """Of points that no other beats, those that no mixture of two others beats."""
+    hull: list[Point] = []
+    for point in sorted(points):
+        if hull and point.lost >= hull[-1].lost:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _gain(a: Point, b: Point) -> float:
+    """Loss that goes for a unit of cost, from a to the dearer b."""
+    return (a.lost - b.lost) / (b.cost - a.cost) if b.cost > a.cost else float("inf")
+
+
+def allocate(curves: Sequence[Sequence[Point]], budget: float) -> list[Point]:
+    """A point of each curve, together within the budget, with the least sum of losses.
+
+    Greedy by gain for cost, which on convex curves is exact but for the last step that no longer
+    fits; smaller ones then fill what is left.
+
+    Raises:
+        ValueError: the cheapest points together are above the budget; it says what they cost.
+    """
+    chosen = [0] * len(curves)
+    left = budget - sum(points[0].cost for points in curves)
+    if left < 0:
+        raise ValueError(
+            f"expected a budget of at least {budget - left:.6g}, one rank for each of "
+            f"{len(curves)} matrices, got {budget:.6g}"
+        )
+
+    def step(k: int) -> Iterator[tuple[float, int]]:
+        points, at = curves[k], chosen[k]
+        if at + 1 < len(points):
+            yield -_gain(points[at], points[at + 1]), k
+
+    queue = [entry for k in range(len(curves)) for entry in step(k)]
+    heapq.heapify(queue)
+    while queue:
+        _, k = heapq.heappop(queue)
+        needed = curves[k][chosen[k] + 1].cost - curves[k][chosen[k]].cost
+        if needed <= left:
+            left -= needed
+            chosen[k] += 1
+            for entry in step(k):
+                heapq.heappush(queue, entry)
+    return [points[at] for points, at in zip(curves, chosen, strict=True)]

@@ -1,0 +1,138 @@
+"""What compressing did to a model: a row a matrix, and the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mpo_kernels import Decomposition, MPOShape
+from mpop.models.matrices import Names
+
+
+@dataclass(frozen=True)
+class CompressionRow:
+    """What became of one matrix; biases are not counted.
+
+    Attributes:
+        name: of the module that holds it, the first where several share it.
+        shape: factors and ranks.
+        rel_error: relative Frobenius error.
+        entropy: of the bonds next to the central core, the larger one, in nats.
+        output_error: relative error of the layer's output on calibration data that the cores were
+            not fitted to; None without calibration.
+    """
+
+    name: str
+    shape: MPOShape
+    rel_error: float
+    entropy: float
+    output_error: float | None = None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.shape.ranks
+
+    @property
+    def parameters_before(self) -> int:
+        return self.shape.dense_parameters
+
+    @property
+    def parameters_after(self) -> int:
+        return self.shape.num_parameters
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """One row a matrix, and the parameters of the whole model before and after."""
+
+    rows: tuple[CompressionRow, ...]
+    parameters_before: int
+    parameters_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dictionary."""
+        return {
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "rows": [
+                {
+                    "name": row.name,
+                    "shape": row.shape.to_dict(),
+                    "ranks": list(row.ranks),
+                    "parameters_before": row.parameters_before,
+                    "parameters_after": row.parameters_after,
+                    "rel_error": row.rel_error,
+                    "entropy": row.entropy,
+                    "output_error": row.output_error,
+                }
+                for row in self.rows
+            ],
+        }
+
+    def __str__(self) -> str:
+        sizes = ("matrix", "in × out", "ranks", "before", "after", "ratio")
+        columns = (*sizes, "entropy", "error", "output")
+        lines = [
+            (
+                row.name,
+                f"{row.shape.in_features} × {row.shape.out_features}",
+                " ".join(map(str, row.ranks)),
+                *_counts(row.parameters_before, row.parameters_after),
+                f"{row.entropy:.2f}",
+                f"{row.rel_error:.2g}",
+                "–" if row.output_error is None else f"{row.output_error:.2g}",
+            )
+            for row in self.rows
+        ]
+        before = sum(row.parameters_before for row in self.rows)
+        after = sum(row.parameters_after for row in self.rows)
+        totals = [
+            (f"{len(self.rows)} matrices", "", "", *_counts(before, after), "", "", ""),
+            (
+                *("whole model", "", ""),
+                *_counts(self.parameters_before, self.parameters_after),
+                *("", "", ""),
+            ),
+        ]
+        return table(columns, lines, totals)
+
+
+def _counts(before: int, after: int) -> tuple[str, str, str]:
+    return f"{before:,}", f"{after:,}", f"{after / before:.3f}"
+
+
+def table(
+    columns: tuple[str, ...], lines: Iterable[tuple[str, ...]], totals: Iterable[tuple[str, ...]]
+) -> str:
+    """Text in aligned columns, the first to the left and numbers to the right."""
+    lines, totals = list(lines), list(totals)
+    widths = [max(map(len, cells)) for cells in zip(columns, *lines, *totals, strict=True)]
+
+    def text(cells: tuple[str, ...]) -> str:
+        first, *rest = (
+            cell.rjust(width) if k else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join((first, *rest)).rstrip()
+
+    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join(
+        [text(columns), rule, *map(text, lines), *([rule] if totals else []), *map(text, totals)]
+    )
+
+
+def row_of(names: Names, decomposition: Decomposition) -> CompressionRow:
+    return CompressionRow(
+        names[0],
+        decomposition.shape,
+        decomposition.rel_error,
+        central_entropy(decomposition),
+        decomposition.output_error,
+    )
+
+
+def central_entropy(decomposition: Decomposition) -> float:
+    """The larger entropy of the bonds on the two sides of the central core, in nats."""
+    centre = decomposition.shape.central
+    return max(decomposition.entropies[max(centre - 1, 0) : centre + 1])

@@ -1,0 +1,1 @@
+"""Data sets as texts and labels."""

