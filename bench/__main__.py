@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, facts, goals, report
-from bench.measure import measure_roofline
-from bench.problem import Problem
+from bench import facts
+from bench.layer import cases, goals, report
+from bench.layer.measure import measure_roofline
+from bench.layer.problem import Problem
+from bench.layer.run import Record, Settings, expected_seconds, run_point
+from bench.layer.ways import WAYS
 from bench.results import Results
-from bench.run import Record, Settings, expected_seconds, run_point
-from bench.ways import WAYS
 
 THREADS = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

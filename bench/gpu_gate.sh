@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The gate: correctness of every kernel on the GPU here, then timings and memory, in 9 minutes.
 # Needs torch, triton, transformers and pytest, and a C compiler for triton's launchers; no network,
-# nothing installed. $1: the folder for the results; more goes to bench/gpu_gate.py. $PYTHON: the
+# nothing installed. $1: the folder for the results; more goes to bench/gpu/gate.py. $PYTHON: the
 # interpreter (python3).
 set -euo pipefail
 python=${PYTHON:-python3}
@@ -12,4 +12,4 @@ if ! "$python" -c "import torch, triton, transformers, pytest" 2>/dev/null; then
     exit 2
 fi
 export PYTHONPATH=.:python${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" -m bench.gpu_gate --output "$output" "${@:2}"
+exec "$python" -m bench.gpu.gate --output "$output" "${@:2}"

@@ -10,6 +10,22 @@ from typing import Any
 Record = dict[str, Any]
 
 
+def text_of(content: Any, width: int = 360, indent: int = 0) -> str:
+    """JSON that a person can read: what fits on a line is one."""
+    line = json.dumps(content)
+    if indent + len(line) <= width or not isinstance(content, dict | list):
+        return line + "\n" * (not indent)
+    if isinstance(content, dict):
+        first, last = "{}"
+        parts = [f"{json.dumps(k)}: {text_of(v, width, indent + 1)}" for k, v in content.items()]
+    else:
+        first, last = "[]"
+        parts = [text_of(value, width, indent + 1) for value in content]
+    margin = "\n" + " " * indent
+    inner = f",{margin} ".join(parts)
+    return f"{first}{margin} {inner}{margin}{last}" + "\n" * (not indent)
+
+
 def load(path: Path) -> dict[str, Any]:
     """Raises ValueError for a file that holds no results."""
     try:

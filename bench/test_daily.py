@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cases import PASSES, Case
-from bench.problem import Problem, Step
-from bench.ways import WAYS
+from bench.layer.cases import PASSES, Case
+from bench.layer.problem import Problem, Step
+from bench.layer.ways import WAYS
 
 CASES = (
     Case("64x64", "n2-d16", 1),

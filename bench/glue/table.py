@@ -1,12 +1,11 @@
-"""Every method of `methods.py` on GLUE: `python -m bench.glue_table --data-dir D --output O`.
+"""Every method of `methods.py` on GLUE: `python -m bench.glue.table --data-dir D --output O`.
 
 For each task and method the rates of a small grid are tried with one seed on training rows held
 out; the best is then run with every seed and reported on dev. Each run is a process of its own
-(`bench/methods.py`) and a line of `runs.jsonl` as soon as it ends; a run found there is not
+(`methods.py`) and a line of `runs.jsonl` as soon as it ends; a run found there is not
 repeated, so that an interrupted or out-of-budget bench continues where it stopped. With `--time`
-what each method costs is measured at the end, with nothing beside it (`bench/times.py`). What there
-is so far is summed up in `table.md` and drawn (`bench/glue_report.py`), and with its conditions in
-`table.json`.
+what each method costs is measured at the end, with nothing beside it (`times.py`). What there is so
+far is summed up in `table.md` and drawn (`report.py`), and with its conditions in `table.json`.
 """
 
 from __future__ import annotations
@@ -26,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import facts
-from bench.glue_report import figure, markdown, tasks_figure, trace
-from bench.methods import METHODS
+from bench.glue.methods import METHODS
+from bench.glue.report import figure, markdown, tasks_figure, trace
+from bench.results import text_of
+from mpop.data.glue import TASKS, get_task
 from mpop.demo import default_model
-from mpop.glue import TASKS, get_task
 
 # Of what is cut, the rates after the cut, all low; before it the rate is dense's.
 GRID = {
@@ -79,7 +79,7 @@ class Run:
             **where,
         }
         del options["rates"]
-        return [sys.executable, "-m", "bench.methods", json.dumps(options)]
+        return [sys.executable, "-m", "bench.glue.methods", json.dumps(options)]
 
 
 class Bench:
@@ -181,10 +181,10 @@ class Bench:
                 made = chosen if has_choice else replace(chosen, max_train_samples=_FEW)
                 self.start(made, file).check_returncode()
             say(f"times of {run.method}")
-            command = [sys.executable, "-m", "bench.times", str(file), run.precision]
+            command = [sys.executable, "-m", "bench.glue.times", str(file), run.precision]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[run.method] = json.loads(done.stdout.splitlines()[-1])
-            self.times_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            self.times_file.write_text(text_of(found), encoding="utf-8")
 
     @property
     def times_file(self) -> Path:
@@ -319,7 +319,7 @@ def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str,
     """What the figures hold for."""
     names = ("transformers", "accelerate", "datasets", "peft")
     return {
-        "command": facts.command("bench.glue_table", argv),
+        "command": facts.command("bench.glue.table", argv),
         "model": options.model_name,
         "seeds": options.seeds,
         "grid_tasks": {task: options.grid_tasks[task] for task in options.tasks},
@@ -361,7 +361,7 @@ def grids(given: Sequence[str]) -> dict[str, list[float]]:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options, checked and completed."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.glue_table",
+        prog="python -m bench.glue.table",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -439,7 +439,7 @@ def main(argv: Sequence[str]) -> None:
         conditions = {**conditions_of(options, argv), "machines": list(bench.machines)}
         rows, times = bench.rows(), bench.times()
         whole = {"conditions": conditions, "rows": rows, "times": times}
-        content, text = json.dumps(whole, indent=2) + "\n", markdown(rows, times, conditions)
+        content, text = text_of(whole), markdown(rows, times, conditions)
         (Path(options.output) / "table.json").write_text(content, encoding="utf-8")
         (Path(options.output) / "table.md").write_text(text, encoding="utf-8")
         if rows:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from bench.cases import COMPILED, Case
-from bench.measure import MAX_REPEATS, SAMPLE_SECONDS, Roofline, host_microseconds, interleave
-from bench.problem import TOLERANCE, Problem, Step
-from bench.ways import WAYS, Way, estimate
+from bench.layer.cases import COMPILED, Case
+from bench.layer.measure import MAX_REPEATS, SAMPLE_SECONDS, Roofline, host_microseconds, interleave
+from bench.layer.problem import TOLERANCE, Problem, Step
+from bench.layer.ways import WAYS, Way, estimate
 from mpo_kernels import Plan, backends
-from mpo_kernels.plan import Gradients
+from mpo_kernels.planning.plan import Gradients
 
 Record = dict[str, Any]
 

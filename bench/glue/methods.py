@@ -1,4 +1,4 @@
-"""The methods of the table, and one run of one: `python -m bench.methods '{"method": …}'`.
+"""The methods of the table, and one run of one: `python -m bench.glue.methods '{"method": …}'`.
 
 The last line of stdout is the result, one JSON object.
 """
@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 import mpop
 from bench import facts
 from mpo_kernels import MPOLinear
-from mpop.config import MatrixConfig
-from mpop.finetune import calibration_batches, evaluate, finetune
-from mpop.modules import dense_matrices, module_at, weight_of
-from mpop.pretrained import load_as_saved, load_tokenizer
-from mpop.selection import select
-from mpop.squeeze_task import squeeze_on_task
+from mpop.checkpoints.opening import load_as_saved, load_tokenizer
+from mpop.finetuning.rows import calibration_batches
+from mpop.finetuning.squeeze_task import squeeze_on_task
+from mpop.finetuning.task import evaluate, finetune
+from mpop.models.config import MatrixConfig
+from mpop.models.matrices import dense_matrices, module_at, weight_of
+from mpop.models.selection import select
 
 # Of the encoder's linear parameters: what is kept where a method cuts, and where squeezing begins.
 KEPT, QUARTER, BEGIN = 0.5, 0.25, 0.75
@@ -266,7 +267,7 @@ def run(
         method: a name in `METHODS`.
         options: of `mpop.finetune.finetune`, with `model` and without a method.
         cache: folder for models made before, which seeds, rates and methods share.
-        keep: a file for the trained model, pickled whole; see `bench.times`.
+        keep: a file for the trained model, pickled whole; see `bench.glue.times`.
 
     Returns:
         What `finetune` does, with `disk_bytes` of all that has to be kept.

@@ -1,4 +1,4 @@
-"""What the compiler says of the kernels, with no device: `python bench/static_report.py`.
+"""What the compiler says of the kernels, with no device: `python -m bench.gpu.triton_static`.
 
 Each kernel is compiled with the tiles that ship as defaults for representative problems, for each
 architecture. The committed report holds registers, shared memory, spills and matrix instructions;
@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.gpu.static import RESULTS, cuobjdump, finish
 from mpo_kernels.backends.triton.chain import chain_kernel
 from mpo_kernels.backends.triton.chain_backward import chain_gradient_kernel
 from mpo_kernels.backends.triton.gather import gather_gradient_kernel, gather_kernel
@@ -30,7 +29,7 @@ from mpo_kernels.backends.triton.implicit import implicit_kernel
 from mpo_kernels.backends.triton.tiles import LIMITS, Chain, Limits, Strides, TwoParts
 from mpo_kernels.backends.triton.tuning import TILES
 
-REPORT = Path(__file__).parent / "results" / "static.json"
+REPORT = RESULTS / "triton_static.json"
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 SKEWED = Chain(256, 16, 16, 256, 64, 4096, 4096, True)
@@ -174,16 +173,11 @@ def figures(built: Any) -> dict[str, int]:
 
 
 def _cuobjdump(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and SASS, by the tool that comes with triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """Resource usage and SASS."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
-            for flag in ("--dump-resource-usage", "-sass")
-        )
-    return usage.stdout, sass.stdout
+        return cuobjdump(file.name, "--dump-resource-usage"), cuobjdump(file.name, "-sass")
 
 
 def faults(case: Case, tile: Any, found: dict[str, int], limits: Limits) -> list[str]:
@@ -246,7 +240,7 @@ def regressions(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the report or compare with it; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python bench/static_report.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.triton_static", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare, exit 1 on a regression")
     parser.add_argument(
         "--arch", nargs="+", choices=LIMITS, default=list(LIMITS), help="with --check (all)"
@@ -255,18 +249,10 @@ def main(argv: list[str] | None = None) -> int:
     if not options.check and set(options.arch) != set(LIMITS):
         parser.error("expected --check with --arch: the report is of every architecture")
     now, wrong = report(options.arch)
-    if options.check:
-        committed = json.loads(REPORT.read_text(encoding="utf-8"))
-        if committed["triton"] != now["triton"]:
-            # Tiles are chosen for one compiler; another must build the same instructions.
-            wrong = [line for line in wrong if " spills " not in line]
-        wrong += regressions(committed, now)
-    else:
-        REPORT.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        print(f"written: {REPORT}")
-    for line in wrong:
-        print(line)
-    return 1 if wrong else 0
+    if options.check and json.loads(REPORT.read_text(encoding="utf-8"))["triton"] != now["triton"]:
+        # Tiles are chosen for one compiler; another must build the same instructions.
+        wrong = [line for line in wrong if " spills " not in line]
+    return finish(REPORT, now, wrong, regressions if options.check else None)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mpo_kernels.figures import copy_rate, gemm_rate, seconds
+from mpo_kernels.calibration import copy_rate, gemm_rate, seconds
 
 # Kineto announces every profile on stderr otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -1,4 +1,4 @@
-"""What cutting a real encoder's matrices costs their outputs: `python -m bench.fit_table`.
+"""What cutting a real encoder's matrices costs their outputs: `python -m bench.glue.fit`.
 
 Second moments come from training rows of a GLUE task; every error is measured on other rows of it.
 At the same parameters for each matrix: plain SVD, activation-aware SVD, the paper's five balanced
@@ -20,15 +20,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import mpop
-from bench.encoder import say, table
+from bench.glue.encoder import say, table
 from mpo_kernels import Decomposition, MPOShape, decompose, reconstruct
-from mpo_kernels.family import Cost, choose, judged
-from mpop.calibration import Batches, Moments, second_moments
-from mpop.finetune import calibration_batches
-from mpop.modules import module_at, weight_of
-from mpop.permute import sort_hidden_units
-from mpop.pretrained import load_as_saved
-from mpop.selection import select
+from mpo_kernels.cores.family import choose, judged
+from mpo_kernels.layers.cost import LayerCost
+from mpop.checkpoints.opening import load_as_saved
+from mpop.compression.calibration import Batches, Moments, second_moments
+from mpop.compression.permute import sort_hidden_units
+from mpop.finetuning.rows import calibration_batches
+from mpop.models.matrices import module_at, weight_of
+from mpop.models.selection import select
 
 Fit = Callable[[Tensor, float, Moments], Decomposition]
 
@@ -47,7 +48,7 @@ def _low_rank(in_features: int, out_features: int) -> MPOShape:
 
 
 def _chosen(weight: Tensor, kept: float, moments: Moments) -> Decomposition:
-    return choose(weight, kept * weight.numel(), Cost(), moments.fit, moments.judge)
+    return choose(weight, kept * weight.numel(), LayerCost(), moments.fit, moments.judge)
 
 
 FITS: dict[str, Fit] = {

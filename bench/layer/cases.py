@@ -40,6 +40,30 @@ def _skewed(rank: int) -> Callable[[int, int], MPOShape]:
     return lambda ins, outs: MPOShape.skewed(ins, outs, 16, outs // 16, rank)
 
 
+def _low_rank(rank: int) -> Callable[[int, int], MPOShape]:
+    return lambda ins, outs: MPOShape.low_rank(ins, outs, rank)
+
+
+def _times_smaller(
+    make: Callable[[int], Callable[[int, int], MPOShape]], times: int
+) -> Callable[[int, int], MPOShape]:
+    """Dense parameters over those of two factors; bonds in eights, which are read in vectors."""
+
+    def shape(ins: int, outs: int) -> MPOShape:
+        rank = ins * outs / times / make(1)(ins, outs).num_parameters
+        return make(max(8, round(rank / 8) * 8))(ins, outs)
+
+    return shape
+
+
+COMPRESSIONS = (16, 64, 4, 2)
+# By name: a cap on the bonds to a factorisation into two.
+TWO_FACTORS: dict[str, Callable[[int], Callable[[int, int], MPOShape]]] = {
+    "lowrank": _low_rank,
+    "skew": _skewed,
+    "balanced": lambda rank: _balanced(2, rank),
+}
+
 FACTORISATIONS: dict[str, Callable[[int, int], MPOShape]] = {
     "n5-full": _paper,
     "n5-half": _paper_half,
@@ -51,7 +75,12 @@ FACTORISATIONS: dict[str, Callable[[int, int], MPOShape]] = {
     "n2-d4": _balanced(2, 4),
     "skew-d64": _skewed(64),
     "skew-d16": _skewed(16),
-    "lowrank-64": lambda ins, outs: MPOShape.low_rank(ins, outs, 64),
+    "lowrank-64": _low_rank(64),
+    **{
+        f"{kind}-{times}x": _times_smaller(make, times)
+        for times in COMPRESSIONS
+        for kind, make in TWO_FACTORS.items()
+    },
 }
 
 ROWS = (1, 16, 256, 4096)

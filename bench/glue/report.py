@@ -1,4 +1,4 @@
-"""The GLUE table and its figures, of what `bench.glue_table` has measured."""
+"""The GLUE table and its figures, of what `bench.glue.table` has measured."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench.methods import METHODS
-from bench.report import table
-from mpop.glue import get_task
+from bench.glue.methods import METHODS
+from bench.layer.report import table
+from mpop.data.glue import get_task
 
 Row = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Markdown from results: ``python -m bench.report bench/results/cpu.json [--output FILE]``."""
+"""Markdown from results: ``python -m bench.layer.report FILE [--output FILE]``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench import goals
+from bench.layer import goals
+from bench.layer.ways import OTHER_MPO_WAYS, WAYS
 from bench.results import load
-from bench.ways import OTHER_MPO_WAYS, WAYS
 
 Record = dict[str, Any]
 
@@ -211,7 +211,7 @@ def render(results: dict[str, Any], every_way: bool = False) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.layer.report", description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--output", type=Path, help="markdown file; by default stdout")
     parser.add_argument("--every-way", action="store_true", help="add a table of every way")

@@ -1,6 +1,6 @@
 """Decoding: one layer at 1–16 rows, and a whole decoder block, beside dense, Triton and low rank.
 
-``python -m bench.decode --output results/gpu/decode.json`` on a GPU times replays of a captured
+``python -m bench.gpu.decode --output results/gpu/decode.json`` on a GPU times replays of a captured
 stack of layers of one shape, each with cores of its own, from a cold second-level cache; and the
 host's time of an eager call. A table goes beside the file. Every way but ``lowrank`` (other
 numbers, as many) is first held against fp64.
@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,18 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import facts
-from bench.measure import host_microseconds, interleave, measure_roofline
-from bench.problem import Problem
+from bench.layer.cases import COMPRESSIONS, FACTORISATIONS, SHAPES, TWO_FACTORS, Case
+from bench.layer.measure import host_microseconds, interleave, measure_roofline
+from bench.layer.problem import Problem
+from bench.layer.ways import WAYS
 from bench.results import Record, Results
-from bench.ways import WAYS
-from mpo_kernels import MPOLinear, MPOShape, available_backends, use_backend
+from mpo_kernels import MPOLinear, available_backends, use_backend
 from mpo_kernels.backends import selected
 from mpo_kernels.backends.cuda.decode import chain_of
-from mpo_kernels.plan import Plan
+from mpo_kernels.planning.plan import Plan
 
-SIZES = ((4096, 4096), (4096, 14336), (768, 3072), (8192, 28672))
-COMPRESSIONS = (16, 64, 4, 2)
-KINDS = ("low rank", "skewed", "balanced")
+SIZES = ("4096x4096", "4096x14336", "768x3072", "8192x28672")
 ROWS = (1, 16, 2, 4, 8)
 # Layers one after the other, as in a model: cores are read for the first time, code is not.
 LAYERS = 8
@@ -45,41 +43,16 @@ STORED = {"cuda, int8": torch.int8, "cuda, fp8": torch.float8_e4m3fn}
 TOLERANCE = {"cuda, int8": 5e-2, "cuda, fp8": 1e-1}
 
 
-@dataclass(frozen=True)
-class Case:
-    """One layer: sizes, the kind of its two factors, dense parameters over its own."""
-
-    in_features: int
-    out_features: int
-    kind: str
-    compression: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.in_features}x{self.out_features}/{self.kind}/{self.compression}x"
-
-    @property
-    def shape(self) -> MPOShape:
-        ins, outs = self.in_features, self.out_features
-        make = {
-            "balanced": lambda rank: MPOShape.balanced(ins, outs, 2, rank),
-            "skewed": lambda rank: MPOShape.skewed(ins, outs, 16, outs // 16, rank),
-            "low rank": lambda rank: MPOShape.low_rank(ins, outs, rank),
-        }[self.kind]
-        # Bonds in eights: what reads in vectors.
-        rank = ins * outs / self.compression / make(1).num_parameters
-        return make(max(8, round(rank / 8) * 8))
-
-
 def chosen(layer: MPOLinear, rows: int, algorithm: str | None = None) -> Plan:
     """The plan for some rows, of one algorithm where that is asked for."""
     plan = layer.plan(rows)
     return next((p for p in plan.candidates if algorithm in (None, p.algorithm)), plan)
 
 
-def ways_of(problem: Problem, case: Case) -> Iterator[tuple[str, list[Callable[[], Tensor]], Plan]]:
+def ways_of(problem: Problem) -> Iterator[tuple[str, list[Callable[[], Tensor]], Plan]]:
     """(name, the call of each layer, ours' plan) of each way that this machine has."""
-    x, bias, outs, shape = problem.x, problem.bias, case.out_features, case.shape
+    x, bias, shape = problem.x, problem.bias, problem.shape
+    outs = shape.out_features
 
     def layers(name: str) -> list[nn.Module]:
         copies = ([core.clone() for core in problem.cores] for _ in range(LAYERS))
@@ -105,15 +78,15 @@ def ways_of(problem: Problem, case: Case) -> Iterator[tuple[str, list[Callable[[
             yield name, [partial(module.quantized(dtype), x) for module in ours], plan
 
 
-def measure(case: Case, rows: int, device: torch.device, bandwidth: float) -> Record:
+def measure(case: Case, device: torch.device, bandwidth: float) -> Record:
     """A record: microseconds of every way, errors, the floor."""
-    problem = Problem(case.shape, rows, device, torch.bfloat16)
+    problem = Problem(case.shape, case.rows, device, torch.bfloat16)
     calls, plans = {}, {}
-    for name, of_layers, plan in ways_of(problem, case):
+    for name, of_layers, plan in ways_of(problem):
         calls[name], plans[name] = of_layers, plan
     record: dict[str, Any] = {
-        "case": case.name,
-        "rows": rows,
+        "case": f"{case.size}/{case.factorisation}",
+        "rows": case.rows,
         "ranks": case.shape.ranks,
         "compression": case.shape.dense_parameters / case.shape.num_parameters,
         "floor_us": 1e6 * max(LEAST, 2 * case.shape.num_parameters / bandwidth),
@@ -187,12 +160,12 @@ class DecoderBlock(nn.Module):
 
 def block(rows: int, device: torch.device, width: int, inner: int, held: int) -> Record:
     """A record of the whole block: dense, and MPO at 16 × with its cores in bf16 and int8."""
-    heads = (width // 128, max(1, width // 512))
+    heads = (max(1, width // 128), max(1, width // 512))
     like: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     cache = tuple(torch.randn(rows, heads[1], held, 128, **like) for _ in range(2))
 
     def mpo(ins: int, outs: int) -> MPOLinear:
-        return MPOLinear(ins, outs, Case(ins, outs, "skewed", 16).shape, bias=False, **like)
+        return MPOLinear(ins, outs, FACTORISATIONS["skew-16x"](ins, outs), bias=False, **like)
 
     makers: dict[str, Callable[[int, int], nn.Module]] = {
         "dense": lambda ins, outs: nn.Linear(ins, outs, bias=False, **like),
@@ -207,7 +180,7 @@ def block(rows: int, device: torch.device, width: int, inner: int, held: int) ->
     calls = {name: lambda module=module: module(x) for name, module in blocks.items()}
     timed = interleave(calls, 5e-3, device, min_repeats=15)
     return {
-        "case": f"decoder block {width}/{inner}, skewed, 16x, {held} keys",
+        "case": f"decoder block {width}/{inner}, skew-16x, {held} keys",
         "rows": rows,
         "ways": {
             name: {
@@ -262,8 +235,9 @@ def goals(layers: Sequence[Record]) -> list[str]:
     floors, ones, fours = [], [], []
     for r in layers:
         us, dense = r["ways"]["ours"]["us"], r["ways"]["dense"]["us"]
-        size, _, ratio = r["case"].split("/")
-        place, compression = f"{r['case']}, {r['rows']} rows", int(ratio[:-1])
+        size, _, factorisation = r["case"].partition("/")
+        place = f"{r['case']}, {r['rows']} rows"
+        compression = int(factorisation.partition("-")[2][:-1])
         floors.append((us / r["floor_us"], place))
         if r["rows"] == 1 and size != "768x3072" and compression >= 4:
             ones.append((us / dense, place))
@@ -276,32 +250,38 @@ def goals(layers: Sequence[Record]) -> list[str]:
     ]
 
 
+def cases_of(sizes: Sequence[str], rows: Sequence[int]) -> Iterator[Case]:
+    """Every kind of two factors at every compression, what is asked first first."""
+    for each, size, times, kind in product(rows, sizes, COMPRESSIONS, TWO_FACTORS):
+        yield Case(size, f"{kind}-{times}x", each)
+
+
 def predictions(rows: int) -> str:
     """Markdown: what the schedule's model gives for an H200, the launch aside; needs no device."""
     limits, lines = (90, 132, 227 << 10), ["| case | µs | schedule |", "|---|---:|---|"]
-    for (ins, outs), ratio, kind in product(SIZES, COMPRESSIONS, KINDS):
-        case = Case(ins, outs, kind, ratio)
-        sizes = [torch.empty(size, device="meta") for size in case.shape.core_shapes]
+    for case in cases_of(SIZES, (rows,)):
+        shape, dtype = case.shape, torch.bfloat16
+        sizes = [torch.empty(size, device="meta") for size in shape.core_shapes]
         layouts = tuple((core.shape, core.stride(), True) for core in sizes)
-        dtype = torch.bfloat16
+        features = (shape.in_features, shape.out_features)
         chains = [
-            chain_of(layouts, rows, (ins, outs), from_left, dtype, dtype, limits)
+            chain_of(layouts, rows, features, from_left, dtype, dtype, limits)
             for from_left in (True, False)
         ]
         best = min((c for c in chains if c is not None), key=lambda c: c.seconds)
-        lines.append(f"| {case.name} | {1e6 * best.seconds:.1f} | {best} |")
+        lines.append(f"| {case.size}/{case.factorisation} | {1e6 * best.seconds:.1f} | {best} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.decode", description=__doc__)
     parser.add_argument("--device", default="cuda")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--output", type=Path, help="a JSON file; .md beside it")
     choice.add_argument(
         "--predict", type=int, metavar="ROWS", help="print what the model gives; needs no GPU"
     )
-    parser.add_argument("--sizes", nargs="+", help="such as 4096x4096")
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=SIZES, metavar="IxJ")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--budget-minutes", type=float, default=4.0)
     options = parser.parse_args(argv)
@@ -311,11 +291,10 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("expected a GPU, found none; --device cpu tries the program")
-    sizes = [tuple(map(int, s.split("x"))) for s in options.sizes] if options.sizes else SIZES
     end = time.monotonic() + 60 * options.budget_minutes
     bandwidth = measure_roofline(device, torch.bfloat16).bytes_per_second
     conditions = {
-        "command": facts.command("bench.decode", sys.argv[1:] if argv is None else argv),
+        "command": facts.command("bench.gpu.decode", sys.argv[1:] if argv is None else argv),
         "machine": facts.machine(device),
         "versions": facts.versions(),
         "git": facts.commit(),
@@ -324,14 +303,14 @@ def main(argv: list[str] | None = None) -> int:
         "bandwidth": bandwidth,
     }
     results, left_out = Results(options.output, conditions, resume=False), 0
-    width, inner = sizes[0][0], sizes[-1][1] if options.sizes else 14336
+    (width, _), (_, inner) = SHAPES[options.sizes[0]], SHAPES[options.sizes[1 % len(options.sizes)]]
     for rows in options.rows[:2]:
         results.add(block(rows, device, width, inner, 1024))
-    for rows, (ins, outs), ratio, kind in product(options.rows, sizes, COMPRESSIONS, KINDS):
+    for case in cases_of(options.sizes, options.rows):
         if time.monotonic() > end:
             left_out += 1
             continue
-        results.add(measure(Case(ins, outs, kind, ratio), rows, device, bandwidth))
+        results.add(measure(case, device, bandwidth))
     text = table(results.conditions, results.records, left_out)
     options.output.with_suffix(".md").write_text(text, encoding="utf-8")
     wrong = [r for r in results.records if any(w.get("wrong") for w in r["ways"].values())]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from bench import facts
+from bench.results import text_of
 from mpop.demo import default_model
 
 Found = dict[str, Any]
@@ -29,14 +29,14 @@ def table(
     """Measure, write `name.json` and `name.md` into the folder asked for, print the latter.
 
     Args:
-        name: of the files; the module is `bench.{name}_table`.
+        name: of the files; the module is `bench.glue.{name}`.
         settings: the default and the help of each option of its own.
         measure: of the options; what is found, for JSON.
         markdown: of what was found and its conditions; lines, to which versions and the command
             are added.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m bench.{name}_table",
+        prog=f"python -m bench.glue.{name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,7 +53,7 @@ def table(
     options.model = options.model or str(default_model())
     found = measure(options)
     conditions = {
-        "command": facts.command(f"bench.{name}_table", argv),
+        "command": facts.command(f"bench.glue.{name}", argv),
         "model": named,
         **{option: getattr(options, option) for option in settings},
         "machine": facts.machine(torch.device("cpu")),
@@ -70,7 +70,7 @@ def table(
     ]
     output, text = Path(options.output), "\n".join(lines) + "\n"
     output.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"conditions": conditions, **found}, indent=1) + "\n"
+    content = text_of({"conditions": conditions, **found})
     (output / f"{name}.json").write_text(content, encoding="utf-8")
     (output / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.ways import OTHER_MPO_WAYS
+from bench.layer.ways import OTHER_MPO_WAYS
 
 Record = dict[str, Any]
 

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from bench import facts
-from bench.ways import WAYS
+from bench.layer.ways import WAYS
+from bench.results import text_of
 from mpo_kernels.backends import validation
 
 # Seconds of each step; the last timing has what is left of the whole.
@@ -112,7 +113,7 @@ def gate(folder: Path, budget: float) -> int:
         result = step(name, command, limit, folder, **environment)
         with lock:
             found["steps"][name] = result
-            (folder / "gate.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            (folder / "gate.json").write_text(text_of(found), encoding="utf-8")
         return result["status"]
 
     # The project's own options name a plugin that need not be installed here.
@@ -147,7 +148,7 @@ def gate(folder: Path, budget: float) -> int:
     for kernels in kinds:
         validation.add(kernels, found["conditions"], found["sources"][kernels])
     if built:
-        decode = [sys.executable, "-m", "bench.decode", "--output", str(folder / "decode.json")]
+        decode = [sys.executable, "-m", "bench.gpu.decode", "--output", str(folder / "decode.json")]
         minutes = f"{(DECODE - 30) / 60:.2f}"
         run("decode", [*decode, "--budget-minutes", minutes], DECODE)
     left = budget - REPORT - (time.monotonic() - start)
@@ -158,7 +159,7 @@ def gate(folder: Path, budget: float) -> int:
     bench += ["--ways", *(name for name in WAYS if name != "compiled")]
     run("times", bench, left)
     if times.exists():
-        report = [sys.executable, "-m", "bench.report", str(times), "--output"]
+        report = [sys.executable, "-m", "bench.layer.report", str(times), "--output"]
         run("report", [*report, str(folder / "times.md")], REPORT)
     for name, result in found["steps"].items():
         print(f"{name:<15} {result['status']:<12} {result['seconds']:>6} s  {result['last'][-1:]}")
@@ -219,7 +220,7 @@ def accept(found: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_gate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.gate", description=__doc__)
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--output", type=Path, help="folder for the results")
     choice.add_argument("--accept", type=Path, metavar="gate.json", help="note a gate that passed")

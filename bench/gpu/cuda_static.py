@@ -1,25 +1,23 @@
 """What the compiler made of csrc: registers, spills, instructions, for every architecture.
 
-``python -m bench.cuda_report LIBRARY`` writes ``results/cuda_static.json`` from a library, or a
-wheel that holds one, built for a release; with ``--check`` it compares, and fails where something
-got worse. Needs no device; reads with the ``cuobjdump`` that comes with triton.
+``python -m bench.gpu.cuda_static LIBRARY`` writes ``results/gpu/cuda_static.json`` from a library,
+or a wheel that holds one, built for a release; with ``--check`` it compares, and fails where
+something got worse. Needs no device; reads with the ``cuobjdump`` that comes with triton.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import triton
+from bench.gpu.static import RESULTS, cuobjdump, finish
 
-REPORT = Path(__file__).parent / "results" / "cuda_static.json"
+REPORT = RESULTS / "cuda_static.json"
 ELEMENTS = {"7Float16": "float16", "8BFloat16": "bfloat16"}
 STORED = {"4Same": "same", "6Float8": "float8", "4Int8": "int8"}
 # What a kernel is made of, by the names of instructions.
@@ -30,12 +28,6 @@ KINDS = {
     "STL": "spills",
 }
 OF_INTEREST = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in KINDS))
-
-
-def _cuobjdump(library: Path, *flags: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, *flags, library], capture_output=True, text=True, check=True)
-    return done.stdout
 
 
 def _name(function: str) -> str:
@@ -50,7 +42,7 @@ def report(library: Path) -> dict[str, Any]:
     """``{architecture: {kernel: figures}}`` and the architectures of the PTX."""
     rows: dict[str, dict[str, Any]] = {}
     architecture, name = "", ""
-    for line in _cuobjdump(library, "--dump-resource-usage").splitlines():
+    for line in cuobjdump(library, "--dump-resource-usage").splitlines():
         if found := re.search(r"arch = (sm_\w+)", line):
             architecture = found[1]
         elif found := re.search(r"Function (\S*chain_kernel\S*):", line):
@@ -60,7 +52,7 @@ def report(library: Path) -> dict[str, Any]:
             row = {"registers": registers, "stack": stack + local}
             rows.setdefault(architecture, {})[name] = row
     row = dict.fromkeys(KINDS.values(), 0)
-    for line in _cuobjdump(library, "-sass").splitlines():
+    for line in cuobjdump(library, "-sass").splitlines():
         if found := re.search(r"arch = (sm_\w+)", line):
             architecture = found[1]
         elif found := re.search(r"Function : (\S*chain_kernel\S*)", line):
@@ -68,7 +60,7 @@ def report(library: Path) -> dict[str, Any]:
             row.update(dict.fromkeys(KINDS.values(), 0))
         elif found := OF_INTEREST.search(line):
             row[KINDS[found[0]]] += 1
-    ptx = re.findall(r"\.(sm_\w+)\.ptx", _cuobjdump(library, "--list-ptx"))
+    ptx = re.findall(r"\.(sm_\w+)\.ptx", cuobjdump(library, "--list-ptx"))
     return {"architectures": rows, "ptx": sorted(ptx)}
 
 
@@ -105,7 +97,7 @@ def regressions(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.cuda_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.cuda_static", description=__doc__)
     parser.add_argument("library", type=Path, help="mpo_kernels/_cuda*.so, or a wheel")
     parser.add_argument("--check", action="store_true", help="compare, exit 1 on a regression")
     options = parser.parse_args(argv)
@@ -116,15 +108,7 @@ def main(argv: list[str] | None = None) -> int:
                 (name,) = (n for n in wheel.namelist() if re.match(r"mpo_kernels/_cuda.*\.so", n))
                 library = Path(wheel.extract(name, folder))
         now = report(library)
-    wrong = faults(now)
-    if options.check:
-        wrong += regressions(json.loads(REPORT.read_text(encoding="utf-8")), now)
-    else:
-        REPORT.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        print(f"written: {REPORT}")
-    for line in wrong:
-        print(line)
-    return 1 if wrong else 0
+    return finish(REPORT, now, faults(now), regressions if options.check else None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a trained model costs: `python -m bench.times MODEL`, of a file that a run kept.
+"""What a trained model costs: `python -m bench.glue.times MODEL`, of a file that a run kept.
 
 A step (forward, backward, AdamW) on 32 texts of 64 tokens and the memory that it took, then the
 latency of one such text, adapters merged. The last line of stdout is the result, one JSON object.
@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from bench import facts
 from mpop.benchmark import median_seconds
-from mpop.trainer import peak_memory, reset_peak_memory
+from mpop.finetuning.trainer import peak_memory, reset_peak_memory
 
 BATCH, LENGTH, REPEATS = 32, 64, 20
 

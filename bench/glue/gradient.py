@@ -1,6 +1,6 @@
 """How much of a fine-tuning gradient each way to train few numbers can follow.
 
-`python -m bench.gradient_table --output O`. A dense encoder is fine-tuned for a few steps, so that
+`python -m bench.glue.gradient --output O`. A dense encoder is fine-tuned for a few steps, so that
 its head means something; then the mean gradient of the loss over other training rows is taken for
 every linear layer. What a method follows at first is the gradient's projection on the directions in
 which its trained tensors can move W: of light fine-tuning those of the auxiliary tensors, of LoRA
@@ -23,15 +23,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from bench.encoder import say, table
-from bench.methods import light_parameters, matched_lora
+from bench.glue.encoder import say, table
+from bench.glue.methods import light_parameters, matched_lora
 from mpo_kernels import MPOShape, decompose
-from mpo_kernels.cores import merge_cores
-from mpop.config import MatrixConfig
-from mpop.finetune import Collator, encoded, finetune, fitting, load_data
-from mpop.glue import get_task
-from mpop.modules import module_at
-from mpop.pretrained import load_for_training, load_tokenizer
+from mpo_kernels.cores.chain import merge_cores
+from mpop.checkpoints.opening import load_tokenizer
+from mpop.data.glue import get_task
+from mpop.finetuning.classifier import load_for_training
+from mpop.finetuning.rows import encoded, fitting, load_data
+from mpop.finetuning.task import finetune
+from mpop.finetuning.trainer import Collator
+from mpop.models.config import MatrixConfig
+from mpop.models.matrices import module_at
 
 _BATCH = 32
 

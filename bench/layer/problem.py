@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.measure import Memory, peak_bytes, saved_bytes
-from bench.ways import Way, dense_weight
+from bench.layer.measure import Memory, peak_bytes, saved_bytes
+from bench.layer.ways import Way, dense_weight
 from mpo_kernels import MPOLinear, MPOShape
 
 # Relative Frobenius error against fp64 above which a way is wrong.

@@ -1,0 +1,1 @@
+"""The method on a real encoder: the table on GLUE, what cutting costs, what gradients need."""
