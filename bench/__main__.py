@@ -8,23 +8,25 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from bench import facts
 from bench.layer import cases, goals, report
 from bench.layer.measure import measure_roofline
 from bench.layer.problem import Problem
-from bench.layer.run import Record, Settings, expected_seconds, run_point
-from bench.layer.ways import WAYS
+from bench.layer.run import Record, Settings, run_point
+from bench.layer.ways import ALL_WAYS, SERVING
 from bench.results import Results
 
 THREADS = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Seconds of samples a way, and in --quick.
-BUDGET, QUICK_BUDGET = 0.3, 0.05
+BUDGET, QUICK_BUDGET, STACK_BUDGET = 0.3, 0.05, 0.01
+# When decoding, layers one after the other, and what is held beside ours by each back end.
+LAYERS, SERVED_BESIDE = 8, ("ours", "dense", "lowrank")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -39,7 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=(), metavar="IxJ")
     parser.add_argument("--factorisations", nargs="+", default=(), metavar="NAME")
     parser.add_argument("--rows", nargs="+", type=int, default=(), metavar="N")
-    parser.add_argument("--ways", nargs="+", default=(), choices=list(WAYS), metavar="NAME")
+    parser.add_argument("--ways", nargs="+", default=(), choices=list(ALL_WAYS), metavar="NAME")
     parser.add_argument("--passes", nargs="+", default=cases.PASSES, choices=cases.PASSES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
@@ -52,6 +54,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="short samples; with nothing named, a few cases within a minute",
     )
+    parser.add_argument(
+        "--decoding",
+        action="store_true",
+        help=f"few rows, in a stack of {LAYERS} layers, every back end and bytes too",
+    )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("expected a CUDA device for --device cuda, found none")
@@ -62,7 +69,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             options.shapes,
             options.factorisations,
             options.rows,
-            cases.QUICK
+            cases.DECODING
+            if options.decoding
+            else cases.QUICK
             if options.quick
             else cases.GPU
             if options.device == "cuda"
@@ -81,11 +90,12 @@ def main(arguments: Sequence[str]) -> int:
     settings = Settings(
         device=device,
         dtype=dtype,
-        ways=tuple(options.ways),
-        budget=QUICK_BUDGET if options.quick else BUDGET,
+        ways=tuple(options.ways) or ((*SERVED_BESIDE, *SERVING) if options.decoding else ()),
+        budget=STACK_BUDGET if options.decoding else QUICK_BUDGET if options.quick else BUDGET,
+        layers=LAYERS if options.decoding else 1,
         roofline=roofline,
         # On a GPU the graphs of all ways live at once, each with its memory.
-        memory_cap=facts.memory_bytes(device) // (len(WAYS) if options.device == "cuda" else 2),
+        memory_cap=facts.memory_bytes(device) // (len(ALL_WAYS) if options.device == "cuda" else 2),
     )
     conditions = {
         "machine": facts.machine(device),
@@ -113,34 +123,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(points: Sequence[cases.Point], settings: Settings, results: Results, limit: float) -> None:
-    """Measure the points that ``results`` lacks, saying how far it is and how long it will take."""
-    left = {
-        (case, name): expected_seconds(case, name, settings)
-        for case, name in points
-        if not results.has(case.name, name)
-    }
-    start, total, count = time.perf_counter(), sum(left.values()), len(left)
-    print(f"{count} points, about {_clock(total)}", file=sys.stderr)
-    for case, of_case in groupby(list(left), key=lambda point: point[0]):
-        problem = Problem(case.shape, case.rows, settings.device, settings.dtype)
-        for point in of_case:
-            if time.perf_counter() - start > limit:
-                print(f"{len(left)} points left: out of time", file=sys.stderr)
-                return
-            record = run_point(*point, problem, settings)
-            results.add(record)
-            del left[point]
-            gone, rest = time.perf_counter() - start, sum(left.values())
-            print(
-                f"[{count - len(left)}/{count}] {_clock(gone)} gone, "
-                f"{_clock(gone * rest / (total - rest))} left: "
-                f"{case.name} {point[1]}: {_summary(record)}",
-                file=sys.stderr,
-            )
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    """Measure the points that ``results`` lacks."""
+    left = [point for point in points if not results.has(point[0].name, point[1])]
+    end, problem = time.monotonic() + limit, None
+    for number, (case, name) in enumerate(progress := tqdm(left, "points")):
+        if time.monotonic() > end:
+            progress.write(f"{len(left) - number} points left: out of time", file=sys.stderr)
+            return
+        if number == 0 or left[number - 1][0] != case:
+            problem = Problem(case.shape, case.rows, settings.device, settings.dtype)
+        assert problem is not None
+        record = run_point(case, name, problem, settings)
+        results.add(record)
+        progress.write(f"{case.name} {name}: {_summary(record)}", file=sys.stderr)
 
 
 def _summary(record: Record) -> str:

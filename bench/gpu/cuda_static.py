@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.static import RESULTS, cuobjdump, finish
+from bench.gpu.static import RESULTS, cuobjdump, finish, regressions
 
 REPORT = RESULTS / "cuda_static.json"
 ELEMENTS = {"7Float16": "float16", "8BFloat16": "bfloat16"}
@@ -79,21 +79,14 @@ def faults(found: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def regressions(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def regressed(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs from the committed report for the worse."""
-    worse = []
-    for architecture, rows in committed["architectures"].items():
-        for name, before in rows.items():
-            row = now["architectures"].get(architecture, {}).get(name)
-            if row is None:
-                worse.append(f"{architecture} {name}: not in the library")
-            elif row["registers"] > before["registers"]:
-                worse.append(
-                    f"{architecture} {name}: registers {before['registers']} -> {row['registers']}"
-                )
+    worse = [
+        f"no code for {name}" for name in committed["architectures"].keys() - now["architectures"]
+    ]
     if now["ptx"] != committed["ptx"]:
         worse.append(f"PTX for {now['ptx']}, expected {committed['ptx']}")
-    return worse
+    return worse + regressions(committed, now, ("registers",), ("mma",))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
                 (name,) = (n for n in wheel.namelist() if re.match(r"mpo_kernels/_cuda.*\.so", n))
                 library = Path(wheel.extract(name, folder))
         now = report(library)
-    return finish(REPORT, now, faults(now), regressions if options.check else None)
+    return finish(REPORT, now, faults(now), regressed if options.check else None)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 `gate.json` says what each step gave and on which device, driver, versions, commit and kernel
 sources; `times.json` and `times.md` are the bench's, `decode.json` and `decode.md` its part for few
-rows. Where the checks of triton's or csrc's kernels pass, the package notes that these sources were
-validated (`--accept gate.json` notes it in another checkout of them).
+rows, `decoder.json` is of a decoder block. Where the checks of triton's or csrc's kernels pass, the
+package notes that these sources were validated (`--accept gate.json` notes it in another checkout
+of them).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bench.results import text_of
 from mpo_kernels.backends import validation
 
 # Seconds of each step; the last timing has what is left of the whole.
-BUILD, TESTS, SANITIZER, DECODE, REPORT = 120, 150, 120, 75, 10
+BUILD, TESTS, SANITIZER, DECODER, DECODE, REPORT = 120, 150, 120, 20, 65, 10
 # Kernels are compiled on the host, so as many tests at once as are worth their start.
 WORKERS = min(8, os.cpu_count() or 1)
 # A few kernels of every kind: under the sanitizer a call takes seconds.
@@ -147,20 +148,24 @@ def gate(folder: Path, budget: float) -> int:
     kinds = validated(found)
     for kernels in kinds:
         validation.add(kernels, found["conditions"], found["sources"][kernels])
-    if built:
-        decode = [sys.executable, "-m", "bench.gpu.decode", "--output", str(folder / "decode.json")]
-        minutes = f"{(DECODE - 30) / 60:.2f}"
-        run("decode", [*decode, "--budget-minutes", minutes], DECODE)
+    block = [sys.executable, "-m", "bench.gpu.decoder", "--output"]
+    run("decoder", [*block, str(folder / "decoder.json")], DECODER)
+
+    def measure(name: str, limit: float, *options: str) -> None:
+        """Part of the bench, and its report."""
+        file = folder / f"{name}.json"
+        bench = [sys.executable, "-m", "bench", "--device", "cuda", "--dtype", "bfloat16"]
+        bench += ["--budget-minutes", f"{(limit - 20) / 60:.2f}", "--output", str(file), *options]
+        run(name, bench, limit)
+        if file.exists():
+            report = [sys.executable, "-m", "bench.layer.report", str(file), "--every-way"]
+            report += ["--output", str(file.with_suffix(".md"))]
+            run(f"{name}_report", report, REPORT)
+
+    measure("decode", DECODE, "--decoding")
     left = budget - REPORT - (time.monotonic() - start)
-    times = folder / "times.json"
-    bench = [sys.executable, "-m", "bench", "--device", "cuda", "--dtype", "bfloat16"]
-    bench += ["--budget-minutes", f"{(left - 20) / 60:.2f}", "--output", str(times)]
     # Compiling a way takes longer than timing all others.
-    bench += ["--ways", *(name for name in WAYS if name != "compiled")]
-    run("times", bench, left)
-    if times.exists():
-        report = [sys.executable, "-m", "bench.layer.report", str(times), "--output"]
-        run("report", [*report, str(folder / "times.md")], REPORT)
+    measure("times", left, "--ways", *(name for name in WAYS if name != "compiled"))
     for name, result in found["steps"].items():
         print(f"{name:<15} {result['status']:<12} {result['seconds']:>6} s  {result['last'][-1:]}")
     print(f"kernels on {found['conditions']['device']}: validated {', '.join(kinds) or 'none'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,35 @@ def cuobjdump(binary: str | Path, *flags: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     done = subprocess.run([tool, *flags, binary], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+def regressions(
+    committed: dict[str, Any], now: dict[str, Any], limits: Sequence[str], kinds: Sequence[str]
+) -> list[str]:
+    """A line for each kernel that is new or gone, takes more of a limit, or lacks a kind.
+
+    Args:
+        committed, now: reports, ``{"architectures": {name: {kernel: {figure: count}}}}``.
+        limits: figures that must not grow.
+        kinds: figures that must not vanish.
+    """
+    worse = []
+    for name, rows in now["architectures"].items():
+        before = committed["architectures"].get(name, {})
+        worse += [f"{name} {kernel}: not in both" for kernel in sorted(rows.keys() ^ before.keys())]
+        for kernel in sorted(rows.keys() & before.keys()):
+            old, new = before[kernel], rows[kernel]
+            worse += [
+                f"{name} {kernel}: {field} {old[field]} -> {new[field]}"
+                for field in limits
+                if new[field] > old[field]
+            ]
+            worse += [
+                f"{name} {kernel}: no {kind} any more"
+                for kind in kinds
+                if old.get(kind) and not new.get(kind)
+            ]
+    return worse
 
 
 def finish(

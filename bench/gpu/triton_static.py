@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.gpu.static import RESULTS, cuobjdump, finish
+from bench.gpu.static import RESULTS, cuobjdump, finish, regressions
 from mpo_kernels.backends.triton.chain import chain_kernel
 from mpo_kernels.backends.triton.chain_backward import chain_gradient_kernel
 from mpo_kernels.backends.triton.gather import gather_gradient_kernel, gather_kernel
@@ -221,21 +221,10 @@ def report(architectures: list[str]) -> tuple[dict[str, Any], list[str]]:
     return {"triton": triton.__version__, "architectures": rows}, wrong
 
 
-def regressions(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each figure that got worse since the committed report, by the same compiler."""
-    worse = []
-    for name, rows in now["architectures"].items():
-        for case, found in rows.items():
-            before = committed["architectures"].get(name, {}).get(case)
-            if before is None:
-                worse.append(f"{name} {case}: not in the committed report")
-                continue
-            for field in ("registers", "spilled", "shared"):
-                if found[field] > before[field] and committed["triton"] == now["triton"]:
-                    worse.append(f"{name} {case}: {field} {before[field]} -> {found[field]}")
-            lost = {"wgmma", "tcgen05", "mma", "mfma"} & (before.keys() - found.keys())
-            worse += [f"{name} {case}: no {kind} any more" for kind in sorted(lost)]
-    return worse
+def regressed(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What got worse since the committed report; by another compiler, what lacks instructions."""
+    limits = ("registers", "spilled", "shared") if committed["triton"] == now["triton"] else ()
+    return regressions(committed, now, limits, ("mfma", "mma", "tcgen05", "wgmma"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.check and json.loads(REPORT.read_text(encoding="utf-8"))["triton"] != now["triton"]:
         # Tiles are chosen for one compiler; another must build the same instructions.
         wrong = [line for line in wrong if " spills " not in line]
-    return finish(REPORT, now, wrong, regressions if options.check else None)
+    return finish(REPORT, now, wrong, regressed if options.check else None)
 
 
 if __name__ == "__main__":

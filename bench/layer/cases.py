@@ -109,11 +109,6 @@ class Case:
     def shape(self) -> MPOShape:
         return FACTORISATIONS[self.factorisation](*SHAPES[self.size])
 
-    @property
-    def dense_macs(self) -> int:
-        ins, outs = SHAPES[self.size]
-        return self.rows * ins * outs
-
 
 # A case, and one of PASSES.
 Point = tuple[Case, str]
@@ -171,6 +166,14 @@ GPU = (
         ("forward",),
     ),
     Block(("768x768", "3072x768"), ("n5-half", "n2-d16"), (16, 4096), PASSES),
+)
+
+# Few rows: every kind of two factors, what is asked first first.
+DECODING = tuple(
+    Block((size,), [f"{kind}-{times}x" for kind in TWO_FACTORS], (rows,), ("forward",))
+    for rows in (1, 16, 2, 4, 8)
+    for size in ("4096x4096", "4096x14336", "768x3072", "8192x28672")
+    for times in COMPRESSIONS
 )
 
 # Compiling takes seconds a graph, and a graph a pass: it is measured at these alone.

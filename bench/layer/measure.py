@@ -41,6 +41,11 @@ class Timing:
     repeats: int
     captured: bool | None = None
 
+    def divided(self, by: int) -> Timing:
+        """Of one of so many alike."""
+        parts = {name: getattr(self, name) / by for name in ("median_us", "q1_us", "q3_us")}
+        return replace(self, **parts)
+
 
 def interleave(
     calls: Mapping[Key, Callable[[], Any]],
@@ -218,19 +223,23 @@ class Roofline:
         bytes_per_second: of a copy past every cache, read and write counted.
         gemm_size: rows and columns of that GEMM's matrices.
         copy_bytes: size of what was copied.
+        least_us: what a kernel with next to nothing to do takes in a captured stack.
     """
 
     macs_per_second: float
     bytes_per_second: float
     gemm_size: int
     copy_bytes: int
+    least_us: float = 0.0
 
     def floor_us(self, macs: int, moved: int) -> float:
         """Microseconds below which no call of these multiply-adds and bytes can be."""
-        return 1e6 * max(macs / self.macs_per_second, moved / self.bytes_per_second)
+        seconds = max(macs / self.macs_per_second, moved / self.bytes_per_second)
+        return max(1e6 * seconds, self.least_us)
 
 
 def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
     """Takes about two seconds on two cores."""
     size, nbytes = (2048, 2**28) if device.type == "cpu" else (8192, 2**30)
-    return Roofline(gemm_rate(device, dtype, size), copy_rate(device, nbytes), size, nbytes)
+    rates, least = (gemm_rate(device, dtype, size), copy_rate(device, nbytes)), 1.5
+    return Roofline(*rates, size, nbytes, least if device.type == "cuda" else 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -41,6 +42,12 @@ class Problem:
         self.bias = layer.bias.detach().to(device, dtype)
         self.x = torch.randn(rows, shape.in_features).to(device, dtype)
         self.dy = torch.randn(rows, shape.out_features).to(device, dtype)
+
+    def twin(self) -> Problem:
+        """The same with cores of its own, as another layer of a model has."""
+        other = copy.copy(self)
+        other.cores = [core.clone() for core in self.cores]
+        return other
 
     @cached_property
     def _checked(self) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.layer import goals
-from bench.layer.ways import OTHER_MPO_WAYS, WAYS
+from bench.layer.ways import ALL_WAYS, OTHER_MPO_WAYS
 from bench.results import load
 
 Record = dict[str, Any]
@@ -115,11 +115,11 @@ def size_table(records: Sequence[Record]) -> str:
 
 def every_way_table(records: Sequence[Record]) -> str:
     """Milliseconds of every way at every point."""
-    lines = []
+    lines, ways = [], [way for way in ALL_WAYS if any(way in r["ways"] for r in records)]
     for record in records:
-        times = (_number(goals.time_of(record, way), 1e-3) for way in WAYS)
+        times = (_number(goals.time_of(record, way), 1e-3) for way in ways)
         lines.append((_place(record), *times, _number(record["floor_us"], 1e-3)))
-    return table(("milliseconds", *WAYS, "floor"), lines)
+    return table(("milliseconds", *ways, "floor"), lines)
 
 
 def worst_table(records: Sequence[Record], others: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from bench.layer.cases import COMPILED, Case
-from bench.layer.measure import MAX_REPEATS, SAMPLE_SECONDS, Roofline, host_microseconds, interleave
+from bench.layer.measure import Roofline, host_microseconds, interleave
 from bench.layer.problem import TOLERANCE, Problem, Step
-from bench.layer.ways import WAYS, Way, estimate
+from bench.layer.ways import ALL_WAYS, WAYS, Way, estimate
 from mpo_kernels import Plan, backends
 from mpo_kernels.planning.plan import Gradients
 
@@ -36,9 +36,12 @@ class Settings:
     """What holds for a whole run.
 
     Attributes:
-        ways: names of :data:`WAYS`; empty for all, with ``compiled`` where the registry says.
+        ways: names of :data:`ALL_WAYS`; empty for :data:`WAYS`, with ``compiled`` where the
+            registry says.
         budget: seconds of samples a way, where three calls do not take longer.
         memory_cap: bytes beyond which a way is skipped.
+        layers: one after the other, each with cores of its own, which are read for the first time;
+            what is timed is divided by so many. Of more than one the planner is not checked.
     """
 
     device: torch.device
@@ -47,11 +50,12 @@ class Settings:
     budget: float
     roofline: Roofline
     memory_cap: int
+    layers: int = 1
 
     def ways_of(self, case: Case) -> list[Way]:
         compiled = (case.size, case.factorisation) in COMPILED
         names = self.ways or [n for n in WAYS if n != "compiled" or compiled]
-        return [WAYS[name] for name in names]
+        return [ALL_WAYS[name] for name in names]
 
 
 def run_point(case: Case, name: str, problem: Problem, settings: Settings) -> Record:
@@ -59,7 +63,7 @@ def run_point(case: Case, name: str, problem: Problem, settings: Settings) -> Re
     shape, training = problem.shape, name != "forward"
     slow = _slow_seconds(problem, training, settings)
     ways: dict[str, Record] = {}
-    calls: dict[str, Callable[[], Any]] = {}
+    stacks: dict[str, list[Step]] = {}
     for way in settings.ways_of(case):
         if reason := _too_much(way, problem, training, slow, settings):
             ways[way.name] = {"status": "skipped", "reason": reason}
@@ -73,11 +77,13 @@ def run_point(case: Case, name: str, problem: Problem, settings: Settings) -> Re
             ways[way.name] = {"status": "failed", "reason": words[:160]}
             continue
         if ways[way.name]["status"] == "ok":
-            calls[way.name] = step
+            more = (Step(way, problem.twin(), name) for _ in range(settings.layers - 1))
+            stacks[way.name] = [step, *more]
+    calls = {way_name: partial(_in_turn, steps) for way_name, steps in stacks.items()}
     for way_name, timing in interleave(calls, settings.budget, settings.device).items():
-        ways[way_name] |= asdict(timing)
+        ways[way_name] |= asdict(timing.divided(settings.layers))
         if settings.device.type == "cuda":
-            host = host_microseconds(calls[way_name], settings.device)
+            host = host_microseconds(stacks[way_name][0], settings.device)
             ways[way_name]["host_us"] = round(host, 2)
     record: Record = {
         "case": case.name,
@@ -85,6 +91,7 @@ def run_point(case: Case, name: str, problem: Problem, settings: Settings) -> Re
         "factorisation": case.factorisation,
         "rows": case.rows,
         "pass": name,
+        "layers": settings.layers,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "shape": shape.to_dict(),
         "parameters": shape.num_parameters,
@@ -94,9 +101,14 @@ def run_point(case: Case, name: str, problem: Problem, settings: Settings) -> Re
     plans = _plans(problem, name)
     record |= _floors(problem, plans, name, settings.roofline)
     record["plan"] = {kind: _described(plan) for kind, plan in plans.items()}
-    if "ours" in calls:
+    if "ours" in calls and settings.layers == 1:
         record["planner"] = _planner_check(problem, plans, name, settings)
     return record
+
+
+def _in_turn(steps: Sequence[Step]) -> None:
+    for step in steps:
+        step()
 
 
 def _slow_seconds(problem: Problem, training: bool, settings: Settings) -> float:
@@ -131,7 +143,8 @@ def _prepared(step: Step, slow: float) -> Record:
     seconds = time.perf_counter() - start
     record |= {"error": error, **{f"{k}_bytes": v for k, v in asdict(memory).items()}}
     # Not error > …: a NaN is wrong too.
-    if error is not None and not error <= TOLERANCE[step.problem.dtype]:
+    bound = max(TOLERANCE[step.problem.dtype], step.way.tolerance)
+    if error is not None and not error <= bound:
         return record | {"status": "wrong", "reason": f"relative error {error:.0e}"}
     if step.way.path and seconds > slow:
         return record | {"status": "skipped", "reason": f"took {seconds:.1f} s in its first call"}
@@ -241,19 +254,3 @@ def _planner_check(
             for i, plan in enumerate(near)
         ],
     }
-
-
-def expected_seconds(case: Case, name: str, settings: Settings) -> float:
-    """A guess at what :func:`run_point` takes, from the estimates of its ways."""
-    shape, training, itemsize = case.shape, name != "forward", settings.dtype.itemsize
-    total = 0.0
-    for way in settings.ways_of(case):
-        needs = estimate(way, shape, case.rows, itemsize, training)
-        # Intermediates are written, read and, as often as not, permuted.
-        call = 1.5e-6 * settings.roofline.floor_us(needs.macs, 4 * needs.bytes)
-        samples = max(3 * call, min(settings.budget, MAX_REPEATS * max(call, SAMPLE_SECONDS)))
-        # The planner's check times several plans of about dense's cost.
-        steps = 2 + FINALISTS if way.name == "dense" else 1
-        if way.path is None or call < SLOW_SECONDS:
-            total += steps * (0.03 + 2 * call + samples) + 5.0 * (way.name == "compiled")
-    return total

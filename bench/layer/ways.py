@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpo_kernels import MPOLinear, MPOShape
+from mpo_kernels import MPOLinear, MPOShape, Plan, backends, use_backend
 
 Path = list[tuple[int, ...]] | str
 
@@ -141,11 +141,37 @@ class Tltorch(_Layer):
         return self.layer(x.flatten(1))
 
 
-def _ours(cores: Sequence[Tensor], bias: Tensor, shape: MPOShape) -> nn.Module:
+def _ours(cores: Sequence[Tensor], bias: Tensor, shape: MPOShape) -> MPOLinear:
     layer = MPOLinear(shape.in_features, shape.out_features, shape, device="meta")
     layer.cores = nn.ParameterList(nn.Parameter(core) for core in cores)
     layer.bias = nn.Parameter(bias)
     return layer
+
+
+class OfBackend(nn.Module):
+    """Ours by one back end; by the cuda one always with its own kernel."""
+
+    def __init__(self, name: str, cores: Sequence[Tensor], bias: Tensor, shape: MPOShape) -> None:
+        super().__init__()
+        self.layer, self.algorithm = _ours(cores, bias, shape), "decode" * (name == "cuda")
+        with use_backend(name):
+            self.backend = backends.selected(bias)
+        self.plans: dict[int, Plan] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, rows = self.layer, x.shape[0]
+        cores, sizes = list(layer.cores), (layer.in_features, layer.out_features)
+        if rows not in self.plans:
+            plan = self.backend.plan_for(rows, x.dtype, x.device, cores, None, sizes)
+            own = (p for p in plan.candidates if p.algorithm == (self.algorithm or p.algorithm))
+            self.plans[rows] = next(own, plan)
+        return self.backend.linear(x, cores, layer.bias, sizes[1], self.plans[rows])
+
+
+def _in_bytes(
+    dtype: torch.dtype, cores: Sequence[Tensor], bias: Tensor, shape: MPOShape
+) -> nn.Module:
+    return _ours(cores, bias, shape).quantized(dtype)
 
 
 def _dense(cores: Sequence[Tensor], bias: Tensor, shape: MPOShape) -> nn.Module:
@@ -191,6 +217,7 @@ class Way:
         is_mpo: works from the cores, so that their centre can be frozen.
         same_matrix: computes the cores' matrix; else it is compared by time only.
         core_dims: where it holds the dimensions of a core.
+        tolerance: relative error that it may have, where that is more than the dtype's.
     """
 
     name: str
@@ -199,6 +226,7 @@ class Way:
     is_mpo: bool = True
     same_matrix: bool = True
     core_dims: tuple[int, ...] = (0, 1, 2, 3)
+    tolerance: float = 0.0
 
 
 WAYS: dict[str, Way] = {
@@ -214,6 +242,19 @@ WAYS: dict[str, Way] = {
         Way("lowrank", _low_rank, is_mpo=False, same_matrix=False),
     )
 }
+
+# Ours by one back end, whatever the planner would take, and for serving: for decoding alone.
+SERVING: dict[str, Way] = {
+    way.name: way
+    for way in (
+        *(Way(name, partial(OfBackend, name)) for name in ("torch", "triton", "cuda")),
+        *(
+            Way(str(dtype).removeprefix("torch."), partial(_in_bytes, dtype), tolerance=error)
+            for dtype, error in ((torch.int8, 5e-2), (torch.float8_e4m3fn, 1e-1))
+        ),
+    )
+}
+ALL_WAYS = WAYS | SERVING
 
 # What ours is held against: the ways that compute the same layer from the same cores.
 OTHER_MPO_WAYS = tuple(name for name, way in WAYS.items() if way.is_mpo and name != "ours")

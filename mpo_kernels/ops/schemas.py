@@ -40,6 +40,7 @@ def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: i
 
 
 def computed(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+    """The operator ``linear`` after its checks of dtype and device."""
     backend = backends.selected(x)
     if x.dim() == 2:
         return backend.linear(x, cores, bias, out_features)

@@ -47,7 +47,7 @@ def test_a_regression_is_seen() -> None:
 
     def worse(triton: str = "3.7.1", **changed: int) -> list[str]:
         now = {k: v for k, v in {**row, **changed}.items() if v != -1}
-        return triton_static.regressions(
+        return triton_static.regressed(
             committed, {"triton": triton, "architectures": {"sm_90": {"chain": now}}}
         )
 

@@ -70,20 +70,13 @@ class CudaBackend(TorchBackend):
         layouts = layouts_of(cores)
         return _plan(layouts, features, rows, dtype, device, device_figures(device, dtype))
 
-    def linear(
-        self,
-        x: Tensor,
-        cores: Sequence[Tensor],
-        bias: Tensor | None,
-        out_features: int,
-        plan: Plan | None = None,
+    def contract(
+        self, plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, out_features: int
     ) -> Tensor:
-        rows, features = x.shape[0], (x.shape[1], out_features)
-        plan = plan or self.plan_for(rows, x.dtype, x.device, cores, None, features)
         if plan.algorithm != "decode":
-            return rest_of(x.device, x.dtype).linear(x, cores, bias, out_features, plan)
-        if plan.rows != rows:
-            raise ValueError(f"expected the {plan.rows} rows of the plan, got {rows}")
+            return rest_of(x.device, x.dtype).contract(plan, x, cores, bias, out_features)
+        if plan.rows != x.shape[0]:
+            raise ValueError(f"expected the {plan.rows} rows of the plan, got {x.shape[0]}")
         parts = cores
         if len(plan.split) + 1 < len(cores):
             # As the schedule takes them to lie; a core that is a part by itself stays as it is.
@@ -115,15 +108,10 @@ class CudaBackend(TorchBackend):
         rest = rest_of(x.device, x.dtype)
         return rest.quantized_linear(x, cores, scales, bias, out_features)
 
-    def linear_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        cores: Sequence[Tensor],
-        gradients: Gradients,
-        plan: Plan | None = None,
+    def contract_backward(
+        self, plan: Plan, grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        return rest_of(x.device, x.dtype).linear_backward(grad, x, cores, gradients, plan)
+        return rest_of(x.device, x.dtype).contract_backward(plan, grad, x, cores, gradients)
 
     def embedding(self, ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
         return rest_of(ids.device, cores[0].dtype).embedding(ids, cores, embedding_dim)

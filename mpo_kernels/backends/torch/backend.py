@@ -52,10 +52,17 @@ class TorchBackend:
         plan: Plan | None = None,
     ) -> Tensor:
         """``y [rows, out_features]`` of ``x [rows, in]``, all of one dtype."""
+        rows, features = x.shape[0], (x.shape[1], out_features)
+        if rows == 0:
+            return x.new_empty(0, out_features)
+        plan = plan or self.plan_for(rows, x.dtype, x.device, cores, None, features)
+        return self.contract(plan, x, cores, bias, out_features)
+
+    def contract(
+        self, plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, out_features: int
+    ) -> Tensor:
+        """:meth:`linear` of at least one row as planned."""
         y = x.new_empty(x.shape[0], out_features)
-        if x.shape[0] == 0:
-            return y
-        plan = plan or self.plan_for(x.shape[0], x.dtype, x.device, cores)
         ALGORITHMS[plan.algorithm].forward(x, cores, bias, y, plan)
         return y
 
@@ -82,13 +89,20 @@ class TorchBackend:
         plan: Plan | None = None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """``dx [rows, in]`` and each core's gradient, ``None`` (not computed) where not asked."""
-        if x.shape[0] == 0:
+        rows, features = x.shape[0], (x.shape[1], grad.shape[1])
+        if rows == 0:
             empty = [
                 torch.zeros_like(core) if need else None
                 for core, need in zip(cores, gradients.cores, strict=True)
             ]
             return (x.new_empty(x.shape) if gradients.x else None), empty
-        plan = plan or self.plan_for(x.shape[0], x.dtype, x.device, cores, gradients)
+        plan = plan or self.plan_for(rows, x.dtype, x.device, cores, gradients, features)
+        return self.contract_backward(plan, grad, x, cores, gradients)
+
+    def contract_backward(
+        self, plan: Plan, grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """:meth:`linear_backward` of at least one row as planned."""
         return ALGORITHMS[plan.algorithm].backward(grad, x, cores, gradients, plan)
 
     def embedding(self, ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:

@@ -45,33 +45,19 @@ class TritonBackend(TorchBackend):
         features = features or features_of(shapes)
         return plan_fused(shapes, features, rows, dtype, figures, limits(device), gradients)
 
-    def linear(
-        self,
-        x: Tensor,
-        cores: Sequence[Tensor],
-        bias: Tensor | None,
-        out_features: int,
-        plan: Plan | None = None,
+    def contract(
+        self, plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, out_features: int
     ) -> Tensor:
-        features = (x.shape[1], out_features)
-        plan = plan or self.plan_for(x.shape[0], x.dtype, x.device, cores, features=features)
-        if not plan.launches or x.shape[0] == 0:
-            return super().linear(x, cores, bias, out_features, plan)
+        if not plan.launches:
+            return super().contract(plan, x, cores, bias, out_features)
         bias = None if bias is None else bias.contiguous()
         return _product(x, *_factors(merge(cores, plan.split)), bias, plan.launches[0])
 
-    def linear_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        cores: Sequence[Tensor],
-        gradients: Gradients,
-        plan: Plan | None = None,
+    def contract_backward(
+        self, plan: Plan, grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        features = (x.shape[1], grad.shape[1])
-        plan = plan or self.plan_for(x.shape[0], x.dtype, x.device, cores, gradients, features)
-        if not plan.launches or x.shape[0] == 0:
-            return super().linear_backward(grad, x, cores, gradients, plan)
+        if not plan.launches:
+            return super().contract_backward(plan, grad, x, cores, gradients)
         left, right = _factors(merge(cores, plan.split))
         dx: Tensor | None = None
         sums: dict[str, Tensor] = {}

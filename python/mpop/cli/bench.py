@@ -23,22 +23,12 @@ def add(commands: Any) -> None:
         metavar="N",
         help="texts at a time (1 8 32)",
     )
-    parser.add_argument(
-        "--length", type=positive_int, default=128, metavar="N", help="tokens a text (128)"
-    )
-    parser.add_argument(
-        "--new-tokens",
-        type=positive_int,
-        default=32,
-        metavar="N",
-        help="tokens to generate, where the model does (32)",
-    )
+    parser.number("--length", 128, "tokens a text")
+    parser.number("--new-tokens", 32, "tokens to generate, where the model does")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights (fp32)"
     )
-    parser.add_argument(
-        "--repeats", type=positive_int, default=10, metavar="N", help="calls timed (10)"
-    )
+    parser.number("--repeats", 10, "calls timed")
     parser.add_argument("--plot", metavar="FILE", help="draw tokens per second")
 
 

@@ -13,9 +13,7 @@ def add(commands: Any) -> None:
     """Its options."""
     parser = command(commands, "compress", "Decompose a model's matrices into MPOs.", run)
     add_output(parser)
-    parser.add_argument(
-        "--num-cores", type=positive_int, default=5, metavar="N", help="tensors a matrix (5)"
-    )
+    parser.number("--num-cores", 5, "tensors a matrix")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--ranks",
@@ -61,19 +59,9 @@ def add(commands: Any) -> None:
         default="parameters",
         help="what --compression counts with --factors auto (parameters)",
     )
-    parser.add_argument(
-        "--rows",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="rows of x that memory and latency are meant for (1)",
-    )
-    parser.add_argument(
-        "--tensor-parallel",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="choose factors that can be dealt to so many devices when serving (1)",
+    parser.number("--rows", 1, "rows of x that memory and latency are meant for")
+    parser.number(
+        "--tensor-parallel", 1, "choose factors that can be dealt to so many devices when serving"
     )
     parser.add_argument(
         "--calibrate",
@@ -81,13 +69,7 @@ def add(commands: Any) -> None:
         metavar="TASK",
         help="fit what the layers' outputs lose on this GLUE task's training rows",
     )
-    parser.add_argument(
-        "--calibration-samples",
-        type=positive_int,
-        default=1500,
-        metavar="N",
-        help="rows to calibrate with (1500)",
-    )
+    parser.number("--calibration-samples", 1500, "rows to calibrate with")
     add_data_dir(parser)
 
 

@@ -11,7 +11,6 @@ from mpop.cli.options import (
     command,
     metrics_table,
     positive_float,
-    positive_int,
 )
 
 
@@ -34,31 +33,23 @@ def add(commands: Any) -> None:
         help="hold the frozen centres of a light run in so many bits while it trains",
     )
     add_training_set(parser)
-    parser.add_argument(
-        "--epochs", type=positive_float, default=3.0, metavar="N", help="passes over the data (3)"
-    )
-    parser.add_argument(
+    parser.number("--epochs", 3.0, "passes over the data", positive_float)
+    parser.number(
         "--learning-rate",
-        type=positive_float,
-        metavar="LR",
-        help="peak rate of all but MPO tensors (5e-5; light 1e-4)",
+        None,
+        "peak rate of all but MPO tensors (5e-5; light 1e-4)",
+        positive_float,
+        "LR",
     )
-    parser.add_argument(
+    parser.number(
         "--mpo-learning-rate",
-        type=positive_float,
-        metavar="LR",
-        help="peak rate of the trained MPO tensors (--learning-rate)",
+        None,
+        "peak rate of the trained MPO tensors (--learning-rate)",
+        positive_float,
+        "LR",
     )
-    parser.add_argument(
-        "--gradient-accumulation-steps",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="batches per optimizer step (1)",
-    )
-    parser.add_argument(
-        "--save-steps", type=positive_int, metavar="N", help="write a checkpoint every N steps"
-    )
+    parser.number("--gradient-accumulation-steps", 1, "batches per optimizer step")
+    parser.number("--save-steps", None, "write a checkpoint every N steps")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the last checkpoint in --output"
     )

@@ -9,70 +9,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def command(commands: Any, name: str, summary: str, run: Callable[..., Any]) -> Parser:
-    """A command of this name that `run` carries out, with the options that every command has."""
-    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-    parser.set_defaults(run=run)
-    parser.add_argument("--model", required=True, metavar="M", help="a hub name or a folder")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object as the last line of stdout, all else to stderr",
-    )
-    return parser
-
-
-def add_output(parser: Parser) -> None:
-    """The folder to write."""
-    parser.add_argument("--output", required=True, metavar="O", help="the folder to write")
-
-
-def add_training_set(parser: Parser) -> None:
-    """Which rows are trained on, and the seed."""
-    parser.add_argument(
-        "--eval-split",
-        choices=("dev", "train-holdout"),
-        default="dev",
-        help="train-holdout: evaluate on training rows held out, to choose settings (dev)",
-    )
-    parser.add_argument(
-        "--max-train-samples", type=positive_int, metavar="N", help="train on a fixed subset"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of head, data order, dropout (0)"
-    )
-
-
-def add_data_dir(parser: Parser) -> None:
-    """Where the data is."""
-    parser.add_argument(
-        "--data-dir",
-        metavar="D",
-        help="a folder of <TASK>/{train,dev}.tsv in GLUE's own layout; without it the hub is used",
-    )
-
-
-def add_data(parser: Parser, precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")) -> None:
-    """The task, its data, and how it is batched."""
-    parser.add_argument("--task", required=True, type=task, help="a GLUE task, e.g. rte or SST-2")
-    add_data_dir(parser)
-    parser.add_argument(
-        "--batch-size", type=positive_int, default=32, metavar="N", help="rows per device (32)"
-    )
-    parser.add_argument(
-        "--max-length", type=positive_int, default=128, metavar="N", help="tokens a row (128)"
-    )
-    parser.add_argument(
-        "--max-eval-samples", type=positive_int, metavar="N", help="evaluate on a fixed subset"
-    )
-    parser.add_argument("--precision", choices=precisions, default="fp32", help="autocast (fp32)")
-
-
 def task(text: str) -> str:
     """The name of a GLUE task."""
     from mpop.data.glue import get_task
@@ -111,6 +47,76 @@ def _finite(text: str) -> float:
         if math.isfinite(value := float(text)):
             return value
     return math.nan
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def number(
+        self,
+        flag: str,
+        default: float | None,
+        help: str,
+        kind: Callable[[str], float] = positive_int,
+        metavar: str = "N",
+    ) -> None:
+        """An option with a positive number, whose default is said."""
+        shown = "" if default is None else f" ({default:g})".replace("e-0", "e-")
+        self.add_argument(flag, type=kind, default=default, metavar=metavar, help=help + shown)
+
+
+def command(commands: Any, name: str, summary: str, run: Callable[..., Any]) -> Parser:
+    """A command of this name that `run` carries out, with the options that every command has."""
+    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("--model", required=True, metavar="M", help="a hub name or a folder")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object as the last line of stdout, all else to stderr",
+    )
+    return parser
+
+
+def add_output(parser: Parser) -> None:
+    """The folder to write."""
+    parser.add_argument("--output", required=True, metavar="O", help="the folder to write")
+
+
+def add_training_set(parser: Parser) -> None:
+    """Which rows are trained on, and the seed."""
+    parser.add_argument(
+        "--eval-split",
+        choices=("dev", "train-holdout"),
+        default="dev",
+        help="train-holdout: evaluate on training rows held out, to choose settings (dev)",
+    )
+    parser.number("--max-train-samples", None, "train on a fixed subset")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of head, data order, dropout (0)"
+    )
+
+
+def add_data_dir(parser: Parser) -> None:
+    """Where the data is."""
+    parser.add_argument(
+        "--data-dir",
+        metavar="D",
+        help="a folder of <TASK>/{train,dev}.tsv in GLUE's own layout; without it the hub is used",
+    )
+
+
+def add_data(parser: Parser, precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")) -> None:
+    """The task, its data, and how it is batched."""
+    parser.add_argument("--task", required=True, type=task, help="a GLUE task, e.g. rte or SST-2")
+    add_data_dir(parser)
+    parser.number("--batch-size", 32, "rows per device")
+    parser.number("--max-length", 128, "tokens a row")
+    parser.number("--max-eval-samples", None, "evaluate on a fixed subset")
+    parser.add_argument("--precision", choices=precisions, default="fp32", help="autocast (fp32)")
 
 
 def metrics_table(result: dict[str, Any]) -> str:

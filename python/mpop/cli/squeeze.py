@@ -6,15 +6,7 @@ import math
 import sys
 from typing import Any
 
-from mpop.cli.options import (
-    add_data,
-    add_output,
-    add_training_set,
-    command,
-    fall,
-    positive_float,
-    positive_int,
-)
+from mpop.cli.options import add_data, add_output, add_training_set, command, fall, positive_float
 
 
 def add(commands: Any) -> None:
@@ -34,37 +26,17 @@ def add(commands: Any) -> None:
         metavar="D",
         help="how far the metric may fall, as a fraction of 1: 0.01 is a point",
     )
-    parser.add_argument(
-        "--max-rounds", type=positive_int, default=50, metavar="N", help="cuts at most (50)"
-    )
-    parser.add_argument(
+    parser.number("--max-rounds", 50, "cuts at most")
+    parser.number(
         "--step",
-        type=positive_float,
-        default=0.05,
-        metavar="F",
-        help="fraction of the cores' parameters that the first round cuts (0.05)",
+        0.05,
+        "fraction of the cores' parameters that the first round cuts",
+        positive_float,
+        "F",
     )
-    parser.add_argument(
-        "--settle-steps",
-        type=positive_int,
-        default=200,
-        metavar="N",
-        help="optimizer steps between two cuts at most (200)",
-    )
-    parser.add_argument(
-        "--window",
-        type=positive_int,
-        default=20,
-        metavar="N",
-        help="steps whose mean loss tells whether it has settled (20)",
-    )
-    parser.add_argument(
-        "--learning-rate",
-        type=positive_float,
-        default=2e-5,
-        metavar="LR",
-        help="constant rate (2e-5)",
-    )
+    parser.number("--settle-steps", 200, "optimizer steps between two cuts at most")
+    parser.number("--window", 20, "steps whose mean loss tells whether it has settled")
+    parser.number("--learning-rate", 2e-05, "constant rate", positive_float, "LR")
     add_training_set(parser)
     parser.add_argument(
         "--calibration-samples",

@@ -65,6 +65,11 @@ def prepared(
         load: the model for the task, `prepare`d after it.
     """
     check_choice("eval_split", eval_split, EVAL_SPLITS)
+    check_positive(
+        max_length=max_length,
+        max_train_samples=max_train_samples,
+        max_eval_samples=max_eval_samples,
+    )
     check_output(output, source)
     glue_task = get_task(task)
     train, evaluation = load_data(

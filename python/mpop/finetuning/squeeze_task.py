@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from mpop.checkpoints.folder import save
 from mpop.checkpoints.opening import is_compressed
 from mpop.finetuning.classifier import load_for_evaluation, trainable
-from mpop.finetuning.rows import check_positive, predict, prepared, subset, unlabelled
+from mpop.finetuning.rows import check_choice, check_positive, predict, prepared, subset, unlabelled
 from mpop.finetuning.settle import Settler
 from mpop.finetuning.squeeze import SqueezeRound, check_bounds, plot_trace, squeeze
 from mpop.finetuning.trainer import Collator, MPOTrainer, runtime_arguments
@@ -74,15 +74,11 @@ def squeeze_on_task(
         window=window,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        max_length=max_length,
-        max_train_samples=max_train_samples,
-        max_eval_samples=max_eval_samples,
     )
     check_bounds(max_drop, step, max_rounds)
     if calibration_samples < 0:
         raise ValueError(f"calibration_samples: expected at least 0, got {calibration_samples}")
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision: expected fp32 or bf16, got {precision!r}")
+    check_choice("precision", precision, ("fp32", "bf16"))
     if not is_compressed(model_name_or_path):
         raise ValueError(
             f"{model_name_or_path} is dense; fine-tune it with --method light first, then squeeze"

@@ -131,9 +131,6 @@ def finetune(
         learning_rate=learning_rate,
         mpo_learning_rate=mpo_rate,
         gradient_accumulation_steps=gradient_accumulation_steps,
-        max_length=max_length,
-        max_train_samples=max_train_samples,
-        max_eval_samples=max_eval_samples,
         save_steps=save_steps,
     )
     if centre_bits is not None and method != "light":

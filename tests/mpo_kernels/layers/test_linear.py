@@ -15,13 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpo_kernels import MPOLinear, MPOShape, mpo_linear
 from mpo_kernels.backends.torch.backend import TorchBackend
 from mpo_kernels.planning.plan import Gradients
-from mpo_kernels.testing import (
-    ODD_SHAPES,
-    dense_linear,
-    random_cores,
-    relative_error,
-    tolerance,
-)
+from mpo_kernels.testing import ODD_SHAPES, dense_linear, random_cores, relative_error, tolerance
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
