@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
 import time
 from collections.abc import Sequence
@@ -97,17 +96,13 @@ def main(arguments: Sequence[str]) -> int:
         # On a GPU the graphs of all ways live at once, each with its memory.
         memory_cap=facts.memory_bytes(device) // (len(ALL_WAYS) if options.device == "cuda" else 2),
     )
-    conditions = {
-        "machine": facts.machine(device),
-        "versions": facts.versions(),
-        "git": facts.commit(),
-        "device": options.device,
-        "dtype": options.dtype,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": facts.command("bench", arguments),
-        "budget_seconds": settings.budget,
-        "roofline": asdict(roofline),
-    }
+    conditions = facts.conditions(
+        *("bench", arguments, device),
+        device=options.device,
+        dtype=options.dtype,
+        budget_seconds=settings.budget,
+        roofline=asdict(roofline),
+    )
     try:
         results = Results(options.output, conditions, options.resume)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import shlex
@@ -77,6 +78,20 @@ def command(module: str, arguments: Sequence[str]) -> str:
     """What was typed; of absolute paths only the last part is kept."""
     kept = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
     return shlex.join(["python", "-m", module, *kept])
+
+
+def conditions(
+    module: str, arguments: Sequence[str], device: torch.device, *packages: str, **more: Any
+) -> dict[str, Any]:
+    """What a figure names: command, machine, versions (of ``packages`` too), commit, and more."""
+    return {
+        "command": command(module, arguments),
+        **more,
+        "machine": machine(device),
+        "versions": versions() | {name: metadata.version(name) for name in packages},
+        "git": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def commit() -> dict[str, Any]:

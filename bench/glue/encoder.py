@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +51,15 @@ def table(
     named = Path(options.model).name if options.model else "all-MiniLM-L6-v2"
     options.model = options.model or str(default_model())
     found = measure(options)
-    conditions = {
-        "command": facts.command(f"bench.glue.{name}", argv),
-        "model": named,
-        **{option: getattr(options, option) for option in settings},
-        "machine": facts.machine(torch.device("cpu")),
-        "versions": facts.versions() | {"transformers": metadata.version("transformers")},
-        **facts.commit(),
-    }
-    versions, commit = conditions["versions"], (conditions["commit"] or "none")[:12]
+    settled = {option: getattr(options, option) for option in settings}
+    conditions = facts.conditions(
+        *(f"bench.glue.{name}", argv, torch.device("cpu"), "transformers"), model=named, **settled
+    )
+    versions, git = conditions["versions"], conditions["git"]
     lines = [
         *markdown(found, conditions),
-        f"torch {versions['torch']}, transformers {versions['transformers']}; commit {commit}"
-        f"{' with changes' * conditions['dirty']}.",
+        f"torch {versions['torch']}, transformers {versions['transformers']}; commit "
+        f"{(git['commit'] or 'none')[:12]}{' with changes' * git['dirty']}.",
         "",
         f"`{conditions['command']}`",
     ]

@@ -147,10 +147,7 @@ METHODS = {
     "full": Method("MPOP_full: full rank, every tensor trained"),
     "light": Method("MPOP_full+LFA: full rank, centres frozen", "light"),
     "light-encoder": Method(
-        "the same with the embeddings dense and frozen",
-        "light",
-        _exact,
-        prepare=_frozen_embeddings,
+        "the same with the embeddings dense and frozen", "light", _exact, prepare=_frozen_embeddings
     ),
     "lora": Method("LoRA on the same matrices, as many trained", "dense", prepare=_lora),
     "biases": Method("only biases and head trained", "dense", prepare=_biases),

@@ -135,7 +135,8 @@ def caption(
     """Under which conditions all of it was measured."""
     versions = conditions["versions"]
     timed = {f"{row['threads']} threads of {row['machine']}": None for row in times.values()}
-    commit = (conditions["commit"] or "none")[:12] + (" with changes" * conditions["dirty"])
+    git = conditions["git"]
+    commit = (git["commit"] or "none")[:12] + (" with changes" * git["dirty"])
     sizes = []
     for task, rows in by_task.items():
         row = rows[0]

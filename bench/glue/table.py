@@ -19,10 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from math import isinf
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench import facts
 from bench.glue.methods import METHODS
@@ -316,20 +317,18 @@ def summary(run: Run, seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 
 def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """What the figures hold for."""
-    names = ("transformers", "accelerate", "datasets", "peft")
-    return {
-        "command": facts.command("bench.glue.table", argv),
-        "model": options.model_name,
-        "seeds": options.seeds,
-        "grid_tasks": {task: options.grid_tasks[task] for task in options.tasks},
-        "grid_train_samples": options.grid_train_samples,
-        "batch_size": options.batch_size,
-        "max_length": options.max_length,
-        "precision": options.precision,
-        "versions": facts.versions() | {name: metadata.version(name) for name in names},
-        **facts.commit(),
-    }
+    """What the figures hold for; each run names its own machine."""
+    packages = ("transformers", "accelerate", "datasets", "peft")
+    return facts.conditions(
+        *("bench.glue.table", argv, torch.device("cpu"), *packages),
+        model=options.model_name,
+        seeds=options.seeds,
+        grid_tasks={task: options.grid_tasks[task] for task in options.tasks},
+        grid_train_samples=options.grid_train_samples,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        precision=options.precision,
+    )
 
 
 def say(text: str) -> None:

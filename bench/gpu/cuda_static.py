@@ -21,12 +21,7 @@ REPORT = RESULTS / "cuda_static.json"
 ELEMENTS = {"7Float16": "float16", "8BFloat16": "bfloat16"}
 STORED = {"4Same": "same", "6Float8": "float8", "4Int8": "int8"}
 # What a kernel is made of, by the names of instructions.
-KINDS = {
-    "HMMA.16816": "mma",
-    "LDG.E.128": "loads of 128 bits",
-    "LDL": "spills",
-    "STL": "spills",
-}
+KINDS = {"HMMA.16816": "mma", "LDG.E.128": "loads of 128 bits", "LDL": "spills", "STL": "spills"}
 OF_INTEREST = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in KINDS))
 
 

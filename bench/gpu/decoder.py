@@ -140,14 +140,10 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("expected a GPU, found none; --device cpu tries the program")
-    conditions = {
-        "command": facts.command("bench.gpu.decoder", sys.argv[1:] if argv is None else argv),
-        "machine": facts.machine(device),
-        "versions": facts.versions(),
-        "git": facts.commit(),
-        "device": str(device),
-        "dtype": "bfloat16",
-    }
+    given = sys.argv[1:] if argv is None else argv
+    conditions = facts.conditions(
+        "bench.gpu.decoder", given, device, device=str(device), dtype="bfloat16"
+    )
     results = Results(options.output, conditions, resume=False)
     for rows in options.rows:
         results.add(measure(rows, device, *options.sizes, KEYS))

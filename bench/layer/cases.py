@@ -145,10 +145,7 @@ STANDARD = (
     Block(("4096x11008",), ("n2-d64",), (256,), ("forward",)),
 )
 
-QUICK = (
-    Block(("64x64",), ("n2-d16",), (1,)),
-    Block(("768x768",), ("n5-full", "n2-d64"), (1, 256)),
-)
+QUICK = (Block(("64x64",), ("n2-d16",), (1,)), Block(("768x768",), ("n5-full", "n2-d64"), (1, 256)))
 
 # What fits five minutes on a large GPU, in the order of what is asked first.
 GPU_ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)

@@ -16,12 +16,7 @@ from bench.layer.ways import Way, dense_weight
 from mpo_kernels import MPOLinear, MPOShape
 
 # Relative Frobenius error against fp64 above which a way is wrong.
-TOLERANCE = {
-    torch.float64: 1e-11,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Rows that are checked; every row goes through the way.
 _CHECKED_ROWS = 4
 

@@ -191,11 +191,7 @@ def _alternated(
 
 
 def _fit_core(
-    cores: list[Tensor],
-    k: int,
-    state: tuple[Tensor, Tensor],
-    second_moment: Tensor,
-    steps: int,
+    cores: list[Tensor], k: int, state: tuple[Tensor, Tensor], second_moment: Tensor, steps: int
 ) -> float:
     """Least squares for core k with the others as they are; returns the error under S.
 

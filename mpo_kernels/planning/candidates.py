@@ -14,10 +14,9 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
-import torch
-
 from mpo_kernels.planning.figures import DeviceFigures
 from mpo_kernels.planning.plan import (
+    Call,
     CoreShapes,
     Gradients,
     Plan,
@@ -26,40 +25,18 @@ from mpo_kernels.planning.plan import (
     groups,
     merged_parts,
     merged_shape,
-    row_bucket,
 )
 from mpo_kernels.planning.work import Work, folds, merge_work, time_of
 
 
-def plan_linear(
-    core_shapes: Sequence[Sequence[int]],
-    rows: int,
-    dtype: torch.dtype,
-    figures: DeviceFigures,
-    gradients: Gradients | None = None,
-) -> Plan:
-    """The fastest predicted contraction, forward or (with ``gradients``) backward.
-
-    Args:
-        core_shapes: ``[D_k, i_k, j_k, D_{k+1}]`` of each core.
-        rows: product of x's leading dimensions; planned for the next power of two.
-        dtype: what is computed in.
-        figures: of the device.
-        gradients: what the backward pass must form; ``None`` plans the forward pass.
-    """
-    shapes = tuple((d, i, j, r) for d, i, j, r in core_shapes)
-    return _plan(shapes, row_bucket(rows), dtype, figures, gradients)
+def plan_library(call: Call, figures: DeviceFigures) -> Plan:
+    """The fastest predicted contraction by library products, on a device of these figures."""
+    return _plan(call.bucketed, figures)
 
 
 @lru_cache(maxsize=4096)
-def _plan(
-    shapes: CoreShapes,
-    rows: int,
-    dtype: torch.dtype,
-    figures: DeviceFigures,
-    gradients: Gradients | None,
-) -> Plan:
-    candidates = list(_candidates(shapes, rows, dtype.itemsize, figures, gradients))
+def _plan(call: Call, figures: DeviceFigures) -> Plan:
+    candidates = list(_candidates(call, figures))
     # Only a matrix that no split can keep below half of W, such as one column, is formed whole.
     candidates = [plan for plan in candidates if plan.block] or [
         replace(plan, block=1) for plan in candidates
@@ -84,13 +61,8 @@ def chain_steps(parts: CoreShapes, order: str) -> list[Step]:
     return steps
 
 
-def _candidates(
-    shapes: CoreShapes,
-    rows: int,
-    itemsize: int,
-    figures: DeviceFigures,
-    gradients: Gradients | None,
-) -> Iterator[Plan]:
+def _candidates(call: Call, figures: DeviceFigures) -> Iterator[Plan]:
+    shapes, rows, itemsize, gradients = call.shapes, call.rows, call.dtype.itemsize, call.gradients
     n = len(shapes)
     dense = math.prod(s[1] for s in shapes) * math.prod(s[2] for s in shapes)
     x_y_cores = Work(
@@ -121,7 +93,7 @@ def _candidates(
             needs = _part_needs(gradients, split, n)
             for order in ("left", "right"):
                 steps = chain_steps(parts, order)
-                block, work = _chain_work(steps, rows, itemsize, figures, gradients, needs)
+                block, work = _chain_work(steps, call, figures, needs)
                 # What is not read as it lies is transposed once, in short runs.
                 turned = [
                     math.prod(parts[s.part])
@@ -133,7 +105,7 @@ def _candidates(
                     block = 0  # a copy as large as W
                 yield priced("chain", order, split, block, work, steps)
             if len(parts) > 1:
-                block, work = _panels_work(parts, rows, itemsize, figures, gradients, needs)
+                block, work = _panels_work(parts, call, figures, needs)
                 yield priced("panels", "left", split, block, work)
 
 
@@ -144,13 +116,9 @@ def _part_needs(gradients: Gradients | None, split: tuple[int, ...], n: int) -> 
 
 
 def _chain_work(
-    steps: Sequence[Step],
-    rows: int,
-    itemsize: int,
-    figures: DeviceFigures,
-    gradients: Gradients | None,
-    needs: Sequence[bool],
+    steps: Sequence[Step], call: Call, figures: DeviceFigures, needs: Sequence[bool]
 ) -> tuple[int, list[Work]]:
+    rows, itemsize, gradients = call.rows, call.dtype.itemsize, call.gradients
     # x and y are there whatever the block: it is for the states between them.
     states = [s.gives for s in steps[:-1]]
     held = sum(states) if gradients else max(a + b for a, b in pairwise([0, *states, 0]))
@@ -188,13 +156,9 @@ def _chain_work(
 
 
 def _panels_work(
-    parts: CoreShapes,
-    rows: int,
-    itemsize: int,
-    figures: DeviceFigures,
-    gradients: Gradients | None,
-    needs: Sequence[bool],
+    parts: CoreShapes, call: Call, figures: DeviceFigures, needs: Sequence[bool]
 ) -> tuple[int, list[Work]]:
+    rows, itemsize, gradients = call.rows, call.dtype.itemsize, call.gradients
     leading, features = parts[0][2], math.prod(p[1] for p in parts)
     whole = features * math.prod(p[2] for p in parts)
     # Elements of each product for one j of the first part: A_p, A_p · B, …, the panel.

@@ -43,6 +43,30 @@ class Gradients:
 
 
 @dataclass(frozen=True)
+class Call:
+    """What is asked of a contraction: all that a plan depends on but the device.
+
+    Attributes:
+        shapes: ``[D_k, i_k, j_k, D_{k+1}]`` of each core.
+        features: true in and out, which factors may pass.
+        rows: product of x's leading dimensions.
+        dtype: what is computed in.
+        gradients: what a backward pass must form; ``None`` is the forward pass.
+    """
+
+    shapes: tuple[CoreShape, ...]
+    features: tuple[int, int]
+    rows: int
+    dtype: torch.dtype
+    gradients: Gradients | None = None
+
+    @property
+    def bucketed(self) -> Call:
+        """At the power of two of rows that plans are made for."""
+        return replace(self, rows=row_bucket(self.rows))
+
+
+@dataclass(frozen=True)
 class Plan:
     """A contraction for one shape and row bucket, and what was weighed against it.
 
@@ -107,9 +131,9 @@ def row_bucket(rows: int) -> int:
     return 1 << max(rows - 1, 0).bit_length()
 
 
-def shapes_of(cores: Sequence[torch.Tensor]) -> list[CoreShape]:
+def shapes_of(cores: Sequence[torch.Tensor]) -> tuple[CoreShape, ...]:
     """``[D_k, i_k, j_k, D_{k+1}]`` of each core."""
-    return [(d, i, j, r) for d, i, j, r in (core.shape for core in cores)]
+    return tuple([(d, i, j, r) for d, i, j, r in (core.shape for core in cores)])
 
 
 def features_of(shapes: CoreShapes) -> tuple[int, int]:

@@ -32,10 +32,7 @@ if TYPE_CHECKING:
     from mpop.models.config import ModuleSpec
 
 # Few of SGLang's models say which matrices they fuse.
-_FUSED = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-}
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 class Unheld:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
+from saved import edit_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import mpop
@@ -96,20 +95,6 @@ def save(path: Path, name: str, **options: Any) -> hf.PreTrainedModel:
         tokenizer_object=tokenizer, unk_token="w0", pad_token="w0"
     ).save_pretrained(path)
     return mpop.merge(copy.deepcopy(model))
-
-
-def edit_config(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a checkpoint's configuration."""
-    config = json.loads((path / "config.json").read_text())
-    edit(config)
-    (path / "config.json").write_text(json.dumps(config))
-
-
-def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Change a checkpoint's tensors."""
-    tensors = load_file(path / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def newer(path: Path) -> None:

@@ -20,11 +20,11 @@ from mpo_kernels.backends.triton import device as triton_device
 from mpo_kernels.planning.candidates import chain_steps
 from mpo_kernels.planning.figures import DeviceFigures, device_figures
 from mpo_kernels.planning.plan import (
+    Call,
     CoreShape,
     Gradients,
     Plan,
     best_of,
-    features_of,
     groups,
     merged_parts,
     shapes_of,
@@ -53,22 +53,11 @@ class Launch(NamedTuple):
 class CudaBackend(TorchBackend):
     """The decode chain at up to sixteen rows of fp16 or bf16; the rest is left to the others."""
 
-    def plan_for(
-        self,
-        rows: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        cores: Sequence[Tensor],
-        gradients: Gradients | None = None,
-        features: tuple[int, int] | None = None,
-    ) -> Plan:
-        most = extension.load().MAX_ROWS
-        if gradients is not None or not 1 <= rows <= most or dtype not in DTYPES or len(cores) == 1:
-            rest = rest_of(device, dtype)
-            return rest.plan_for(rows, dtype, device, cores, gradients, features)
-        features = features or features_of(shapes_of(cores))
-        layouts = layouts_of(cores)
-        return _plan(layouts, features, rows, dtype, device, device_figures(device, dtype))
+    def plan(self, call: Call, device: torch.device, cores: Sequence[Tensor]) -> Plan:
+        few = 1 <= call.rows <= extension.load().MAX_ROWS and call.dtype in DTYPES
+        if call.gradients is not None or not few or len(cores) == 1:
+            return rest_of(device, call.dtype).plan(call, device, cores)
+        return _plan(call, layouts_of(cores), device, device_figures(device, call.dtype))
 
     def contract(
         self, plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, out_features: int
@@ -99,10 +88,9 @@ class CudaBackend(TorchBackend):
         rows, module = x.shape[0], extension.load()
         parts, features = len(cores), (x.shape[1], out_features)
         if x.dtype in DTYPES and 1 <= rows <= module.MAX_ROWS and 2 <= parts <= module.MAX_PARTS:
-            layouts, figures = layouts_of(cores), device_figures(x.device, x.dtype)
-            chain = quantized_chain(
-                layouts, rows, features, x.dtype, cores[0].dtype, x.device, figures
-            )
+            call = Call(shapes_of(cores), features, rows, x.dtype)
+            figures, stored = device_figures(x.device, x.dtype), cores[0].dtype
+            chain = quantized_chain(call, layouts_of(cores), stored, x.device, figures)
             if chain is not None:
                 return decode(x, cores, scales, bias, out_features, chain)
         rest = rest_of(x.device, x.dtype)
@@ -133,29 +121,18 @@ def rest_of(device: torch.device, dtype: torch.dtype) -> TorchBackend:
 
 @lru_cache(maxsize=4096)
 def _plan(
-    layouts: tuple[Layout, ...],
-    features: tuple[int, int],
-    rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    figures: DeviceFigures,
+    call: Call, layouts: tuple[Layout, ...], device: torch.device, figures: DeviceFigures
 ) -> Plan:
-    sizes = [torch.empty(size, device="meta") for size, _, _ in layouts]
-    others = rest_of(device, dtype).plan_for(rows, dtype, device, sizes, None, features)
-    own = _decode_plans(layouts, features, rows, dtype, extension.limits(device), figures)
+    others = rest_of(device, call.dtype).plan(call, device, ())
+    own = _decode_plans(call, layouts, extension.limits(device), figures)
     return best_of([*others.candidates, *own])
 
 
 def _decode_plans(
-    layouts: tuple[Layout, ...],
-    features: tuple[int, int],
-    rows: int,
-    dtype: torch.dtype,
-    limits: tuple[int, int, int],
-    figures: DeviceFigures,
+    call: Call, layouts: tuple[Layout, ...], limits: tuple[int, int, int], figures: DeviceFigures
 ) -> Iterator[Plan]:
     """A plan for each way to merge the cores into two or three parts, from either end."""
-    shapes: list[CoreShape] = [(d, i, j, r) for (d, i, j, r), _, _ in layouts]
+    shapes, rows, features, dtype = call.shapes, call.rows, call.features, call.dtype
     for parts in range(2, extension.load().MAX_PARTS + 1):
         for split in combinations(range(1, len(shapes)), parts - 1):
             merged = merged_parts(shapes, split)
@@ -199,10 +176,8 @@ def _contiguous(shape: CoreShape) -> Layout:
 
 @lru_cache(maxsize=4096)
 def quantized_chain(
+    call: Call,
     layouts: tuple[Layout, ...],
-    rows: int,
-    features: tuple[int, int],
-    element: torch.dtype,
     stored: torch.dtype,
     device: torch.device,
     figures: DeviceFigures,
@@ -210,15 +185,14 @@ def quantized_chain(
     """The faster of the two orders, None where neither fits the device or widening is faster."""
     limits = extension.limits(device)
     chains = [
-        chain_of(layouts, rows, features, from_left, element, stored, limits)
+        chain_of(layouts, call.rows, call.features, from_left, call.dtype, stored, limits)
         for from_left in (True, False)
     ]
     best = min((c for c in chains if c is not None), key=lambda c: c.seconds, default=None)
     if best is None:
         return None
-    sizes = [torch.empty(size, device="meta") for size, _, _ in layouts]
-    rest = rest_of(device, element).plan_for(rows, element, device, sizes, None, features)
+    rest = rest_of(device, call.dtype).plan(call, device, ())
     # A byte of each element is read, and two are written, read and written scaled.
-    widening = [Work(bytes=7 * size.numel(), count=2) for size in sizes]
+    widening = [Work(bytes=7 * math.prod(shape), count=2) for shape in call.shapes]
     widened = time_of(widening, figures) + 1e-6 * rest.predicted_us
     return best if time_of([], figures, _seconds(best, figures), STARTED) <= widened else None

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mpo_kernels.backends.torch import chain, gather, panels
 from mpo_kernels.cores.quantize import dequantize
-from mpo_kernels.planning.candidates import plan_linear
+from mpo_kernels.planning.candidates import plan_library
 from mpo_kernels.planning.figures import device_figures
-from mpo_kernels.planning.plan import Gradients, Plan, shapes_of
+from mpo_kernels.planning.plan import Call, Gradients, Plan, features_of, shapes_of
 
 ALGORITHMS = {"chain": chain, "panels": panels}
 
@@ -37,11 +37,15 @@ class TorchBackend:
     ) -> Plan:
         """The plan for ``x [rows, in]``, forward or (with ``gradients``) backward.
 
-        ``features`` are the true in and out of the layer, by default those of the factors; only
-        kernels care.
+        ``features`` are the true in and out of the layer, by default those of the factors.
         """
-        figures = device_figures(device, dtype)
-        return plan_linear(shapes_of(cores), rows, dtype, figures, gradients)
+        shapes = shapes_of(cores)
+        call = Call(shapes, features or features_of(shapes), rows, dtype, gradients)
+        return self.plan(call, device, cores)
+
+    def plan(self, call: Call, device: torch.device, cores: Sequence[Tensor]) -> Plan:
+        """The plan for a call on a device; how the cores lie matters to kernels alone."""
+        return plan_library(call, device_figures(device, call.dtype))
 
     def linear(
         self,

@@ -18,32 +18,15 @@ from mpo_kernels.backends.triton.implicit import implicit
 from mpo_kernels.backends.triton.planning import Launch, plan_fused, two_parts
 from mpo_kernels.backends.triton.tiles import GatherTile, TwoParts
 from mpo_kernels.planning.figures import device_figures
-from mpo_kernels.planning.plan import (
-    Gradients,
-    Plan,
-    features_of,
-    merged_parts,
-    row_bucket,
-    shapes_of,
-)
+from mpo_kernels.planning.plan import Call, Gradients, Plan, merged_parts, row_bucket, shapes_of
 from mpo_kernels.planning.work import merge_work
 
 
 class TritonBackend(TorchBackend):
     """One kernel for two parts, forward and backward, where a plan has launches; and embeddings."""
 
-    def plan_for(
-        self,
-        rows: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        cores: Sequence[Tensor],
-        gradients: Gradients | None = None,
-        features: tuple[int, int] | None = None,
-    ) -> Plan:
-        shapes, figures = shapes_of(cores), device_figures(device, dtype)
-        features = features or features_of(shapes)
-        return plan_fused(shapes, features, rows, dtype, figures, limits(device), gradients)
+    def plan(self, call: Call, device: torch.device, cores: Sequence[Tensor]) -> Plan:
+        return plan_fused(call, device_figures(device, call.dtype), limits(device))
 
     def contract(
         self, plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, out_features: int

@@ -7,21 +7,18 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
-
 from mpo_kernels.backends.triton import tuning
 from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts, ceil_div
-from mpo_kernels.planning.candidates import plan_linear
+from mpo_kernels.planning.candidates import plan_library
 from mpo_kernels.planning.figures import DeviceFigures
 from mpo_kernels.planning.plan import (
+    Call,
     CoreShape,
-    CoreShapes,
     Gradients,
     Plan,
     best_of,
     groups,
     merged_parts,
-    row_bucket,
 )
 from mpo_kernels.planning.work import merge_work, time_of
 
@@ -86,49 +83,23 @@ def two_parts(
     return TwoParts(left_in, left_out, right_in, right_out, rank, *features)
 
 
-def plan_fused(
-    shapes: CoreShapes,
-    features: tuple[int, int],
-    rows: int,
-    dtype: torch.dtype,
-    figures: DeviceFigures,
-    limits: Limits,
-    gradients: Gradients | None,
-) -> Plan:
-    """The fastest of the library's plans and the kernels' own; as ``plan.plan_linear``.
-
-    Args:
-        shapes: of the cores.
-        features: true in and out.
-        rows: product of x's leading dimensions.
-        dtype: what is computed in.
-        figures, limits: of the device.
-        gradients: what a backward pass must form, ``None`` for forward.
-    """
-    return _plan(tuple(shapes), features, row_bucket(rows), dtype, figures, limits, gradients)
+def plan_fused(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
+    """The fastest of the library's plans and the kernels' own, on a device of these figures."""
+    return _plan(call.bucketed, figures, limits)
 
 
 @lru_cache(maxsize=4096)
-def _plan(
-    shapes: tuple[CoreShape, ...],
-    features: tuple[int, int],
-    rows: int,
-    dtype: torch.dtype,
-    figures: DeviceFigures,
-    limits: Limits,
-    gradients: Gradients | None,
-) -> Plan:
-    plans = list(plan_linear(shapes, rows, dtype, figures, gradients).candidates)
+def _plan(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
+    shapes, rows, dtype, gradients = call.shapes, call.rows, call.dtype, call.gradients
+    plans = list(plan_library(call, figures).candidates)
     for k in range(1, len(shapes)):
         if parts := merged_parts(shapes, (k,)):
             needs = _results(gradients, k)
-            for algorithm, choices in _choices(
-                parts[0], parts[1], features, rows, dtype, limits, needs
-            ):
+            for algorithm, choices in _choices(parts[0], parts[1], call, limits, needs):
                 merging = merge_work(shapes, (k,), dtype.itemsize, gradients)
                 kernels = sum(choice.seconds + figures.launch_seconds for choice in choices)
                 seconds = time_of(merging, figures, kernels, STARTED * len(choices))
-                moved = dtype.itemsize * (rows * sum(features) + sum(map(math.prod, parts)))
+                moved = dtype.itemsize * (rows * sum(call.features) + sum(map(math.prod, parts)))
                 first = choices[0].launch
                 plans.append(
                     Plan(
@@ -165,15 +136,10 @@ class _Choice(NamedTuple):
 
 
 def _choices(
-    left: CoreShape,
-    right: CoreShape,
-    features: tuple[int, int],
-    rows: int,
-    dtype: torch.dtype,
-    limits: Limits,
-    results: list[str],
+    left: CoreShape, right: CoreShape, call: Call, limits: Limits, results: list[str]
 ) -> Iterator[tuple[str, list[_Choice]]]:
     """The kernels' ways to form all the results: their names, and a launch for each result."""
+    features, rows, dtype = call.features, call.rows, call.dtype
     fused = []
     for result in results:
         chain = result in ("y", "dx")

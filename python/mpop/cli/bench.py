@@ -10,10 +10,7 @@ from mpop.cli.options import command, positive_int
 def add(commands: Any) -> None:
     """Its options."""
     parser = command(
-        commands,
-        "bench",
-        "Time a compressed model beside its dense self on this machine.",
-        run,
+        commands, "bench", "Time a compressed model beside its dense self on this machine.", run
     )
     parser.add_argument(
         "--batch-sizes",

@@ -111,9 +111,7 @@ def format_rows(rows: Iterable[InspectRow]) -> str:
 
 
 def plot_spectra(
-    model: PreTrainedModel,
-    path: str | os.PathLike[str],
-    config: CompressionConfig | None = None,
+    model: PreTrainedModel, path: str | os.PathLike[str], config: CompressionConfig | None = None
 ) -> None:
     """Draw the singular values of the central bonds and the entropy of every bond.
 

@@ -70,10 +70,7 @@ def squeeze_on_task(
         FloatingPointError: a loss that is no longer finite.
     """
     check_positive(
-        settle_steps=settle_steps,
-        window=window,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
+        settle_steps=settle_steps, window=window, batch_size=batch_size, learning_rate=learning_rate
     )
     check_bounds(max_drop, step, max_rounds)
     if calibration_samples < 0:

@@ -14,7 +14,7 @@ from bench.layer.cases import FACTORISATIONS, SHAPES
 from mpo_kernels.backends.triton.planning import plan_fused
 from mpo_kernels.backends.triton.tiles import LIMITS
 from mpo_kernels.planning.figures import default_figures
-from mpo_kernels.planning.plan import Gradients
+from mpo_kernels.planning.plan import Call, Gradients
 
 TIMES = Path(__file__).parents[3] / "bench" / "results" / "gpu" / "times.json"
 POINTS = json.loads(TIMES.read_text())["records"]
@@ -27,15 +27,9 @@ def test_the_choice_is_near_the_fastest_of_what_was_measured(record: dict[str, A
     shape = FACTORISATIONS[record["factorisation"]](*SHAPES[record["size"]])
     trained = [k != shape.central or record["pass"] != "light" for k in range(shape.num_cores)]
     gradients = None if record["pass"] == "forward" else Gradients(True, tuple(trained))
-    plan = plan_fused(
-        shape.core_shapes,
-        (shape.in_features, shape.out_features),
-        record["rows"],
-        torch.bfloat16,
-        FIGURES,
-        LIMITS["sm_90"],
-        gradients,
-    )
+    features, rows = (shape.in_features, shape.out_features), record["rows"]
+    call = Call(shape.core_shapes, features, rows, torch.bfloat16, gradients)
+    plan = plan_fused(call, FIGURES, LIMITS["sm_90"])
     measured = {
         (c["algorithm"], c["order"], tuple(c["split"])): c["median_us"]
         for c in record["planner"]["candidates"]

@@ -60,9 +60,7 @@ def test_rows_and_gradients(shape, dtype, block, mirrored, monkeypatch):
 def test_each_distinct_row_is_formed_once_and_no_other(monkeypatch):
     seen, formed = [], gather._states
     monkeypatch.setattr(
-        gather,
-        "_states",
-        lambda ids, cores: seen.extend(ids.tolist()) or formed(ids, cores),
+        gather, "_states", lambda ids, cores: seen.extend(ids.tolist()) or formed(ids, cores)
     )
     layer = MPOEmbedding(1009, 24, MPOShape.balanced(1009, 24, 3, 8))
     layer(torch.tensor([[5, 1008, 5, 7], [7, 5, 5, 0]]))

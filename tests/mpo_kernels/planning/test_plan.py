@@ -8,16 +8,18 @@ import pytest
 import torch
 
 from mpo_kernels import MPOLinear, MPOShape
-from mpo_kernels.planning.candidates import plan_linear
+from mpo_kernels.planning.candidates import plan_library
 from mpo_kernels.planning.figures import default_figures
-from mpo_kernels.planning.plan import Gradients
+from mpo_kernels.planning.plan import Call, Gradients
 from mpo_kernels.planning.work import Work, time_of
 
 FIGURES = default_figures("cpu", torch.float32, 2)
 
 
 def plan(shape, rows, gradients=None):
-    return plan_linear(shape.core_shapes, rows, torch.float32, FIGURES, gradients)
+    features = (shape.in_features, shape.out_features)
+    call = Call(shape.core_shapes, features, rows, torch.float32, gradients)
+    return plan_library(call, FIGURES)
 
 
 def optimal_macs(shape, rows):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
+from saved import edit_config, edit_tensors
 from tiny_models import build
 
 import mpop
@@ -21,36 +21,8 @@ from mpop.models.config import FORMAT_VERSION
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small compressed BERT classifier on disk."""
-    path = tmp_path_factory.mktemp("saved") / "bert"
-    model = build("bert")
-    mpop.compress(model, mpop.CompressionConfig(compression=0.8))
-    mpop.save(model, path)
-    return path
-
-
-@pytest.fixture
-def broken(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may spoil."""
-    return Path(shutil.copytree(saved, tmp_path / "broken"))
-
-
-def _edit_config(path: Path, edit: Callable[[dict], None]) -> None:
-    config = json.loads((path / "config.json").read_text())
-    edit(config)
-    (path / "config.json").write_text(json.dumps(config))
-
-
 def _edit_module(path: Path, **values: Any) -> None:
-    _edit_config(path, lambda c: c["quantization_config"]["modules"][QUERY].update(values))
-
-
-def _edit_tensors(path: Path, edit: Callable[[dict], None]) -> None:
-    tensors = load_file(path / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    edit_config(path, lambda c: c["quantization_config"]["modules"][QUERY].update(values))
 
 
 def _rename(tensors: dict, old: str, new: str) -> None:
@@ -74,39 +46,39 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "empty": (lambda p: os.truncate(p / "model.safetensors", 0), OSError, "not a whole"),
     "dense": (
-        lambda p: _edit_config(p, lambda c: c.pop("quantization_config")),
+        lambda p: edit_config(p, lambda c: c.pop("quantization_config")),
         ValueError,
         "expected an MPO checkpoint",
     ),
     "other method": (
-        lambda p: _edit_config(p, lambda c: c["quantization_config"].update(quant_method="gptq")),
+        lambda p: edit_config(p, lambda c: c["quantization_config"].update(quant_method="gptq")),
         ValueError,
         "expected an MPO checkpoint",
     ),
     "newer version": (
-        lambda p: _edit_config(
+        lambda p: edit_config(
             p, lambda c: c["quantization_config"].update(version=FORMAT_VERSION + 1, new={})
         ),
         ValueError,
         "upgrade mpop",
     ),
     "unknown field": (
-        lambda p: _edit_config(p, lambda c: c["quantization_config"].update(new={})),
+        lambda p: edit_config(p, lambda c: c["quantization_config"].update(new={})),
         ValueError,
         r"unknown fields.*\['new'\]",
     ),
     "no modules": (
-        lambda p: _edit_config(p, lambda c: c["quantization_config"].update(modules={})),
+        lambda p: edit_config(p, lambda c: c["quantization_config"].update(modules={})),
         ValueError,
         "got no modules",
     ),
     "modules as a list": (
-        lambda p: _edit_config(p, lambda c: c["quantization_config"].update(modules=[1])),
+        lambda p: edit_config(p, lambda c: c["quantization_config"].update(modules=[1])),
         ValueError,
         "modules: expected",
     ),
     "unknown architecture": (
-        lambda p: _edit_config(p, lambda c: c.update(architectures=["logging"])),
+        lambda p: edit_config(p, lambda c: c.update(architectures=["logging"])),
         ValueError,
         "give auto_class",
     ),
@@ -132,37 +104,37 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         f"{QUERY}: expected",
     ),
     "huge model": (
-        lambda p: _edit_config(p, lambda c: c.update(vocab_size=10**12, hidden_size=24)),
+        lambda p: edit_config(p, lambda c: c.update(vocab_size=10**12, hidden_size=24)),
         ValueError,
         "word_embeddings: expected",
     ),
     "huge dense table": (
-        lambda p: _edit_config(p, lambda c: c.update(max_position_embeddings=10**12)),
+        lambda p: edit_config(p, lambda c: c.update(max_position_embeddings=10**12)),
         ValueError,
         "position_embeddings.*expected",
     ),
     "missing core": (
-        lambda p: _edit_tensors(p, lambda t: t.pop(f"{QUERY}.cores.2")),
+        lambda p: edit_tensors(p, lambda t: t.pop(f"{QUERY}.cores.2")),
         ValueError,
         "query.cores.2: missing",
     ),
     "one core too many": (
-        lambda p: _edit_tensors(p, lambda t: t.update({f"{QUERY}.cores.5": torch.zeros(1)})),
+        lambda p: edit_tensors(p, lambda t: t.update({f"{QUERY}.cores.5": torch.zeros(1)})),
         ValueError,
         "query: expected 5 cores",
     ),
     "core of another shape": (
-        lambda p: _edit_tensors(p, lambda t: t.update({f"{QUERY}.cores.1": torch.zeros(2, 3)})),
+        lambda p: edit_tensors(p, lambda t: t.update({f"{QUERY}.cores.1": torch.zeros(2, 3)})),
         ValueError,
         "query.cores.1: expected",
     ),
     "missing bias": (
-        lambda p: _edit_tensors(p, lambda t: t.pop(f"{QUERY}.bias")),
+        lambda p: edit_tensors(p, lambda t: t.pop(f"{QUERY}.bias")),
         ValueError,
         f"1 tensors are missing: {QUERY}.bias",
     ),
     "misnamed norm": (
-        lambda p: _edit_tensors(
+        lambda p: edit_tensors(
             p,
             lambda t: _rename(t, "bert.embeddings.LayerNorm.weight", "bert.embeddings.Norm.weight"),
         ),
@@ -170,12 +142,12 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "missing: bert.embeddings.LayerNorm.weight",
     ),
     "unexpected tensor": (
-        lambda p: _edit_tensors(p, lambda t: t.update({"extra.weight": torch.zeros(2)})),
+        lambda p: edit_tensors(p, lambda t: t.update({"extra.weight": torch.zeros(2)})),
         ValueError,
         "unexpected: extra.weight",
     ),
     "head of another shape": (
-        lambda p: _edit_tensors(p, lambda t: t.update({"classifier.bias": torch.zeros(9)})),
+        lambda p: edit_tensors(p, lambda t: t.update({"classifier.bias": torch.zeros(9)})),
         ValueError,
         "of another size.*classifier.bias",
     ),

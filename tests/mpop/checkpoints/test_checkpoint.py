@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,6 @@ from mpop.models.config import FORMAT_VERSION
 from mpop.models.matrices import mpo_modules
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small compressed BERT classifier on disk."""
-    path = tmp_path_factory.mktemp("saved") / "bert"
-    mpop.save(_compressed("bert"), path)
-    return path
-
-
-@pytest.fixture
-def broken(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may spoil."""
-    return Path(shutil.copytree(saved, tmp_path / "broken"))
 
 
 def _compressed(name: str, **options: Any) -> hf.PreTrainedModel:

@@ -72,10 +72,7 @@ def test_gradients_of_a_full_rank_model_are_those_of_the_dense_one() -> None:
         logits(each).square().sum().backward()
     for name in ("classifier.weight", "bert.embeddings.position_embeddings.weight"):
         torch.testing.assert_close(
-            model.get_parameter(name).grad,
-            dense.get_parameter(name).grad,
-            atol=1e-5,
-            rtol=1e-4,
+            model.get_parameter(name).grad, dense.get_parameter(name).grad, atol=1e-5, rtol=1e-4
         )
 
 

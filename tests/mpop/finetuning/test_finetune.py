@@ -183,11 +183,7 @@ def mpop_arguments(folder):
 
 @pytest.mark.parametrize("method", ["dense", "light"])
 def test_four_accumulation_steps_are_one_batch(method, steady_bert, data, tmp_path):
-    settings = {
-        **FAST,
-        **PLAIN,
-        "data_dir": data,
-    }
+    settings = {**FAST, **PLAIN, "data_dir": data}
     settings.pop("batch_size")
     one = finetune(steady_bert, "rte", tmp_path / "a", method, batch_size=8, **settings)
     settings["gradient_accumulation_steps"] = 4

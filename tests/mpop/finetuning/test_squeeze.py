@@ -442,11 +442,7 @@ class TestSqueeze:
         assert report.rounds[0].estimate < 0.5
         with pytest.raises(ValueError, match="expected calibration batches for every cut"):
             squeeze(
-                model,
-                evaluate=lambda: 1.0,
-                finetune=tuner,
-                max_drop=0.0,
-                calibration=iter(data),
+                model, evaluate=lambda: 1.0, finetune=tuner, max_drop=0.0, calibration=iter(data)
             )
 
     def test_refusals_leave_the_model_as_it_was(self, tmp_path: Path) -> None:

@@ -66,15 +66,7 @@ def test_compressing_with_calibration(data: Path, bert: Path, tmp_path: Path, ca
     assert rows and all(0 < row["output_error"] < 1 for row in rows)
     assert (
         main(
-            [
-                *command,
-                "--calibrate",
-                "sst2",
-                "--data-dir",
-                str(data),
-                "--calibration-samples",
-                "3",
-            ]
+            [*command, "--calibrate", "sst2", "--data-dir", str(data), "--calibration-samples", "3"]
         )
         == 2
     )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import sglang.srt.layers.quantization as quantization
 import torch
+from saved import edit_config, edit_tensors
 from served import load, logits
 from sglang.srt.arg_groups.choices import QUANTIZATION_CHOICES
 from sglang.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -23,7 +24,7 @@ from mpo_kernels import MPOShape, reconstruct
 from mpo_kernels.testing import random_cores
 from mpop.models.config import ModuleSpec
 from mpop_serving.sglang import MPOQuantizationConfig
-from tests.serving.checkpoints import CASES, VOCABULARY, edit_config, edit_tensors, newer, save
+from tests.serving.checkpoints import CASES, VOCABULARY, newer, save
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **CASES,

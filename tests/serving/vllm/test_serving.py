@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from saved import edit_config, edit_tensors
 from served import PROMPTS, expected, generated, ids_of, served
 
-from tests.serving.checkpoints import CASES, edit_config, edit_tensors, newer, save
+from tests.serving.checkpoints import CASES, newer, save
 
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     **CASES,
