@@ -10,12 +10,16 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 TRITON := 3.7.1
 OLDEST_TRITON := 3.5.1
 
-.PHONY: demo test test-vllm test-sglang lint docs bench dist clean
+.PHONY: demo test check test-vllm test-sglang lint docs bench dist clean
 
 demo: $(READY)
 	$(BIN)/python -m mpop.demo $(DEMO_ARGS)
 
-test: lint
+# Lint and types go on beside the tests.
+test: $(READY)
+	+$(MAKE) --no-print-directory -j2 lint check
+
+check: $(READY)
 	OMP_NUM_THREADS=1 $(PYTEST)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 

@@ -21,8 +21,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 CHOICE = os.environ.get("MPO_KERNELS_BUILD_CUDA") or "auto"
-# Code for 8.0 runs on 8.6 and 8.9, of 10.0 on 10.3; nothing in csrc tells them apart.
-RELEASE = "80-real;90a-real;100-real;120"
+WISHED = os.environ.get("MPO_KERNELS_CUDA_ARCHITECTURES") or "native"
 
 
 def wanted() -> bool:
@@ -39,15 +38,14 @@ def wanted() -> bool:
 
 def architectures() -> str:
     """As CMake takes them."""
-    wished = os.environ.get("MPO_KERNELS_CUDA_ARCHITECTURES") or "native"
-    if wished == "native":
+    if WISHED == "native":
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         if not shutil.which(query[0]):
             return "80"
         printed = subprocess.run(query, capture_output=True, text=True).stdout.split()
         found = {line.replace(".", "") for line in printed if re.fullmatch(r"\d+\.\d", line)}
         return ";".join(f"{number}-real" for number in sorted(found)) or "80"
-    return RELEASE if wished == "release" else wished
+    return WISHED
 
 
 class CMakeBuild(build_ext):
@@ -60,8 +58,9 @@ class CMakeBuild(build_ext):
         folder = Path(self.build_temp).resolve()
         configure = [
             *("cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)),
-            f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}",
-            f"-DWARNINGS_ARE_ERRORS={'ON' if architectures() == RELEASE else 'OFF'}",
+            "-DRELEASE=ON"
+            if WISHED == "release"
+            else f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",

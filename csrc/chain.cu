@@ -92,7 +92,9 @@ Status limits_of_device(int device, Limits* limits) {
     status.code = Code::kUnsupported;
     return status;
   }
-  limits->architecture = std::min(10 * major + minor, code.ptxVersion);
+  // From 10.0 on all code is of one kind, and the device's own rates count.
+  const int own = 10 * major + minor;
+  limits->architecture = code.ptxVersion >= 100 ? own : std::min(own, code.ptxVersion);
   return {};
 }
 

@@ -233,7 +233,14 @@ class VocabularyMethod(_Method):
         self.is_table = spec.kind == "embedding"
 
     def create_weights(
-        self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **unused: Any
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **unused: Any,
     ) -> None:
         """Memory is taken when the cores are loaded.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InductorError
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -266,7 +266,7 @@ def _to_aoti(module: _Named, file: Path) -> Run:
         get_cpp_compiler()  # refuses here what would be refused after all the work
         program = _program(module)
         torch._inductor.aoti_compile_and_package(program, package_path=str(file))
-    except InductorError as error:
+    except (InductorError, InvalidCxxCompiler) as error:
         raise OSError(f"AOTInductor cannot compile here: {error}") from error
     compiled = torch._inductor.aoti_load_package(str(file))
     return lambda inputs: compiled(**inputs)[module.output]
