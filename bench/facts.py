@@ -81,7 +81,7 @@ def command(module: str, arguments: Sequence[str]) -> str:
 
 
 def conditions(
-    module: str, arguments: Sequence[str], device: torch.device, *packages: str, **more: Any
+    module: str, arguments: Sequence[str], device: torch.device, /, *packages: str, **more: Any
 ) -> dict[str, Any]:
     """What a figure names: command, machine, versions (of ``packages`` too), commit, and more."""
     return {

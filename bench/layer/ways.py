@@ -7,6 +7,7 @@ is ``[D_k, i_k, j_k, D_{k+1}]``; cores are the only 4-dimensional parameters, in
 from __future__ import annotations
 
 import string
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -254,7 +255,7 @@ SERVING: dict[str, Way] = {
         ),
     )
 }
-ALL_WAYS = WAYS | SERVING
+ALL_WAYS = ChainMap(SERVING, WAYS)
 
 # What ours is held against: the ways that compute the same layer from the same cores.
 OTHER_MPO_WAYS = tuple(name for name, way in WAYS.items() if way.is_mpo and name != "ours")

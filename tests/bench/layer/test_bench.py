@@ -16,7 +16,7 @@ from bench.layer.cases import FACTORISATIONS, QUICK, ROWS, SHAPES, STANDARD, Cas
 from bench.layer.measure import Roofline, interleave
 from bench.layer.problem import TOLERANCE, Problem, Step
 from bench.layer.run import Settings, run_point
-from bench.layer.ways import OTHER_MPO_WAYS, WAYS, Reconstruct, estimate
+from bench.layer.ways import OTHER_MPO_WAYS, SERVING, WAYS, Reconstruct, estimate
 from bench.results import load
 from mpo_kernels import MPOShape
 
@@ -195,6 +195,21 @@ def test_run_resumes_and_report_renders(quick_run, monkeypatch, capsys) -> None:
         assert heading in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len(tables) > 20 and not any("None" in line for line in tables)
+
+
+def test_decoding_is_timed_in_a_stack_by_every_back_end(quick_run, monkeypatch) -> None:
+    start, path = quick_run
+    monkeypatch.setattr(command, "LAYERS", 3)
+    layers = []
+    monkeypatch.setattr(run, "_in_turn", lambda steps: layers.append({id(s.module) for s in steps}))
+    ways = ("--ways", *command.SERVED_BESIDE, *SERVING)
+    assert start("--passes", "forward", "--decoding", *ways) == 0
+    assert layers and {len(each) for each in layers} == {3}
+    record = load(path)["records"][0]
+    status = {name: way["status"] for name, way in record["ways"].items()}
+    assert status == {name: "ok" for name in status} | {"triton": "failed", "cuda": "failed"}
+    assert record["layers"] == 3 and record["ways"]["torch"]["error"] < 1e-6
+    assert 1e-4 < record["ways"]["int8"]["error"] < record["ways"]["float8_e4m3fn"]["error"] < 0.1
 
 
 def test_resuming_other_conditions_is_refused(quick_run, monkeypatch, capsys) -> None:
