@@ -2,7 +2,7 @@
 
 Second moments come from training rows of a GLUE task; every error is measured on other rows of it.
 At the same parameters for each matrix: plain SVD, activation-aware SVD, the paper's five balanced
-factors, and the member that `mpo_kernels.family.choose` takes. Then the whole encoder at one
+factors, and the member that `mpo_kernels.cores.family.choose` takes. Then the whole encoder at one
 budget: the error of its last hidden state with each of them, and with ranks shared by allocation.
 """
 

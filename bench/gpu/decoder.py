@@ -135,7 +135,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     if options.predict:
-        print(predictions(options.predict))
+        try:
+            print(predictions(options.predict))
+        except RuntimeError as error:  # the library that has the model was not built
+            parser.error(str(error))
         return 0
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -105,7 +105,7 @@ class MPOModule(nn.Module):
     def balance(self) -> None:
         """Bring the cores, in place, into the form that light fine-tuning learns best in.
 
-        The matrix stays the same; see :func:`mpo_kernels.gauge.balanced`. To be called before
+        The matrix stays the same; see :func:`mpo_kernels.cores.gauge.balanced`. To be called before
         there is an optimizer, and not for layers that share a core with others.
         """
         self._replace_cores(balanced(list(self.cores), self.central))

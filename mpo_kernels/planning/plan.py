@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -42,9 +42,10 @@ class Gradients:
     cores: tuple[bool, ...]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What is asked of a contraction: all that a plan depends on but the device.
+
+    A tuple, since it is looked up at every call of a layer.
 
     Attributes:
         shapes: ``[D_k, i_k, j_k, D_{k+1}]`` of each core.
@@ -63,7 +64,7 @@ class Call:
     @property
     def bucketed(self) -> Call:
         """At the power of two of rows that plans are made for."""
-        return replace(self, rows=row_bucket(self.rows))
+        return Call(self[0], self[1], row_bucket(self[2]), self[3], self[4])
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ if find_spec("transformers") is not None:  # without it, the command still says 
     from mpop.checkpoints.folder import load, push_to_hub, save
     from mpop.compression.compress import compress, merge
     from mpop.compression.report import CompressionReport
+    from mpop.finetuning.settle import Settler
     from mpop.finetuning.squeeze import SqueezeReport, squeeze
     from mpop.integrations.export import Exported, export
     from mpop.models.centres import dequantize_centres, quantize_centres
@@ -31,7 +32,6 @@ _LAZY = {
     "inspect_model": "mpop.compression.inspect",
     "plot_spectra": "mpop.compression.inspect",
     "plot_trace": "mpop.finetuning.squeeze",
-    "Settler": "mpop.finetuning.settle",
 }
 
 __all__ = [

@@ -47,8 +47,8 @@ def balance(model: nn.Module) -> None:
     """Prepare every MPO module for light fine-tuning; what the model computes stays the same.
 
     A step on an entry of an auxiliary tensor then changes its weight by as much as on any other, in
-    every matrix; see `mpo_kernels.gauge.balanced`. To be called before there is an optimizer, and
-    not for modules that share a single core, such as a centre.
+    every matrix; see `mpo_kernels.cores.gauge.balanced`. To be called before there is an optimizer,
+    and not for modules that share a single core, such as a centre.
 
     Raises:
         ValueError: a model without MPO modules, or a dtype without room for the scaled cores.
