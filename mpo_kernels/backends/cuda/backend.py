@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 # Of the time that a schedule's model gives: medians of one to sixteen rows on an H200.
 MEASURED = 1.35
-
-
 # Library calls that take the host as long as one launch of the chain.
 STARTED = 0.5
 

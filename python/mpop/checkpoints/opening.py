@@ -26,8 +26,6 @@ from mpop.data.glue import hub_reachable
 
 # sentence-transformers' list of modules, and its settings in files beside it.
 _MODULES = "modules.json"
-
-
 _SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
 
 
@@ -99,6 +97,11 @@ def _config(source: str | Path) -> PreTrainedConfig:
 
 
 def from_pretrained(auto_class: Any, source: str | Path, **options: Any) -> Any:
+    """What an auto class of transformers makes of a hub name or folder.
+
+    Raises:
+        ValueError: It cannot be loaded, and why, in one line.
+    """
     # With the hub out of reach transformers would retry for half a minute; a cached copy serves.
     folder = Path(source)
     if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2):

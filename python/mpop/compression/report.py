@@ -123,6 +123,7 @@ def table(
 
 
 def row_of(names: Names, decomposition: Decomposition) -> CompressionRow:
+    """What became of the matrix that these modules hold."""
     return CompressionRow(
         names[0],
         decomposition.shape,

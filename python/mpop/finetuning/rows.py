@@ -109,6 +109,7 @@ def load_data(
     max_train_samples: int | None,
     max_eval_samples: int | None,
 ) -> tuple[Dataset, dict[str, Dataset]]:
+    """The training rows and, by split, those to evaluate on; see `finetune`."""
     train = load_split(task, "train", data_dir).shuffle(seed=_SUBSET_SEED)
     if eval_split == "dev":
         evaluation = load_dev(task, data_dir, max_eval_samples)
@@ -124,23 +125,27 @@ def load_data(
 def load_dev(
     task: Task, data_dir: str | Path | None, max_samples: int | None
 ) -> dict[str, Dataset]:
+    """The dev rows by split."""
     return {
         split: subset(load_split(task, split, data_dir), max_samples) for split in task.dev_splits
     }
 
 
 def subset(rows: Dataset, size: int | None) -> Dataset:
+    """A fixed random subset of at most this size."""
     if size is None or size >= len(rows):
         return rows
     return rows.shuffle(seed=_SUBSET_SEED).select(range(size))
 
 
 def fitting(max_length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens a row, within what the model and its tokenizer take."""
     positions = getattr(model.config, "max_position_embeddings", max_length)
     return min(max_length, positions, tokenizer.model_max_length)
 
 
 def encoded(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Rows as token ids, with their `length` and `labels`."""
     texts = [name for name in ("text", "text_pair") if name in rows.column_names]
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -171,11 +176,13 @@ def predict(
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless the value is one of them."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_positive(**values: float | None) -> None:
+    """Raise a ValueError that names what is neither positive nor None."""
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")

@@ -38,11 +38,7 @@ from mpop.models.light import count_parameters
 
 # Peak rates by method; a light run trains a tenth of the parameters and wants larger steps.
 LEARNING_RATES = {"dense": 5e-5, "full": 5e-5, "light": 1e-4}
-
-
 METHODS = tuple(LEARNING_RATES)
-
-
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
