@@ -6,7 +6,8 @@ VENV_SGLANG ?= .venv-sglang
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
-# Compiling all that is installed takes longer than what is imported of it.
+# Modules are compiled when they are first imported, and kept: pip would compile all that it installs.
+export PYTHONDONTWRITEBYTECODE :=
 QUICK := --quiet --no-compile
 # The kernels' tiles are chosen for the first; the second must build them as well.
 TRITON := 3.7.1
