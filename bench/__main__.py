@@ -16,9 +16,9 @@ from bench import facts
 from bench.layer import cases, goals, report
 from bench.layer.measure import measure_roofline
 from bench.layer.problem import Problem
-from bench.layer.run import Record, Settings, run_point
+from bench.layer.run import Settings, run_point
 from bench.layer.ways import ALL_WAYS, SERVING
-from bench.results import Results
+from bench.results import Record, Results
 
 THREADS = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from bench import facts
+from bench.glue.encoder import say
 from bench.glue.methods import METHODS
 from bench.glue.report import figure, markdown, tasks_figure, trace
 from bench.results import text_of
@@ -329,11 +330,6 @@ def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str,
         max_length=options.max_length,
         precision=options.precision,
     )
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
 def by_task(kind: Callable[[str], Any], default: Any, given: Sequence[str]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """A decoder block at few rows: dense, ours at 16 × in bf16, and in bytes.
 
 ``python -m bench.gpu.decoder --output results/gpu/decoder.json`` on a GPU times replays of the
-captured block from a cold second-level cache. ``--predict ROWS`` prints what the schedule's model
-gives for the layers of ``python -m bench --decoding``, and needs none.
+captured block from a cold second-level cache.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import facts
-from bench.layer.cases import DECODING, FACTORISATIONS
+from bench.layer.cases import FACTORISATIONS
 from bench.layer.measure import interleave
 from bench.results import Record, Results
 from mpo_kernels import MPOLinear
-from mpo_kernels.backends.cuda.decode import chain_of
 
 # Llama's, over so many keys.
 WIDTH, INNER, KEYS = 4096, 14336, 1024
@@ -104,42 +102,15 @@ def measure(rows: int, device: torch.device, width: int, inner: int, held: int) 
     }
 
 
-def predictions(rows: int) -> str:
-    """Markdown: what the schedule's model gives for an H200, the launch aside; needs no device."""
-    limits, lines = (90, 132, 227 << 10), ["| case | µs | schedule |", "|---|---:|---|"]
-    for case, _ in (point for block in DECODING for point in block.points()):
-        if case.rows != rows:
-            continue
-        shape, dtype = case.shape, torch.bfloat16
-        sizes = [torch.empty(size, device="meta") for size in shape.core_shapes]
-        layouts = tuple((core.shape, core.stride(), True) for core in sizes)
-        features = (shape.in_features, shape.out_features)
-        chains = [
-            chain_of(layouts, rows, features, from_left, dtype, dtype, limits)
-            for from_left in (True, False)
-        ]
-        best = min((c for c in chains if c is not None), key=lambda c: c.seconds)
-        lines.append(f"| {case.size}/{case.factorisation} | {1e6 * best.seconds:.1f} | {best} |")
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.decoder", description=__doc__)
     parser.add_argument("--device", default="cuda")
-    choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--output", type=Path, help="a JSON file")
-    choice.add_argument("--predict", type=int, metavar="ROWS", help="print what the model gives")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     parser.add_argument("--rows", nargs="+", type=int, default=(1, 16), metavar="N")
     parser.add_argument(
         "--sizes", nargs=2, type=int, default=(WIDTH, INNER), metavar=("WIDTH", "INNER")
     )
     options = parser.parse_args(argv)
-    if options.predict:
-        try:
-            print(predictions(options.predict))
-        except RuntimeError as error:  # the library that has the model was not built
-            parser.error(str(error))
-        return 0
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("expected a GPU, found none; --device cpu tries the program")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from bench.layer.ways import OTHER_MPO_WAYS
-
-Record = dict[str, Any]
+from bench.results import Record
 
 
 def time_of(record: Record, way: str) -> float | None:
@@ -72,14 +70,6 @@ def _few_rows_over_floor(record: Record) -> float | None:
     return over_floor(record) if record["rows"] <= 16 and record["pass"] == "forward" else None
 
 
-def _four_times_dense(record: Record) -> float | None:
-    shape = record["shape"]
-    here = (record["size"], record["rows"]) == ("4096x14336", 1)
-    few = 16 * record["parameters"] <= shape["in_features"] * shape["out_features"]
-    dense = ratio(record, "ours", "dense")
-    return 4 * dense if here and few and dense is not None else None
-
-
 def _half_the_work(record: Record) -> float | None:
     shape, plans = record["shape"], record["plan"]
     dense = record["rows"] * shape["in_features"] * shape["out_features"]
@@ -138,7 +128,6 @@ GPU_GOALS = (
     Goal("time ÷ floor, the fused chain from 1024 rows", 1 / 0.6, _fused_from_1024_rows),
     Goal("time ÷ dense, 1–16 rows, 4096² and up, 16 × smaller", 1.00, _small_rows),
     Goal("time ÷ floor, forward, 1–16 rows", 1 / 0.7, _few_rows_over_floor),
-    Goal("4 × time ÷ dense, 4096x14336, 1 row, 16 × smaller", 1.00, _four_times_dense),
     Goal("time ÷ dense, where the plan has half of dense's MACs", 1.00, _half_the_work),
     Goal("light step ÷ dense step, 768x3072 n5-full, 4096 rows", 1.25, _light_step(4096)),
     Goal("light step ÷ dense step, 768x3072 n5-full, 16384 rows", 1.10, _light_step(16384)),

@@ -14,9 +14,7 @@ from typing import Any
 
 from bench.layer import goals
 from bench.layer.ways import ALL_WAYS, OTHER_MPO_WAYS
-from bench.results import load
-
-Record = dict[str, Any]
+from bench.results import Record, load
 
 # Points listed in each table of the worst, and at each goal.
 _WORST, _OFFENDERS = 12, 3

@@ -17,10 +17,9 @@ from bench.layer.cases import COMPILED, Case
 from bench.layer.measure import Roofline, host_microseconds, interleave
 from bench.layer.problem import TOLERANCE, Problem, Step
 from bench.layer.ways import ALL_WAYS, WAYS, Way, estimate
+from bench.results import Record
 from mpo_kernels import Plan, backends
 from mpo_kernels.planning.plan import Gradients
-
-Record = dict[str, Any]
 
 # A baseline whose call takes longer, and this many times dense's floor, is not timed.
 SLOW_SECONDS, SLOW_FACTOR = 1.5, 8.0

@@ -67,6 +67,23 @@ class Call(NamedTuple):
         return Call(self[0], self[1], row_bucket(self[2]), self[3], self[4])
 
 
+class Launch(NamedTuple):
+    """One kernel of a plan.
+
+    Attributes:
+        result: ``"y"``, ``"dx"``, or the part whose gradient it is, ``"left"`` or ``"right"``.
+        first: what is contracted first: for y and dx the ``"left"`` or the ``"right"`` part, for a
+            gradient the other part with ``"x"`` or with ``"dy"``.
+        tile: the kernel's tile or schedule, which says what it is.
+        problem: sizes as a kernel of triton sees them.
+    """
+
+    result: str
+    first: str
+    tile: Any
+    problem: Any = None
+
+
 @dataclass(frozen=True)
 class Plan:
     """A contraction for one shape and row bucket, and what was weighed against it.
@@ -97,7 +114,7 @@ class Plan:
     bytes: int
     predicted_us: float
     steps: tuple[Step, ...] = ()
-    launches: tuple[Any, ...] = ()
+    launches: tuple[Launch, ...] = ()
     measured_us: float | None = None
     candidates: tuple[Plan, ...] = field(default=(), repr=False, compare=False)
 

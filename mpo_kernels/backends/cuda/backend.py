@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from importlib import import_module
 from itertools import combinations
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from mpo_kernels.planning.plan import (
     Call,
     CoreShape,
     Gradients,
+    Launch,
     Plan,
     best_of,
     groups,
@@ -38,14 +39,6 @@ if TYPE_CHECKING:
 MEASURED = 1.35
 # Library calls that take the host as long as one launch of the chain.
 STARTED = 0.5
-
-
-class Launch(NamedTuple):
-    """The kernel of a plan: what it gives, the part it contracts first, and its schedule."""
-
-    result: str
-    first: str
-    tile: Chain
 
 
 class CudaBackend(TorchBackend):

@@ -15,10 +15,18 @@ from mpo_kernels.backends.triton.chain_backward import chain_gradient
 from mpo_kernels.backends.triton.device import limits
 from mpo_kernels.backends.triton.gather import gather, gather_gradient
 from mpo_kernels.backends.triton.implicit import implicit
-from mpo_kernels.backends.triton.planning import Launch, plan_fused, two_parts
+from mpo_kernels.backends.triton.planning import plan_fused, two_parts
 from mpo_kernels.backends.triton.tiles import GatherTile, TwoParts
 from mpo_kernels.planning.figures import device_figures
-from mpo_kernels.planning.plan import Call, Gradients, Plan, merged_parts, row_bucket, shapes_of
+from mpo_kernels.planning.plan import (
+    Call,
+    Gradients,
+    Launch,
+    Plan,
+    merged_parts,
+    row_bucket,
+    shapes_of,
+)
 from mpo_kernels.planning.work import merge_work
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mpo_kernels.backends.triton import tuning
 from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts, ceil_div
@@ -15,6 +15,7 @@ from mpo_kernels.planning.plan import (
     Call,
     CoreShape,
     Gradients,
+    Launch,
     Plan,
     best_of,
     groups,
@@ -24,23 +25,6 @@ from mpo_kernels.planning.work import merge_work, time_of
 
 # Library calls that take the host as long as one launch from triton.
 STARTED = 2.5
-
-
-class Launch(NamedTuple):
-    """One kernel of a plan.
-
-    Attributes:
-        result: ``"y"``, ``"dx"``, or the part whose gradient it is, ``"left"`` or ``"right"``.
-        first: what is contracted first: for y and dx the ``"left"`` or the ``"right"`` part, for a
-            gradient the other part with ``"x"`` or with ``"dy"``.
-        problem: sizes as the kernel sees them, a ``Chain`` or ``TwoParts``.
-        tile: the kernel's, of the same kind.
-    """
-
-    result: str
-    first: str
-    problem: Any
-    tile: Any
 
 
 def chain_problem(
@@ -149,7 +133,7 @@ def _choices(
             macs = rows * p.rank * p.second_in * p.first_out * (p.first_in + p.second_out)
             kernel = "chain" if chain else "chain_gradient"
             if best := tuning.best(kernel, p, rows, dtype, limits):
-                launch = Launch(result, first, p, best.tile)
+                launch = Launch(result, first, best.tile, p)
                 ways.append(_Choice(best.seconds, best.measured, macs, launch))
         fused += [min(ways)] if ways else []
     if len(fused) == len(results):
@@ -159,5 +143,5 @@ def _choices(
         if best := tuning.best("implicit", parts, rows, dtype, limits):
             dense = math.prod(parts[:4])
             macs = dense * (rows + ceil_div(rows, best.tile.block_b) * parts.rank)
-            launch = Launch(results[0], "left", parts, best.tile)
+            launch = Launch(results[0], "left", best.tile, parts)
             yield "implicit", [_Choice(best.seconds, best.measured, macs, launch)]

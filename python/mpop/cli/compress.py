@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpop.cli.options import add_data_dir, add_output, command, positive_float, positive_int, task
+from mpop.cli.options import command, positive_float, positive_int, task
 
 OBJECTIVES = ("parameters", "memory", "latency")
 
@@ -12,7 +12,7 @@ OBJECTIVES = ("parameters", "memory", "latency")
 def add(commands: Any) -> None:
     """Its options."""
     parser = command(commands, "compress", "Decompose a model's matrices into MPOs.", run)
-    add_output(parser)
+    parser.add_output()
     parser.number("--num-cores", 5, "tensors a matrix")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
@@ -70,7 +70,7 @@ def add(commands: Any) -> None:
         help="fit what the layers' outputs lose on this GLUE task's training rows",
     )
     parser.number("--calibration-samples", 1500, "rows to calibrate with")
-    add_data_dir(parser)
+    parser.add_data_dir()
 
 
 def run(model: str, output: str, **options: Any) -> tuple[dict[str, Any], str]:

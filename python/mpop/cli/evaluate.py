@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpop.cli.options import add_data, command, metrics_table
+from mpop.cli.options import command, metrics_table
 
 
 def add(commands: Any) -> None:
     """Its options."""
     parser = command(commands, "evaluate", "Evaluate a fine-tuned model on a task.", run)
-    add_data(parser)
+    parser.add_data()
     parser.add_argument(
         "--predictions", metavar="FILE", help="write the model's outputs as a .npz archive"
     )

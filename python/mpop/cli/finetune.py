@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpop.cli.options import (
-    add_data,
-    add_output,
-    add_training_set,
-    command,
-    metrics_table,
-    positive_float,
-)
+from mpop.cli.options import command, metrics_table, positive_float
 
 
 def add(commands: Any) -> None:
     """Its options."""
     parser = command(commands, "finetune", "Fine-tune on a GLUE task and evaluate.", run)
-    add_output(parser)
-    add_data(parser)
+    parser.add_output()
+    parser.add_data()
     parser.add_argument(
         "--method",
         choices=("dense", "full", "light"),
@@ -32,7 +25,7 @@ def add(commands: Any) -> None:
         choices=(4, 8),
         help="hold the frozen centres of a light run in so many bits while it trains",
     )
-    add_training_set(parser)
+    parser.add_training_set()
     parser.number("--epochs", 3.0, "passes over the data", positive_float)
     parser.number(
         "--learning-rate",

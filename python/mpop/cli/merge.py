@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpop.cli.options import add_output, command
+from mpop.cli.options import command
 
 
 def add(commands: Any) -> None:
@@ -12,7 +12,7 @@ def add(commands: Any) -> None:
     parser = command(
         commands, "merge", "Turn an MPO model back into a plain transformers checkpoint.", run
     )
-    add_output(parser)
+    parser.add_output()
 
 
 def run(model: str, output: str) -> tuple[dict[str, Any], str]:

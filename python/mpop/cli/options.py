@@ -67,6 +67,41 @@ class Parser(argparse.ArgumentParser):
         shown = "" if default is None else f" ({default:g})".replace("e-0", "e-")
         self.add_argument(flag, type=kind, default=default, metavar=metavar, help=help + shown)
 
+    def add_output(self) -> None:
+        """The folder to write."""
+        self.add_argument("--output", required=True, metavar="O", help="the folder to write")
+
+    def add_training_set(self) -> None:
+        """Which rows are trained on, and the seed."""
+        self.add_argument(
+            "--eval-split",
+            choices=("dev", "train-holdout"),
+            default="dev",
+            help="train-holdout: evaluate on training rows held out, to choose settings (dev)",
+        )
+        self.number("--max-train-samples", None, "train on a fixed subset")
+        self.add_argument(
+            "--seed", type=int, default=0, metavar="N", help="of head, data order, dropout (0)"
+        )
+
+    def add_data_dir(self) -> None:
+        """Where the data is."""
+        self.add_argument(
+            "--data-dir",
+            metavar="D",
+            help="a folder of <TASK>/{train,dev}.tsv in GLUE's own layout; "
+            "without it the hub is used",
+        )
+
+    def add_data(self, precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")) -> None:
+        """The task, its data, and how it is batched."""
+        self.add_argument("--task", required=True, type=task, help="a GLUE task, e.g. rte or SST-2")
+        self.add_data_dir()
+        self.number("--batch-size", 32, "rows per device")
+        self.number("--max-length", 128, "tokens a row")
+        self.number("--max-eval-samples", None, "evaluate on a fixed subset")
+        self.add_argument("--precision", choices=precisions, default="fp32", help="autocast (fp32)")
+
 
 def command(commands: Any, name: str, summary: str, run: Callable[..., Any]) -> Parser:
     """A command of this name that `run` carries out, with the options that every command has."""
@@ -79,44 +114,6 @@ def command(commands: Any, name: str, summary: str, run: Callable[..., Any]) -> 
         help="print one JSON object as the last line of stdout, all else to stderr",
     )
     return parser
-
-
-def add_output(parser: Parser) -> None:
-    """The folder to write."""
-    parser.add_argument("--output", required=True, metavar="O", help="the folder to write")
-
-
-def add_training_set(parser: Parser) -> None:
-    """Which rows are trained on, and the seed."""
-    parser.add_argument(
-        "--eval-split",
-        choices=("dev", "train-holdout"),
-        default="dev",
-        help="train-holdout: evaluate on training rows held out, to choose settings (dev)",
-    )
-    parser.number("--max-train-samples", None, "train on a fixed subset")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of head, data order, dropout (0)"
-    )
-
-
-def add_data_dir(parser: Parser) -> None:
-    """Where the data is."""
-    parser.add_argument(
-        "--data-dir",
-        metavar="D",
-        help="a folder of <TASK>/{train,dev}.tsv in GLUE's own layout; without it the hub is used",
-    )
-
-
-def add_data(parser: Parser, precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")) -> None:
-    """The task, its data, and how it is batched."""
-    parser.add_argument("--task", required=True, type=task, help="a GLUE task, e.g. rte or SST-2")
-    add_data_dir(parser)
-    parser.number("--batch-size", 32, "rows per device")
-    parser.number("--max-length", 128, "tokens a row")
-    parser.number("--max-eval-samples", None, "evaluate on a fixed subset")
-    parser.add_argument("--precision", choices=precisions, default="fp32", help="autocast (fp32)")
 
 
 def metrics_table(result: dict[str, Any]) -> str:

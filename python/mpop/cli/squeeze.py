@@ -6,7 +6,7 @@ import math
 import sys
 from typing import Any
 
-from mpop.cli.options import add_data, add_output, add_training_set, command, fall, positive_float
+from mpop.cli.options import command, fall, positive_float
 
 
 def add(commands: Any) -> None:
@@ -17,8 +17,8 @@ def add(commands: Any) -> None:
         "Cut the bonds that carry least while a task's metric holds, with light fine-tuning.",
         run,
     )
-    add_output(parser)
-    add_data(parser, ("fp32", "bf16"))
+    parser.add_output()
+    parser.add_data(("fp32", "bf16"))
     parser.add_argument(
         "--max-drop",
         type=fall,
@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     parser.number("--settle-steps", 200, "optimizer steps between two cuts at most")
     parser.number("--window", 20, "steps whose mean loss tells whether it has settled")
     parser.number("--learning-rate", 2e-05, "constant rate", positive_float, "LR")
-    add_training_set(parser)
+    parser.add_training_set()
     parser.add_argument(
         "--calibration-samples",
         type=int,
