@@ -515,8 +515,8 @@ def test_mpop_does_not_import_peft() -> None:
     code = """
 import sys, mpop
 assert "peft" not in sys.modules
-import importlib, mpop.peft
-importlib.reload(mpop.peft)
+import importlib, mpop.peft, mpop.integrations.peft
+importlib.reload(mpop.integrations.peft)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
