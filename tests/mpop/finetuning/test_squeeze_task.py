@@ -10,6 +10,7 @@ from tiny_glue import last_json
 
 import mpop
 from mpop.cli import main
+from mpop.finetuning.squeeze_task import squeeze_on_task
 
 
 def test_squeezing_a_task(data: Path, bert: Path, tmp_path: Path, capsys: Any) -> None:
@@ -53,6 +54,20 @@ def test_refusals(data: Path, bert: Path, tmp_path: Path, capsys: Any) -> None:
     command += ["--task", "sst2", "--data-dir", str(data), "--max-drop", "0.1"]
     assert main(command) == 2
     assert "is dense; fine-tune it with --method light first" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "setting", [{"eval_split": "test"}, {"precision": "fp16"}, {"max_length": 0}, {"window": 0}]
+)
+def test_bad_settings_are_named_and_write_nothing(
+    setting: dict[str, Any], data: Path, bert: Path, tmp_path: Path
+) -> None:
+    model = str(tmp_path / "model")
+    assert main(["compress", "--model", str(bert), "--output", model, "--ranks", "2"]) == 0
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        squeeze_on_task(model, "sst2", tmp_path / "o", max_drop=0.1, data_dir=data, **setting)
     assert not (tmp_path / "o").exists()
 
 

@@ -363,7 +363,9 @@ def test_a_missing_package_is_named(package, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_compiler_is_one_line(tmp_path):
+def test_no_compiler_is_one_line(tmp_path, monkeypatch):
+    """Before the model is traced, which may take minutes."""
+    monkeypatch.setattr("mpop.integrations.export._program", None)
     refusal = pytest.raises(OSError, match=r"AOTInductor cannot compile here: .*No working C\+\+")
     with torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/c++",)}), refusal:
         mpop.export(compressed("distilbert"), tmp_path / "x.pt2", "aoti")
