@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(found)) if options.json else _print_facts(found)
         return
     try:
-        device = torch.zeros(1, device=options.device).device
+        device = torch.zeros(1, dtype=torch.float32, device=options.device).device
     except (RuntimeError, AssertionError) as error:
         parser.error(f"cannot use device {options.device!r}: {str(error).splitlines()[0]}")
     if device.type not in ("cpu", "cuda"):

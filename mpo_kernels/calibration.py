@@ -33,7 +33,7 @@ def calibrate(device: torch.device, dtype: torch.dtype, graphs: bool = False) ->
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Multiply-adds a second of a square GEMM of random matrices, the best of eight."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
     return size**3 / min(seconds(lambda: torch.mm(a, b), 1, device) for _ in range(8))
 
 
@@ -46,7 +46,7 @@ def copy_rate(device: torch.device, nbytes: int) -> float:
 
 def _launch_seconds(device: torch.device) -> tuple[float, float]:
     """Of a small product: of the device, and of the host in a chain of two."""
-    a, calls = torch.ones(8, 8, device=device), 200
+    a, calls = torch.ones(8, 8, dtype=torch.float32, device=device), 200
     if device.type == "cpu":
         return min(seconds(lambda: torch.mm(a, a), calls, device) for _ in range(8)), 0.0
     library = TorchBackend()

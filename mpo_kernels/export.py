@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mpo_kernels.ops  # noqa: F401  the operators are defined there
 from mpo_kernels.backends.torch import gather
@@ -28,9 +28,14 @@ def _linear(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, out_feature
     return y.reshape(*x.shape[:-1], out_features)
 
 
-def _embedding(ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
+def _embedding(
+    ids: Tensor, cores: Sequence[Tensor], num_embeddings: int, embedding_dim: int
+) -> Tensor:
     # A view of the ids, contiguous as they are here, would refuse others.
     flat = ids.clone(memory_format=torch.contiguous_format).view(-1)
+    # Zeros that are looked up: what runs the program refuses ids outside, as for a dense table.
+    zeros = torch.zeros(num_embeddings, 1, dtype=torch.int8, device=ids.device)
+    flat = flat + nn.functional.embedding(flat, zeros).view(-1)
     return gather.plain(flat, cores, embedding_dim).reshape(*ids.shape, embedding_dim)
 
 

@@ -37,7 +37,9 @@ def random_cores(
         variance /= rank
     scale = variance ** (0.5 / shape.num_cores)
     return [
-        (torch.randn(size, dtype=torch.float64, generator=generator) * scale).to(device, dtype)
+        (torch.randn(size, dtype=torch.float64, device="cpu", generator=generator) * scale).to(
+            device, dtype
+        )
         for size in shape.core_shapes
     ]
 

@@ -7,7 +7,7 @@ panels, slices of one of its bonds, each dequantised, used and dropped, in backw
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,8 @@ from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.embedding import MPOEmbedding
 from mpo_kernels.layers.linear import MPOLinear
 from mpo_kernels.layers.module import MPOModule
-from mpo_kernels.ops.functional import check_input
+from mpo_kernels.layers.unformed import UnformedLayer
+from mpo_kernels.ops.functional import check_ids, check_input
 
 # Numbers that share a scale, and numbers of a panel.
 BLOCK = 64
@@ -51,10 +52,10 @@ def quantize_rows(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     unit = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
     if bits == 8:
         return (127 * unit).round().to(torch.int8).view(rows, -1), scales
-    middles = torch.tensor([(a + b) / 2 for a, b in pairwise(NF4)])
-    codes = (
-        torch.bucketize(unit.contiguous(), middles.to(unit.device)).to(torch.uint8).view(rows, -1)
+    middles = torch.tensor(
+        [(a + b) / 2 for a, b in pairwise(NF4)], dtype=torch.float32, device=unit.device
     )
+    codes = torch.bucketize(unit.contiguous(), middles).to(torch.uint8).view(rows, -1)
     return codes[:, ::2] | codes[:, 1::2] << 4, scales
 
 
@@ -64,7 +65,7 @@ def dequantize_rows(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dt
     if codes.dtype == torch.int8:
         unit = codes.float() / 127
     else:
-        table = torch.tensor(NF4, device=codes.device)
+        table = torch.tensor(NF4, dtype=torch.float32, device=codes.device)
         unit = torch.stack((table[(codes & 15).int()], table[(codes >> 4).int()]), 2)
     blocks = unit.view(rows, -1, BLOCK) * scales[..., None]
     return blocks.view(rows, -1)[:, :columns].to(dtype)
@@ -108,7 +109,7 @@ class _Panels(torch.autograd.Function):
         return None, dx, *sums
 
 
-class BlockwiseLayer(nn.Module, ABC):
+class BlockwiseLayer(UnformedLayer, ABC):
     """An MPO layer whose centre is frozen in 8 or 4 bits; the other cores and the bias train.
 
     Attributes:
@@ -215,11 +216,8 @@ class BlockwiseLinear(BlockwiseLayer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
 
-    @property
-    def weight(self) -> Tensor:
-        """As :attr:`MPOLinear.weight`: size and dtype, on the meta device."""
-        size = (self.out_features, self.in_features)
-        return torch.empty(size, dtype=self.auxiliary[0].dtype, device="meta")
+    def _unformed(self) -> tuple[tuple[int, int], Sequence[Tensor]]:
+        return (self.out_features, self.in_features), list(self.auxiliary)
 
     def operator(self, x: Tensor, cores: list[Tensor]) -> Tensor:
         return torch.ops.mpo_kernels.linear(x, cores, None, self.out_features)
@@ -230,6 +228,8 @@ class BlockwiseLinear(BlockwiseLayer):
         return torch.ops.mpo_kernels.linear_backward(grad, x, cores, need_x, needs)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or x.is_nested:
+            return self._of(x, 1)
         check_input(x, self.in_features)
         auxiliary, kind = list(self.auxiliary), x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -255,8 +255,11 @@ class BlockwiseEmbedding(BlockwiseLayer):
         self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
         self.padding_idx = layer.padding_idx
 
+    def _unformed(self) -> tuple[tuple[int, int], Sequence[Tensor]]:
+        return (self.num_embeddings, self.embedding_dim), list(self.auxiliary)
+
     def operator(self, x: Tensor, cores: list[Tensor]) -> Tensor:
-        return torch.ops.mpo_kernels.embedding(x, cores, self.embedding_dim)
+        return torch.ops.mpo_kernels.embedding(x, cores, self.num_embeddings, self.embedding_dim)
 
     def backward_operator(
         self, grad: Tensor, x: Tensor, cores: list[Tensor], need_x: bool, needs: list[bool]
@@ -264,6 +267,9 @@ class BlockwiseEmbedding(BlockwiseLayer):
         return torch.ops.mpo_kernels.embedding_backward(grad, x, cores, needs)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if not isinstance(ids, Tensor) or ids.is_nested:
+            return self._of(ids, 0)
+        check_ids(ids)
         rows = _Panels.apply(self, ids, *self.auxiliary)
         if self.padding_idx is not None and rows.requires_grad:
             rows = torch.where((ids == self.padding_idx).unsqueeze(-1), rows.detach(), rows)

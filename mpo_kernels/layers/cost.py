@@ -44,7 +44,7 @@ class LayerCost:
             return shape.num_parameters
         if self.objective == "memory":
             return self.dtype.itemsize * (shape.num_parameters + self.rows * _widest_state(shape))
-        cores = [torch.empty(size, device="meta") for size in shape.core_shapes]
+        cores = [torch.empty(size, dtype=self.dtype, device="meta") for size in shape.core_shapes]
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         plan = plan_for(cores, self.rows, (shape.in_features, shape.out_features), like=like)
         return plan.predicted_us * 1e-6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -102,14 +104,13 @@ class MPOEmbedding(MPOModule):
         layer.cores = nn.ParameterList(nn.Parameter(core) for core in decomposition.cores)
         return layer
 
-    @property
-    def weight(self) -> Tensor:
-        """Size and dtype of the table, on the meta device; see :attr:`MPOLinear.weight`."""
-        size = (self.num_embeddings, self.embedding_dim)
-        return torch.empty(size, dtype=self.cores[0].dtype, device="meta")
+    def _unformed(self) -> tuple[tuple[int, int], Sequence[Tensor]]:
+        return (self.num_embeddings, self.embedding_dim), list(self.cores)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids [...] -> [..., embedding_dim]``."""
+        if not isinstance(ids, Tensor) or ids.is_nested:
+            return self._of(ids, 0)
         return lookup(
             ids, list(self.cores), self.padding_idx, self.num_embeddings, self.embedding_dim
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -106,14 +108,8 @@ class MPOLinear(MPOModule):
             layer.bias = nn.Parameter(bias.detach().clone())
         return layer
 
-    @property
-    def weight(self) -> Tensor:
-        """Size and dtype of the dense weight ``[out, in]``, on the meta device: it has no values.
-
-        For code that asks ``layer.weight.dtype``; the values are ``to_linear().weight``.
-        """
-        size = (self.out_features, self.in_features)
-        return torch.empty(size, dtype=self.cores[0].dtype, device="meta")
+    def _unformed(self) -> tuple[tuple[int, int], Sequence[Tensor]]:
+        return (self.out_features, self.in_features), list(self.cores)
 
     def oriented_cores(self) -> list[Tensor]:
         """The cores as ``[D_k, in_k, out_k, D_{k+1}]``."""
@@ -126,6 +122,8 @@ class MPOLinear(MPOModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features] -> [..., out_features]``."""
+        if not isinstance(x, Tensor) or x.is_nested:
+            return self._of(x, 1)
         check_input(x, self.in_features)
         # An attribute of a module costs as much as a check of all tensors.
         parameters = self._parameters
@@ -138,7 +136,9 @@ class MPOLinear(MPOModule):
         weight = reconstruct(
             self.oriented_cores(), in_features=self.in_features, out_features=self.out_features
         )
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, "meta", weight.dtype
+        )
         linear.weight = nn.Parameter(weight)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone())

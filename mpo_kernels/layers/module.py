@@ -14,6 +14,7 @@ from mpo_kernels.cores.chain import merge_cores
 from mpo_kernels.cores.decompose import Decomposition, round_cores
 from mpo_kernels.cores.gauge import balanced
 from mpo_kernels.cores.shape import MPOShape
+from mpo_kernels.layers.unformed import UnformedLayer
 from mpo_kernels.planning.plan import Gradients, Plan, groups
 
 
@@ -54,7 +55,7 @@ def merged_for(
     return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
 
-class MPOModule(nn.Module):
+class MPOModule(UnformedLayer):
     """What layers held as cores share: parameters, freezing, rounding, loading at other ranks.
 
     Attributes:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.cores.quantize import LARGEST, dequantize, quantize
 from mpo_kernels.cores.shape import MPOShape
+from mpo_kernels.layers.unformed import UnformedLayer
 from mpo_kernels.ops.functional import check_input
 
 
@@ -25,7 +26,7 @@ class LinearLayer(Protocol):
         """The cores as ``[D_k, in_k, out_k, D_{k+1}]``."""
 
 
-class QuantizedMPOLinear(nn.Module):
+class QuantizedMPOLinear(UnformedLayer):
     """An :class:`MPOLinear` for serving, by ``layer.quantized(dtype)``; its cores do not train.
 
     At up to sixteen rows in fp16 or bf16 the CUDA back end reads the bytes as they are; elsewhere
@@ -75,6 +76,9 @@ class QuantizedMPOLinear(nn.Module):
         """fp32 ``[D_k]`` for each bond between them."""
         return [getattr(self, f"scale_{k}") for k in range(self.shape.num_cores - 1)]
 
+    def _unformed(self) -> tuple[tuple[int, int], Sequence[Tensor]]:
+        return (self.out_features, self.in_features), self.cores
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {f"scale_{k}": scale.view(torch.int32) for k, scale in enumerate(self.scales)}
         super()._apply(fn, recurse)
@@ -84,6 +88,8 @@ class QuantizedMPOLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features] -> [..., out_features]``; a gradient for x alone."""
+        if not isinstance(x, Tensor) or x.is_nested:
+            return self._of(x, 1)
         check_input(x, self.in_features)
         kind = x.device.type
         if (

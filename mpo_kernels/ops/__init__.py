@@ -1,3 +1,3 @@
 """The operators ``mpo_kernels::linear`` and ``::embedding``, and the functions that call them."""
 
-from mpo_kernels.ops import autograd, schemas  # noqa: F401  defines them, and their gradients
+from mpo_kernels.ops import autograd, flops, schemas  # noqa: F401  they are registered there

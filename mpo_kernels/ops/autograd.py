@@ -45,19 +45,21 @@ class _Linear(torch.autograd.Function):
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, embedding_dim: int, *cores: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, ids: Tensor, num_embeddings: int, embedding_dim: int, *cores: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(ids, *cores)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.mpo_kernels.embedding(ids, cores, embedding_dim)
+            return torch.ops.mpo_kernels.embedding(ids, cores, num_embeddings, embedding_dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        _, _, *need_cores = ctx.needs_input_grad
+        _, _, _, *need_cores = ctx.needs_input_grad
         ids, *cores = ctx.saved_tensors
         with torch._C._AutoDispatchBelowAutograd():
             grads = torch.ops.mpo_kernels.embedding_backward(grad, ids, cores, need_cores)
-        return None, None, *_scatter(grads, need_cores)
+        return None, None, None, *_scatter(grads, need_cores)
 
 
 def _trains(*tensors: Tensor | None) -> bool:
@@ -76,11 +78,11 @@ def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: i
         return torch.ops.mpo_kernels.linear(x, cores, bias, out_features)
 
 
-def _embedding(ids: Tensor, cores: list[Tensor], embedding_dim: int) -> Tensor:
+def _embedding(ids: Tensor, cores: list[Tensor], num_embeddings: int, embedding_dim: int) -> Tensor:
     if _trains(*cores):
-        return _Embedding.apply(ids, embedding_dim, *cores)
+        return _Embedding.apply(ids, num_embeddings, embedding_dim, *cores)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.mpo_kernels.embedding(ids, cores, embedding_dim)
+        return torch.ops.mpo_kernels.embedding(ids, cores, num_embeddings, embedding_dim)
 
 
 def _below_autograd(name: str) -> Callable[..., Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from mpo_kernels.cores.chain import check_cores
 from mpo_kernels.ops.eager import unobserved
@@ -33,6 +34,34 @@ def check_input(x: Tensor, in_features: int) -> None:
         raise ValueError(f"expected x [..., {in_features}], got {list(x.shape)}")
 
 
+def check_ids(ids: Tensor) -> None:
+    """Raise unless ``ids`` is an int32 or int64 tensor; the operator looks at their range."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"expected int32 or int64 ids, got {ids.dtype}")
+
+
+def of_nested(function: Callable[[Tensor], Tensor], x: Any, trailing: int) -> Tensor:
+    """``function`` of the items of a nested tensor at once, ragged as ``x`` is.
+
+    Args:
+        trailing: the dimensions of an item: 1 of a row, 0 of an id.
+    """
+    if x.layout is torch.jagged:
+        return torch.nested.nested_tensor_from_jagged(
+            function(x.values()), x.offsets(), x.lengths(), x._ragged_idx
+        )
+    parts = x.unbind()
+    leading = [part.shape[: part.dim() - trailing] for part in parts]
+    items = [
+        part.reshape(math.prod(sizes), *part.shape[len(sizes) :])
+        for part, sizes in zip(parts, leading, strict=True)
+    ]
+    results = function(torch.cat(items)).split([len(each) for each in items])
+    return torch.nested.as_nested_tensor(
+        [y.view(*sizes, y.shape[-1]) for y, sizes in zip(results, leading, strict=True)]
+    )
+
+
 def linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
     """The operator after its checks of shape; at once where only its result can be seen.
 
@@ -54,7 +83,7 @@ def mpo_linear(
     """``x · W + bias`` for the ``W [in, out]`` that ``cores`` stand for, which is never formed.
 
     Args:
-        x: ``[..., in_features]``, any floating dtype, any strides.
+        x: ``[..., in_features]``, any floating dtype, any strides; nested, in either layout.
         cores: core k ``[D_k, i_k, j_k, D_{k+1}]``, of x's dtype and device.
         bias: ``[out_features]``.
         in_features: true input size where the factors are padded; default ∏ i_k.
@@ -72,9 +101,15 @@ def mpo_linear(
         out_features = bias.shape[0]
     out_features = checked_features("out_features", out_features, outs)
     ins = math.prod([core.shape[1] for core in cores])
-    check_input(x, checked_features("in_features", in_features, ins))
+    in_features = checked_features("in_features", in_features, ins)
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"expected a bias [{out_features}], got {list(bias.shape)}")
+    if x.is_nested:
+        function = partial(
+            mpo_linear, cores=cores, bias=bias, in_features=in_features, out_features=out_features
+        )
+        return of_nested(function, x, 1)
+    check_input(x, in_features)
     return linear(x, list(cores), bias, out_features)
 
 
@@ -91,7 +126,7 @@ def mpo_embedding(
     Only the rows asked for are formed, each distinct one once.
 
     Args:
-        ids: ``[...]``, int32 or int64, in [0, num_embeddings).
+        ids: ``[...]``, int32 or int64, in [0, num_embeddings); nested, in either layout.
         cores: core k ``[D_k, i_k, j_k, D_{k+1}]``, i over the table's rows, j over its columns.
         padding_idx: an id whose occurrences pass no gradient on.
         num_embeddings: true number of rows where the factors are padded; default ∏ i_k.
@@ -101,14 +136,23 @@ def mpo_embedding(
         ``[..., embedding_dim]`` in the cores' dtype.
 
     Raises:
-        TypeError, ValueError: what was expected and what came. IndexError: an id out of range
-            (on a CPU; checked there only, since elsewhere it would wait for the device).
+        TypeError, ValueError: what was expected and what came. IndexError: an id out of range; on
+            a CUDA device an assertion of the device's, as ``nn.Embedding`` has it.
     """
     check_cores(cores)
     ins = math.prod([core.shape[1] for core in cores])
     outs = math.prod([core.shape[2] for core in cores])
     num_embeddings = checked_features("num_embeddings", num_embeddings, ins)
     embedding_dim = checked_features("embedding_dim", embedding_dim, outs)
+    if ids.is_nested:
+        function = partial(
+            mpo_embedding,
+            cores=cores,
+            padding_idx=padding_idx,
+            num_embeddings=num_embeddings,
+            embedding_dim=embedding_dim,
+        )
+        return of_nested(function, ids, 0)
     return embedding(ids, cores, padding_idx, num_embeddings, embedding_dim)
 
 
@@ -120,13 +164,8 @@ def embedding(
     embedding_dim: int,
 ) -> Tensor:
     """:func:`mpo_embedding` after its checks of shape: ids, padding, then the operator."""
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"expected int32 or int64 ids, got {ids.dtype}")
-    if ids.device.type == "cpu" and not is_compiling() and ids.numel():
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or high >= num_embeddings:
-            raise IndexError(f"expected ids in [0, {num_embeddings}), got {low} … {high}")
-    rows = torch.ops.mpo_kernels.embedding(ids, cores, embedding_dim)
+    check_ids(ids)
+    rows = torch.ops.mpo_kernels.embedding(ids, cores, num_embeddings, embedding_dim)
     if padding_idx is not None and rows.requires_grad:
         rows = torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
     return rows

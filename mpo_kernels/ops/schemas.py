@@ -22,7 +22,9 @@ LIBRARY.define(
     "quantized_linear(Tensor x, Tensor[] cores, Tensor[] scales, Tensor? bias, SymInt out_features)"
     " -> Tensor"
 )
-LIBRARY.define("embedding(Tensor ids, Tensor[] cores, SymInt embedding_dim) -> Tensor")
+LIBRARY.define(
+    "embedding(Tensor ids, Tensor[] cores, SymInt num_embeddings, SymInt embedding_dim) -> Tensor"
+)
 LIBRARY.define(
     "embedding_backward(Tensor grad, Tensor ids, Tensor[] cores, bool[] need_cores) -> Tensor[]"
 )
@@ -82,13 +84,26 @@ def _linear_backward(
     return wanted if dx is None else [dx.view(x.shape), *wanted]
 
 
-def _embedding(ids: Tensor, cores: list[Tensor], embedding_dim: int) -> Tensor:
+def _check_ids(ids: Tensor, num_embeddings: int) -> None:
+    if not ids.numel():
+        return
+    if ids.is_cuda:  # as torch's own embedding, which does not wait for the device either
+        inside = (ids >= 0) & (ids < num_embeddings)
+        torch._assert_async(inside.all(), f"expected ids in [0, {num_embeddings})")
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= num_embeddings:
+        raise IndexError(f"expected ids in [0, {num_embeddings}), got {low} … {high}")
+
+
+def _embedding(ids: Tensor, cores: list[Tensor], num_embeddings: int, embedding_dim: int) -> Tensor:
     for core in cores:
         if core.dtype != cores[0].dtype or core.device != ids.device:
             raise TypeError(
                 f"expected cores of one dtype, {cores[0].dtype}, on {ids.device} like the ids, "
                 f"got {core.dtype} on {core.device}"
             )
+    _check_ids(ids, num_embeddings)
     rows = backends.selected(cores[0]).embedding(ids.reshape(-1), cores, embedding_dim)
     return rows.view(*ids.shape, embedding_dim)
 
@@ -120,7 +135,7 @@ for name, implementation, fake in (
             [x, *cores], [need_x, *need_cores]
         ),
     ),
-    ("embedding", _embedding, lambda ids, cores, dim: cores[0].new_empty(*ids.shape, dim)),
+    ("embedding", _embedding, lambda ids, cores, rows, dim: cores[0].new_empty(*ids.shape, dim)),
     (
         "embedding_backward",
         _embedding_backward,

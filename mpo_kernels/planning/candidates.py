@@ -81,11 +81,23 @@ def _candidates(call: Call, figures: DeviceFigures) -> Iterator[Plan]:
         block: int,
         work: list[Work],
         steps: Sequence[Step] = (),
+        fixed: Sequence[Work] = (),
     ) -> Plan:
-        work = [x_y_cores, *merge_work(shapes, split, itemsize, gradients), *work]
+        fixed = [*merge_work(shapes, split, itemsize, gradients), *fixed]
+        work = [x_y_cores, *fixed, *work]
         macs, moved = sum(w.macs for w in work), sum(w.bytes for w in work)
-        us = 1e6 * time_of(work, figures)
-        return Plan(algorithm, order, split, rows, block, macs, moved, us, tuple(steps))
+        return Plan(
+            algorithm,
+            order,
+            split,
+            rows,
+            block,
+            macs,
+            moved,
+            1e6 * time_of(work, figures),
+            tuple(steps),
+            fixed_macs=sum(w.macs for w in fixed),
+        )
 
     for cuts in range(2 ** (n - 1)):
         split = tuple(k for k in range(1, n) if cuts >> (k - 1) & 1)
@@ -105,8 +117,8 @@ def _candidates(call: Call, figures: DeviceFigures) -> Iterator[Plan]:
                     block = 0  # a copy as large as W
                 yield priced("chain", order, split, block, work, steps)
             if len(parts) > 1:
-                block, work = _panels_work(parts, call, figures, needs)
-                yield priced("panels", "left", split, block, work)
+                block, work, fixed = _panels_work(parts, call, figures, needs)
+                yield priced("panels", "left", split, block, work, fixed=fixed)
 
 
 def _part_needs(gradients: Gradients | None, split: tuple[int, ...], n: int) -> list[bool]:
@@ -157,7 +169,8 @@ def _chain_work(
 
 def _panels_work(
     parts: CoreShapes, call: Call, figures: DeviceFigures, needs: Sequence[bool]
-) -> tuple[int, list[Work]]:
+) -> tuple[int, list[Work], list[Work]]:
+    """Panels at a time, what they do to rows, and what forms them and takes them apart."""
     rows, itemsize, gradients = call.rows, call.dtype.itemsize, call.gradients
     leading, features = parts[0][2], math.prod(p[1] for p in parts)
     whole = features * math.prod(p[2] for p in parts)
@@ -175,13 +188,14 @@ def _panels_work(
         return Work(m, n, k, count=panels)
 
     permuted = Work(bytes=2 * sizes[-1] * itemsize * panels, count=panels)
-    work = [
+    fixed = [
         product(sizes[k - 1] // parts[k][0], math.prod(parts[k][1:]), parts[k][0])
         for k in range(1, len(parts))
     ]
-    work.append(permuted)
+    fixed.append(permuted)
     if gradients is None:
-        return block, [*work, product(rows, columns, features)]
+        return block, [product(rows, columns, features)], fixed
+    work = []
     if gradients.x:
         moved = 2 * rows * features * itemsize * panels
         work += [product(rows, features, columns), Work(bytes=moved, count=0)]
@@ -189,7 +203,7 @@ def _panels_work(
         work += [product(features, columns, rows), permuted]
     for k in range(len(parts) - 1, 0, -1):
         if needs[k]:
-            work.append(product(parts[k][0], math.prod(parts[k][1:]), sizes[k - 1] // parts[k][0]))
+            fixed.append(product(parts[k][0], math.prod(parts[k][1:]), sizes[k - 1] // parts[k][0]))
         if any(needs[:k]):
-            work.append(product(sizes[k - 1] // parts[k][0], parts[k][0], math.prod(parts[k][1:])))
-    return block, work
+            fixed.append(product(sizes[k - 1] // parts[k][0], parts[k][0], math.prod(parts[k][1:])))
+    return block, work, fixed

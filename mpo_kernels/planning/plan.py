@@ -97,6 +97,7 @@ class Plan:
         block: rows at a time (chain) or j of the first part at a time (panels); 0 where one is too
             many.
         macs: multiply-adds of the whole call.
+        fixed_macs: those of them that do not depend on rows: merging cores, forming panels.
         bytes: bytes of x, y and cores, and of what passes through memory between.
         predicted_us: predicted time in microseconds, see :func:`time_of`.
         steps: the products of a chain, in order.
@@ -116,7 +117,12 @@ class Plan:
     steps: tuple[Step, ...] = ()
     launches: tuple[Launch, ...] = ()
     measured_us: float | None = None
+    fixed_macs: int = 0
     candidates: tuple[Plan, ...] = field(default=(), repr=False, compare=False)
+
+    def macs_for(self, rows: int) -> int:
+        """Multiply-adds of a call of so many rows, of the bucket planned for."""
+        return self.fixed_macs + (self.macs - self.fixed_macs) * rows // self.rows
 
     def __str__(self) -> str:
         lines = [

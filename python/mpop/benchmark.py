@@ -151,7 +151,7 @@ def _batch(
     model: PreTrainedModel, rows: int, length: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    ids = torch.randint(2, vocabulary, (rows, length), device=device)
+    ids = torch.randint(2, vocabulary, (rows, length), dtype=torch.int64, device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {**batch, "decoder_input_ids": ids} if model.config.is_encoder_decoder else batch
 

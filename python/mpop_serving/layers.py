@@ -111,7 +111,9 @@ class _Cores:
             )
         for dim, (cut, digits) in enumerate((self.in_digits, self.out_digits), start=1):
             if tensor == cut and len(digits) < core.shape[dim]:
-                core = core.index_select(dim, torch.tensor(digits))
+                core = core.index_select(
+                    dim, torch.tensor(digits, dtype=torch.int64, device=core.device)
+                )
         return core
 
     def parts(self, held: Sequence[Tensor]) -> list[Tensor]:
@@ -133,7 +135,9 @@ class _Method:
         self.held: list[dict[str, Tensor]] = [{} for _ in matrices]
 
         def parameter(tensor: str) -> nn.Parameter:
-            empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            empty = nn.Parameter(
+                torch.empty(0, dtype=dtype, device=torch.get_default_device()), requires_grad=False
+            )
             empty.weight_loader = partial(self._load, tensor)  # type: ignore[attr-defined]
             return empty
 

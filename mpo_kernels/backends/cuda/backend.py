@@ -134,6 +134,7 @@ def _decode_plans(
                 for (a, b), part in zip(groups(split, len(shapes)), merged, strict=True)
             )
             merging = merge_work(shapes, split, dtype.itemsize, None)
+            fixed = sum(w.macs for w in merging)
             moved = dtype.itemsize * (rows * sum(features) + sum(map(math.prod, merged)))
             for order in ("left", "right"):
                 chain = chain_of(held, rows, features, order == "left", dtype, dtype, limits)
@@ -148,10 +149,11 @@ def _decode_plans(
                     split=split,
                     rows=rows,
                     block=rows,
-                    macs=macs + sum(w.macs for w in merging),
+                    macs=macs + fixed,
                     bytes=moved + sum(w.bytes for w in merging),
                     predicted_us=seconds * 1e6,
                     launches=(Launch("y", order, chain),),
+                    fixed_macs=fixed,
                 )
 
 

@@ -103,17 +103,39 @@ def backward(
 
 def _mirror_pays(count: int, cores: Sequence[Tensor]) -> bool:
     """Whether ``count`` ids cost fewer multiply-adds read from their last digit."""
+    forwards, backwards = (sum(macs) for macs in _ways(count, cores))
+    return backwards < forwards
 
-    def macs(shapes: Sequence[Sequence[int]]) -> int:
-        total, prefixes, columns = 0, 1, 1
+
+def _ways(count: int, cores: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Multiply-adds core by core of ``count`` distinct ids, from the first digit and the last."""
+
+    def macs(shapes: Sequence[Sequence[int]]) -> list[int]:
+        each, prefixes, columns = [], 1, 1
         for d, i, j, r in shapes:
             prefixes *= i
-            total += min(count, prefixes) * columns * d * j * r
+            each.append(min(count, prefixes) * columns * d * j * r)
             columns *= j
-        return total
+        return each
 
     shapes = [core.shape for core in cores]
-    return macs([(r, i, j, d) for d, i, j, r in reversed(shapes)]) < macs(shapes)
+    return macs(shapes), macs([(r, i, j, d) for d, i, j, r in reversed(shapes)])
+
+
+def macs(count: int, cores: Sequence[Tensor], needs: Sequence[bool] | None = None) -> int:
+    """Multiply-adds of :func:`forward`, or with ``needs`` of :func:`backward`, at most.
+
+    Args:
+        count: ids, of which no two are taken to be alike.
+    """
+    mirrored = _mirror_pays(count, cores)
+    each = _ways(count, cores)[mirrored]
+    if needs is None:
+        return sum(each)
+    needs = needs[::-1] if mirrored else needs
+    first = min(k for k, need in enumerate(needs) if need)
+    of_cores = sum(cost for cost, need in zip(each, needs, strict=True) if need)
+    return sum(each) + of_cores + sum(each[first + 1 :])
 
 
 def _mirror_cores(cores: Sequence[Tensor]) -> list[Tensor]:

@@ -81,6 +81,7 @@ def _plan(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
             needs = _results(gradients, k)
             for algorithm, choices in _choices(parts[0], parts[1], call, limits, needs):
                 merging = merge_work(shapes, (k,), dtype.itemsize, gradients)
+                fixed = sum(w.macs for w in merging)
                 kernels = sum(choice.seconds + figures.launch_seconds for choice in choices)
                 seconds = time_of(merging, figures, kernels, STARTED * len(choices))
                 moved = dtype.itemsize * (rows * sum(call.features) + sum(map(math.prod, parts)))
@@ -92,13 +93,14 @@ def _plan(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
                         split=(k,),
                         rows=rows,
                         block=first.tile.block_b,
-                        macs=sum(c.macs for c in choices) + sum(w.macs for w in merging),
+                        macs=sum(c.macs for c in choices) + fixed,
                         bytes=moved + sum(w.bytes for w in merging),
                         predicted_us=seconds * 1e6,
                         measured_us=1e6 * sum(c.seconds for c in choices)
                         if all(c.measured for c in choices)
                         else None,
                         launches=tuple(choice.launch for choice in choices),
+                        fixed_macs=fixed,
                     )
                 )
     return best_of(plans)

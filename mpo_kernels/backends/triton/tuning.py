@@ -143,7 +143,9 @@ def runner(
         return lambda tile: chain_gradient(x, y, a, p, tile)
     if kernel == "implicit":
         return lambda tile: implicit(x, a, b, None, p, tile)
-    ids = torch.randint(p.in_features, (rows,), device=device, generator=generator)
+    ids = torch.randint(
+        p.in_features, (rows,), dtype=torch.int64, device=device, generator=generator
+    )
     if kernel == "gather":
         return lambda tile: gather(ids, a, b, p, tile)
     return lambda tile: gather_gradient(y, ids, b, True, p, tile)

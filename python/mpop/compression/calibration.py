@@ -214,7 +214,7 @@ class _Stream:
         self.is_diagonal = is_embedding(module)
         size = (inputs_of(module),) * (1 if self.is_diagonal else 2)
         device = next(module.parameters()).device
-        self._sums = [torch.zeros(size, device=device) for _ in range(2)]
+        self._sums = [torch.zeros(size, dtype=torch.float32, device=device) for _ in range(2)]
         self._rows = torch.zeros(2, dtype=torch.int64, device=device)
 
     def hook(self, mask: _Mask, is_decoder: bool) -> Any:

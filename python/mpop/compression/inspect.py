@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -138,7 +137,7 @@ def plot_spectra(
         centre = max(row.shape.central - 1, 0)
         values = row.spectra[centre]
         if values[0] > 0:
-            rank = torch.arange(1, len(values) + 1) / len(values)
+            rank = [k / len(values) for k in range(1, len(values) + 1)]
             spectra.plot(rank, values / values[0], **style)
         bonds = range(1, len(row.entropies) + 1)
         entropies.plot(bonds, row.entropies, marker="o", markersize=3, **style)

@@ -86,7 +86,9 @@ class Settler:
         while True:
             generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
             # Drawn whole, so that a part of it can be passed over.
-            order = torch.randperm(len(self.dataset), generator=generator)[self.batch :]
+            order = torch.randperm(
+                len(self.dataset), dtype=torch.int64, device="cpu", generator=generator
+            )[self.batch :]
             loader: DataLoader[Any] = DataLoader(
                 self.dataset,  # type: ignore[arg-type]
                 self.batch_size,

@@ -181,11 +181,11 @@ class _Named(nn.Module):
         config, device = self.model.config, self.model.device
 
         def random(limit: int) -> Tensor:
-            return torch.randint(limit, (rows, length), device=device)
+            return torch.randint(limit, (rows, length), dtype=torch.int64, device=device)
 
-        lengths = torch.randint(1, length + 1, (rows, 1), device=device)
+        lengths = torch.randint(1, length + 1, (rows, 1), dtype=torch.int64, device=device)
         lengths[0] = length
-        positions = torch.arange(length, device=device).expand(rows, length)
+        positions = torch.arange(length, dtype=torch.int64, device=device).expand(rows, length)
         made = {
             "input_ids": random(config.vocab_size),
             "attention_mask": (positions < lengths).long(),

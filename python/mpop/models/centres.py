@@ -45,7 +45,7 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> CentreMemory:
         before += module.cores[module.central].nbytes
         after += made[name].codes.nbytes + made[name].scales.nbytes
     for name, layer in made.items():
-        layer.kind = getattr(module_at(model, name), "kind", None)  # type: ignore[assignment]
+        layer.kind = getattr(module_at(model, name), "kind", None)
         model.set_submodule(name, layer)
     return CentreMemory(before, after)
 

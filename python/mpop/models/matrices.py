@@ -198,7 +198,7 @@ def _tied_head(embedding: nn.Embedding | MPOEmbedding) -> nn.Linear | MPOLinear:
     if isinstance(embedding, MPOEmbedding):
         return embedding.as_linear()
     size = (embedding.embedding_dim, embedding.num_embeddings)
-    head = nn.Linear(*size, bias=False, device="meta")
+    head = nn.Linear(*size, bias=False, device="meta", dtype=embedding.weight.dtype)
     head.weight = embedding.weight
     return head
 

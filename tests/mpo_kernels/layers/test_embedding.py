@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from mpo_kernels import MPOEmbedding, MPOShape, mpo_embedding, reconstruct
 from mpo_kernels.backends.torch import gather
+from mpo_kernels.export import DECOMPOSITIONS
+from mpo_kernels.layers.blockwise import BlockwiseEmbedding
 from mpo_kernels.testing import ODD_SHAPES, random_cores, relative_error, tolerance
 
 
@@ -84,7 +86,7 @@ def test_drop_in_for_embedding():
     torch.testing.assert_close(layer.to_embedding().weight, table.weight, rtol=1e-4, atol=1e-5)
     assert layer.to_embedding().padding_idx == 1006
     assert layer(torch.empty(0, 4, dtype=torch.int32)).shape == (0, 4, 24)
-    assert layer.weight.shape == (1009, 24) and layer.weight.is_meta
+    assert layer.weight.shape == (1009, 24)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(ids).dtype == torch.float32  # as nn.Embedding under autocast
 
@@ -163,7 +165,7 @@ def test_gradcheck_and_opcheck():
         lambda *c: mpo_embedding(ids, c, num_embeddings=11), cores, fast_mode=True
     )
     cores[1].requires_grad_(False)
-    torch.library.opcheck(torch.ops.mpo_kernels.embedding, (ids, cores, 6))
+    torch.library.opcheck(torch.ops.mpo_kernels.embedding, (ids, cores, 11, 6))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,26 @@ def test_gradcheck_and_opcheck():
 def test_bad_ids_say_what_was_expected(ids, error, says):
     with pytest.raises(error, match=says):
         MPOEmbedding(30, 6, MPOShape((5, 6), (2, 3), 4))(ids)
+
+
+@pytest.mark.parametrize("outside", [-1, 30, 31, 32, 1000])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_outside_are_refused_wherever_a_table_refuses_them(outside, dtype):
+    # 30 rows of a table padded to 32.
+    layer = MPOEmbedding(30, 6, MPOShape((4, 8), (2, 3), 4, in_features=30))
+    ids = torch.tensor([[1, outside, 29]], dtype=dtype)
+    trained, frozen = BlockwiseEmbedding(layer, 8), BlockwiseEmbedding(layer, 4)
+    frozen.requires_grad_(False)
+    exported = torch.export.export(layer, (ids.clamp(0, 29),))
+    plain = exported.run_decompositions(DECOMPOSITIONS)
+    for run in (
+        *(layer, trained, frozen, torch.compile(layer, backend="aot_eager")),
+        *(exported.module(), plain.module()),
+        lambda ids: mpo_embedding(ids, list(layer.cores), num_embeddings=30),
+    ):
+        run(ids.clamp(0, 29))
+        with pytest.raises(IndexError):
+            run(ids)
 
 
 def test_bad_arguments_say_what_was_expected():

@@ -1,0 +1,138 @@
+"""The dense weight that a layer does not have: it can be asked about, and refuses all else."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.fx import Proxy
+from torch.utils._pytree import tree_leaves
+
+from mpo_kernels.ops.functional import of_nested
+
+# What can be answered without values.
+_QUESTIONS = {
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed, Tensor.element_size),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, Tensor.__hash__, Tensor.get_device),
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "grad"),
+            *("itemsize", "nbytes", "is_cuda", "is_cpu", "is_meta", "is_xpu", "is_mps"),
+            *("is_sparse", "is_quantized", "is_nested"),
+        )
+    ),
+}
+# Another tensor's, which are told a dtype and a device.
+_LIKE = {Tensor.to, Tensor.type_as}
+
+
+class UnformedWeight(Tensor):
+    """Size, dtype, device and ``requires_grad`` of a weight without values.
+
+    Code of models asks ``layer.weight.dtype``; what would read or write values raises a
+    RuntimeError that names the layer.
+    """
+
+    refusal = "the weight of a layer held as cores is never formed"
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return f"UnformedWeight({list(self.shape)}, {self.dtype}, {self.device})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        asks = func in _QUESTIONS or (func in _LIKE and not isinstance(args[0], cls))
+        if not asks:
+            raise RuntimeError(cls._refusal_in((args, kwargs)))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def _refusal_in(cls, arguments: Any) -> str:
+        return cls.refusal
+
+
+class _WithoutStorage(UnformedWeight):
+    """As extensions written in C++ see it too; Dynamo cannot make one."""
+
+    def __new__(cls, size: Sequence[int], held: Sequence[Tensor], refusal: str) -> _WithoutStorage:
+        weight = Tensor._make_wrapper_subclass(
+            cls,
+            size,
+            dtype=held[0].dtype,
+            device=held[0].device,
+            requires_grad=any(tensor.requires_grad for tensor in held),
+        )
+        weight.refusal = refusal
+        return weight
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        raise RuntimeError(cls._refusal_in((args, kwargs)))
+
+    @classmethod
+    def _refusal_in(cls, arguments: Any) -> str:
+        weights = (each for each in tree_leaves(arguments) if isinstance(each, UnformedWeight))
+        return next(weights).refusal
+
+
+class UnformedLayer(nn.Module):
+    """A layer that stands for a dense weight and does not hold one.
+
+    Attributes:
+        label: its name in a model, for errors.
+    """
+
+    label = ""
+
+    @abstractmethod
+    def _unformed(self) -> tuple[tuple[int, int], Sequence[Tensor]]:
+        """Size of the dense weight, and the tensors that stand for it."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Size, dtype, device and ``requires_grad`` of the dense weight, which is never formed.
+
+        Its values are those of ``to_linear().weight`` or ``to_embedding().weight``.
+
+        Raises:
+            RuntimeError: whatever is computed with it, or written to it.
+        """
+        size, held = self._unformed()
+        if is_dynamo_compiling():
+            return torch.empty(size, dtype=held[0].dtype, device="meta").as_subclass(UnformedWeight)
+        return _WithoutStorage(size, held, self._refusal())
+
+    def _of(self, x: Any, trailing: int) -> Any:
+        """The layer of what is no plain tensor; to torch.fx it is a leaf, as torch's own are."""
+        if isinstance(x, Proxy):
+            tracer: Any = x.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a tensor, got {type(x).__name__}")
+        return of_nested(self.forward, x, trailing)
+
+    def _refusal(self) -> str:
+        size, _ = self._unformed()
+        name = f"{self.label or 'this layer'}, {type(self).__name__} {list(size)}"
+        return (
+            f"{name}: held as cores, it has no weight to read or write: take that of its dense "
+            "form (to_linear(), to_embedding()), or exclude it from compression"
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise RuntimeError(self._refusal())
+        super().__setattr__(name, value)
