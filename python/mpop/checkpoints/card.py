@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
+from mpop.models.left import describe_left, left_dense
 from mpop.models.light import count_parameters
 from mpop.models.matrices import mpo_modules
 
@@ -46,13 +47,18 @@ def model_card(
         for name, module in modules
     ]
     cls = type(model).__name__
+    matrices = sum(module.shape.num_parameters for _, module in modules) / sum(
+        module.shape.dense_parameters for _, module in modules
+    )
+    left = describe_left(left_dense(model), dense)
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# {Path(source).name if source else cls}, compressed",
         f"{f'`{source}`' if source else f'A {cls}'} whose "
         "matrices are matrix product operators: chains of small cores, contracted without ever "
         f"forming the weight. {total:,} parameters, {total / dense:.3f} of the {dense:,} of the "
-        "dense model.",
+        f"dense model; the {len(modules)} matrices have {matrices:.3f} of theirs.",
+        "```\n" + "\n".join(left) + "\n```",
         "```python\n"
         "import mpop  # teaches from_pretrained to read it; without it the weights are random\n\n"
         'model = mpop.load("this repository")\n'

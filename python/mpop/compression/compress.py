@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TypeAlias
@@ -22,6 +23,7 @@ from mpop.compression.distributed import over_processes
 from mpop.compression.permute import sort_hidden_units
 from mpop.compression.report import CompressionReport, row_of
 from mpop.models.config import CompressionConfig, MPOConfig
+from mpop.models.left import left_dense
 from mpop.models.light import count_parameters
 from mpop.models.matrices import (
     Names,
@@ -110,7 +112,15 @@ def compress(
             attach(model)
         elif undo is not None:
             undo()
-    return CompressionReport(tuple(rows), before, count_parameters(model).total)
+    left = left_dense(model)
+    unasked = [part for part in left if part.is_unasked]
+    if 2 * sum(part.parameters for part in unasked) > before:
+        warnings.warn(
+            f"most of this {type(model).__name__} stays dense: {unasked[0].reason}, "
+            f"{unasked[0].parameters / before:.0%} of it; the report lists the rest",
+            stacklevel=2,
+        )
+    return CompressionReport(tuple(rows), before, count_parameters(model).total, left)
 
 
 # A matrix and what takes its place, None where it stays dense.

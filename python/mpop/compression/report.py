@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpo_kernels import Decomposition, MPOShape
+from mpop.models.left import LeftDense, describe_left
 from mpop.models.matrices import Names
 
 
@@ -44,11 +45,16 @@ class CompressionRow:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """One row a matrix, and the parameters of the whole model before and after."""
+    """One row a matrix, and the parameters of the whole model before and after.
+
+    Attributes:
+        left: what stays dense, and why; most first.
+    """
 
     rows: tuple[CompressionRow, ...]
     parameters_before: int
     parameters_after: int
+    left: tuple[LeftDense, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable dictionary."""
@@ -68,6 +74,7 @@ class CompressionReport:
                 }
                 for row in self.rows
             ],
+            "left_dense": [part._asdict() for part in self.left],
         }
 
     def __str__(self) -> str:
@@ -95,7 +102,8 @@ class CompressionReport:
                 *("", "", ""),
             ),
         ]
-        return table(columns, lines, totals)
+        left = describe_left(self.left, self.parameters_before)
+        return "\n".join([table(columns, lines, totals), *left])
 
 
 def _counts(before: int, after: int) -> tuple[str, str, str]:

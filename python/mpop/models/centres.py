@@ -9,6 +9,7 @@ from torch import nn
 from mpo_kernels import MPOEmbedding
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
 from mpop.models.matrices import module_at, mpo_matrices
+from mpop.models.subclasses import adopt
 
 
 class CentreMemory(NamedTuple):
@@ -45,7 +46,9 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> CentreMemory:
         before += module.cores[module.central].nbytes
         after += made[name].codes.nbytes + made[name].scales.nbytes
     for name, layer in made.items():
-        layer.kind = getattr(module_at(model, name), "kind", None)
+        plain = module_at(model, name)
+        layer.kind, layer.label = getattr(plain, "kind", None), name
+        adopt(layer, plain)
         model.set_submodule(name, layer)
     return CentreMemory(before, after)
 
@@ -55,6 +58,8 @@ def dequantize_centres(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BlockwiseLinear | BlockwiseEmbedding):
             plain = layer.dequantized()
+            plain.label = name
+            adopt(plain, layer)
             if layer.kind is not None:
                 plain.kind = layer.kind
             model.set_submodule(name, plain)

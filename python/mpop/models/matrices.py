@@ -8,19 +8,23 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.mobilebert.modeling_mobilebert import MobileBertLMPredictionHead
 from transformers.pytorch_utils import Conv1D
 
 from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpop.models.config import ModuleSpec, MPOConfig
+from mpop.models.reads import weights_read
+from mpop.models.subclasses import adopt, can_be_adopted
 
 Dense: TypeAlias = nn.Linear | Conv1D | nn.Embedding
 MPO: TypeAlias = MPOLinear | MPOEmbedding
 Names: TypeAlias = tuple[str, ...]  # the modules that hold one matrix, its owner first
 
-_KINDS = {nn.Linear: "linear", Conv1D: "conv1d", nn.Embedding: "embedding"}
+_KINDS: dict[type[Dense], str] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Embedding: "embedding"}
+
+
+OTHER_EMBEDDINGS = "embeddings other than of words"
 
 
 def module_at(model: nn.Module, name: str) -> Any:
@@ -42,25 +46,48 @@ def _shared(model: nn.Module, held: dict[str, Tensor]) -> list[Names]:
 
 def dense_matrices(model: PreTrainedModel) -> list[Names]:
     """The matrices that can be compressed: those of Linears, Conv1Ds and the word embeddings."""
+    return [names for names, reason in sorted_matrices(model).items() if reason is None]
+
+
+def sorted_matrices(model: PreTrainedModel) -> dict[Names, str | None]:
+    """All dense matrices of layers, and why one cannot be compressed; None where it can.
+
+    A matrix can be where its modules do no more than `nn.Linear`, `Conv1D` or `nn.Embedding` do,
+    and nothing reads its values but they.
+    """
     held = {
         name: module.weight
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) in _KINDS  # a subclass may compute something else
+        if isinstance(module, Dense)
     }
     try:
         words = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:  # a model without words, such as of images
         words = None
-    matrices = []
-    for names in _shared(model, held):
-        modules = {module_at(model, name) for name in names}
-        if isinstance(module_at(model, names[0]), nn.Embedding):
-            is_candidate = held[names[0]] is words
-        else:
-            is_candidate = len(modules) == 1
-        if is_candidate:
-            matrices.append(names)
-    return matrices
+    read = weights_read(model, [Conv1D.forward])
+
+    def reason(names: Names) -> str | None:
+        modules = [module_at(model, name) for name in names]
+        for module in modules:
+            if not _does_the_same(module):
+                return f"of a class of its own, {type(module).__name__}"
+            if module in read:
+                return f"read by {read[module]}"
+            if "weight" not in module._parameters:
+                return "made anew at every call"
+        if isinstance(modules[0], nn.Embedding):
+            return None if held[names[0]] is words else OTHER_EMBEDDINGS
+        return None if len({*modules}) == 1 else "shared by several layers"
+
+    return {names: reason(names) for names in _shared(model, held)}
+
+
+def _does_the_same(module: nn.Module) -> bool:
+    """Whether a module computes what its base class does, or, of an embedding, above that."""
+    forwards = [kind.forward for kind in _KINDS]
+    if type(module).forward in forwards and not module._buffers and not module._modules:
+        return True
+    return isinstance(module, nn.Embedding) and can_be_adopted(type(module))
 
 
 def mpo_matrices(model: nn.Module) -> list[Names]:
@@ -121,7 +148,7 @@ def empty_mpo(dense: Dense, shape: MPOShape) -> MPO:
 
 def kind_of(dense: Dense) -> str:
     """One of `config.KINDS`."""
-    return _KINDS[type(dense)]
+    return next(kind for cls, kind in _KINDS.items() if isinstance(dense, cls))
 
 
 def _kind_of_mpo(module: MPO) -> str:
@@ -163,22 +190,49 @@ def densify(model: PreTrainedModel) -> None:
 def swap(model: PreTrainedModel, names: Names, new: MPO | Dense) -> None:
     """Put `new` in the place of the modules `names`, which go on sharing one matrix.
 
-    Biases and training modes are kept; call `update_ties` after the last swap.
+    Biases, training modes and what an embedding's own class adds are kept; call `update_ties` after
+    the last swap.
     """
-    part: Any = new
-    if isinstance(new, MPOLinear):
-        part.kind = kind_of(module_at(model, names[0]))
+    parts: dict[nn.Module, Any] = {}
     for name in names:
         old = module_at(model, name)
-        part = new
-        if isinstance(new, nn.Embedding | MPOEmbedding):
-            if isinstance(old, nn.Linear | MPOLinear):
-                part = _tied_head(new)
-                part.bias = old.bias  # the very Parameter, which some models tie as well
-        else:
-            part.bias = old.bias
-        part.train(old.training)
-        model.set_submodule(name, part)
+        if old not in parts:
+            part = parts[old] = _part(new, old, shared=bool(parts))
+            part.train(old.training)
+            if isinstance(part, MPO):
+                part.label = name
+        model.set_submodule(name, parts[old])
+
+
+def _part(new: MPO | Dense, old: Any, shared: bool) -> Any:
+    """What takes the place of one of the modules that share a matrix."""
+    part: Any = new
+    if isinstance(new, nn.Embedding | MPOEmbedding):
+        if isinstance(old, nn.Linear | MPOLinear):
+            part = _tied_head(new)
+            part.bias = old.bias  # the very Parameter, which some models tie as well
+            return part
+        if shared:
+            part = _sibling(new)
+        part.padding_idx = old.padding_idx
+        adopt(part, old)
+        return part
+    part.bias = old.bias
+    if isinstance(new, MPOLinear):
+        part.kind = kind_of(old)
+    return part
+
+
+def _sibling(embedding: nn.Embedding | MPOEmbedding) -> nn.Embedding | MPOEmbedding:
+    """Another embedding over the very same table."""
+    size = (embedding.num_embeddings, embedding.embedding_dim)
+    if isinstance(embedding, MPOEmbedding):
+        sibling = MPOEmbedding(*size, embedding.shape, device="meta")
+        sibling.cores = embedding.cores
+        return sibling
+    dense = nn.Embedding(*size, device="meta", dtype=embedding.weight.dtype)
+    dense.weight = embedding.weight
+    return dense
 
 
 def replace(model: PreTrainedModel, names: Names, decomposition: Decomposition) -> None:
@@ -214,10 +268,6 @@ def update_ties(model: PreTrainedModel) -> None:
             }
     for part in parts:
         part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
-    for module in model.modules():
-        if isinstance(module, MobileBertLMPredictionHead):
-            is_mpo = isinstance(module.decoder, MPOLinear)
-            module.__class__ = _MobileBertHead if is_mpo else MobileBertLMPredictionHead
 
 
 def _parameter_name(part: PreTrainedModel, key: str) -> str:
@@ -229,14 +279,3 @@ def _parameter_name(part: PreTrainedModel, key: str) -> str:
     except AttributeError:  # a pattern, or a module that this model lacks
         return key
     return f"{stem}.cores" if isinstance(module, MPO) else f"{stem}.weight"
-
-
-class _MobileBertHead(MobileBertLMPredictionHead):
-    """The same product as `h @ cat([decoder.weight.T, dense.weight])`, by the decoder's forward."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = self.transform(hidden_states)
-        width = self.decoder.in_features
-        return self.decoder(hidden_states[..., :width]) + torch.matmul(
-            hidden_states[..., width:], self.dense.weight
-        )

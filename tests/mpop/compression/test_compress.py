@@ -307,7 +307,7 @@ def test_device_dtype_mode_and_requires_grad_are_kept() -> None:
 
 
 def test_a_compressed_model_can_be_copied_and_cast() -> None:
-    model = build("mobilebert-mlm")
+    model = build("bert-mlm")
     _compress(model)
     twin = copy.deepcopy(model).to(torch.float64)
     torch.testing.assert_close(logits(twin).float(), logits(model), atol=1e-4, rtol=1e-4)
