@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -19,6 +20,20 @@ def merge_cores(cores: Sequence[Tensor]) -> Tensor:
         product = product.view(d, i, j, ik, jk, dk).transpose(2, 3)
         merged = product.reshape(d, i * ik, j * jk, dk)
     return merged
+
+
+def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """‖A − B‖_F / ‖A‖_F of the matrices that two chains of the same factors stand for, in fp64."""
+
+    def product(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+        state = a[0].new_ones(1, 1, dtype=torch.float64)
+        for x, y in zip(a, b, strict=True):
+            state = torch.einsum("ab,aijc,bijd->cd", state, x.double(), y.double())
+        return float(state)
+
+    whole = product(a, a)
+    square = whole - 2 * product(a, b) + product(b, b)
+    return math.sqrt(max(square, 0.0) / whole) if whole > 0 else 0.0
 
 
 def check_finite(cores: Sequence[Tensor]) -> None:

@@ -6,14 +6,15 @@ Oseledets, "Tensor-Train Decomposition", SIAM J. Sci. Comput. 33 (2011): algorit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 
 import torch
 from torch import Tensor
 
-from mpo_kernels.cores.chain import check_cores, check_finite, merge_cores, orthogonalise
+from mpo_kernels.cores.chain import check_cores, check_finite, distance, merge_cores, orthogonalise
 from mpo_kernels.cores.fitting import check_second_moment, fit, output_error, padded_moment, scaled
 from mpo_kernels.cores.shape import MPOShape
 
@@ -26,11 +27,10 @@ class Decomposition:
         cores: core k is ``[D_k, i_k, j_k, D_{k+1}]``, contiguous, in the dtype of the input; left
             of the centre each is left-orthogonal, right of it right-orthogonal.
         shape: factors and the bonds that were kept.
-        rel_error: ‖W − MPO‖_F / ‖W‖_F, measured before the cores are cast to the input's dtype; 0
-            for a zero matrix.
+        rel_error: ‖W − MPO‖_F / ‖W‖_F of the cores as they are, in their dtype; 0 for a zero
+            matrix.
         spectra: singular values of each bond before it was cut, descending, float64.
-        output_error: ‖(W − MPO)S^½‖_F / ‖W S^½‖_F where a second moment S was given, measured
-            before the cast as well.
+        output_error: ‖(W − MPO)S^½‖_F / ‖W S^½‖_F where a second moment S was given.
     """
 
     cores: list[Tensor]
@@ -95,7 +95,8 @@ def decompose(
         shape: factors, and bonds as caps.
         max_rank: a further cap on every bond.
         rel_error: bound on ‖W − MPO‖_F / ‖W‖_F, split evenly over the bonds (each may discard
-            rel_error · ‖W‖ / √(n − 1)).
+            rel_error · ‖W‖ / √(n − 1)). It holds for the cores in their dtype; a UserWarning says
+            where that is too coarse for it.
         compression: parameters to keep, as a fraction of the dense ones, at most 1; the singular
             values that cost least error a parameter go first.
         second_moment: E[x xᵀ] ``[in_features, in_features]`` in any scale, or ``[in_features]``
@@ -124,24 +125,28 @@ def decompose(
 
     caps = shape.ranks if max_rank is None else shape.with_ranks(max_rank).ranks
     caps = tuple(min(a, b) for a, b in zip(caps, shape.ranks, strict=True))
-    threshold = _bond_threshold(rel_error, work, n)
-    cores, spectra, rank = [], [], 1
-    for k in range(n - 1):
-        i, j = shape.in_factors[k], shape.out_factors[k]
-        left, values, right = _svd(remainder.reshape(rank * i * j, -1))
-        kept = min(caps[k], _tail_rank(values, threshold))
-        cores.append(left[:, :kept].reshape(rank, i, j, kept))
-        remainder, rank = values[:kept, None] * right[:kept], kept
-        spectra.append(values.double())
-    cores.append(remainder.reshape(rank, shape.in_factors[-1], shape.out_factors[-1], 1))
 
-    if compression is not None:
-        kept_ranks = _ranks_within(spectra, shape, compression, caps)
-        cores = _truncate(orthogonalise(cores, 0), kept_ranks, None)[0]
-    if second_moment is not None:
-        cores = _fitted(cores, padded, second_moment, max_sweeps)
-    error, lost = _errors(cores, padded, shape, second_moment)
-    return _decomposition(cores, shape, weight.dtype, error, spectra, lost)
+    def cut(bound: float | None) -> Decomposition:
+        threshold = _bond_threshold(bound, work, n)
+        cores, spectra, carried, rank = [], [], remainder, 1
+        for k in range(n - 1):
+            i, j = shape.in_factors[k], shape.out_factors[k]
+            left, values, right = _svd(carried.reshape(rank * i * j, -1))
+            kept = min(caps[k], _tail_rank(values, threshold))
+            cores.append(left[:, :kept].reshape(rank, i, j, kept))
+            carried, rank = values[:kept, None] * right[:kept], kept
+            spectra.append(values.double())
+        cores.append(carried.reshape(rank, shape.in_factors[-1], shape.out_factors[-1], 1))
+        if compression is not None:
+            kept_ranks = _ranks_within(spectra, shape, compression, caps)
+            cores = _truncate(orthogonalise(cores, 0), kept_ranks, None)[0]
+        if second_moment is not None:
+            cores = _fitted(cores, padded, second_moment, max_sweeps)
+        cores = _stored(cores, shape, weight.dtype)
+        return _decomposition(cores, shape, spectra, *_errors(cores, padded, shape, second_moment))
+
+    is_capped = any(cap < full for cap, full in zip(caps, shape.full_ranks, strict=True))
+    return cut(rel_error) if is_capped or second_moment is not None else _within(rel_error, cut)
 
 
 @torch.no_grad()
@@ -197,20 +202,28 @@ def round_cores(
     dtype = cores[0].dtype
     work = [core.detach().to(torch.promote_types(dtype, torch.float32)) for core in cores]
     canonical = orthogonalise(work, 0)
-    threshold = _bond_threshold(rel_error, canonical[0], len(cores))
-    rounded, spectra = _truncate(canonical, caps, threshold)
-    discarded = sum(
-        float(spectrum[core.shape[3] :].square().sum())
-        for spectrum, core in zip(spectra, rounded, strict=False)
-    )
-    if second_moment is not None:
-        matrix = merge_cores(work)[0, :, :, 0]
-        rounded = _fitted(rounded, matrix, second_moment, max_sweeps)
-        error, lost = _errors(rounded, matrix, shape, second_moment)
-        return _decomposition(rounded, shape, dtype, error, spectra, lost)
-    norm = float(torch.linalg.norm(canonical[0]))
-    error = math.sqrt(discarded) / norm if norm > 0 else 0.0
-    return _decomposition(rounded, shape, dtype, error, spectra)
+
+    def cut(bound: float | None) -> Decomposition:
+        threshold = _bond_threshold(bound, canonical[0], len(cores))
+        rounded, spectra = _truncate(canonical, caps, threshold)
+        if second_moment is not None:
+            matrix = merge_cores(work)[0, :, :, 0]
+            rounded = _stored(_fitted(rounded, matrix, second_moment, max_sweeps), shape, dtype)
+            errors = _errors(rounded, matrix, shape, second_moment)
+            return _decomposition(rounded, shape, spectra, *errors)
+        discarded = sum(
+            float(spectrum[core.shape[3] :].square().sum())
+            for spectrum, core in zip(spectra, rounded, strict=False)
+        )
+        norm = float(torch.linalg.norm(canonical[0]))
+        error = math.sqrt(discarded) / norm if norm > 0 else 0.0
+        rounded = _stored(rounded, shape, dtype)
+        if dtype != work[0].dtype:
+            error = distance(work, rounded)
+        return _decomposition(rounded, shape, spectra, error)
+
+    is_bounded = max_rank is None and ranks is None and second_moment is None
+    return _within(rel_error, cut) if is_bounded else cut(rel_error)
 
 
 def _fitted(
@@ -227,7 +240,7 @@ def _errors(
     cores: list[Tensor], matrix: Tensor, shape: MPOShape, second_moment: Tensor | None
 ) -> tuple[float, float | None]:
     """Relative errors of cores for ``matrix [∏ i, ∏ j]``: its own, and its output's."""
-    merged = merge_cores(cores)[0, :, :, 0]
+    merged = merge_cores([core.to(matrix.dtype) for core in cores])[0, :, :, 0]
     norm = float(torch.linalg.norm(matrix))
     error = float(torch.linalg.norm(merged - matrix)) / norm if norm > 0 else 0.0
     if second_moment is None:
@@ -236,21 +249,40 @@ def _errors(
     return error, output_error(true, fitted, scaled(second_moment.detach()).to(matrix))
 
 
+def _stored(cores: list[Tensor], shape: MPOShape, dtype: torch.dtype) -> list[Tensor]:
+    """In canonical form, in the dtype that they are kept in."""
+    return [core.to(dtype).contiguous() for core in orthogonalise(cores, shape.central)]
+
+
 def _decomposition(
     cores: list[Tensor],
     shape: MPOShape,
-    dtype: torch.dtype,
-    error: float,
     spectra: list[Tensor],
+    error: float,
     lost: float | None = None,
 ) -> Decomposition:
-    return Decomposition(
-        cores=[core.to(dtype).contiguous() for core in orthogonalise(cores, shape.central)],
-        shape=shape.with_ranks(tuple(core.shape[3] for core in cores[:-1])),
-        rel_error=error,
-        spectra=spectra,
-        output_error=lost,
+    ranks = tuple(core.shape[3] for core in cores[:-1])
+    return Decomposition(cores, shape.with_ranks(ranks), error, spectra, lost)
+
+
+def _within(bound: float | None, cut: Callable[[float | None], Decomposition]) -> Decomposition:
+    """What is cut to a bound, less what the cast to the cores' dtype takes of it."""
+    found = cut(bound)
+    if not bound or found.rel_error <= bound:
+        return found
+    # Of rounding to the nearest, for numbers spread evenly.
+    least = torch.finfo(found.cores[0].dtype).eps * math.sqrt(len(found.cores)) / 4
+    for cast in (least, 2 * least, 4 * least):
+        if cast < bound:
+            found = cut(math.sqrt(bound**2 - cast**2))
+            if found.rel_error <= bound:
+                return found
+    warnings.warn(
+        f"{found.cores[0].dtype} is too coarse for a relative error of {bound:g}: the cores are "
+        "kept with a larger one",
+        stacklevel=4,
     )
+    return found
 
 
 def _check_weight(weight: Tensor, shape: MPOShape) -> None:

@@ -129,11 +129,13 @@ def choose(
 def judged(found: Decomposition, weight: Tensor, second_moment: Tensor) -> Decomposition:
     """The same, with the ``output_error`` for other inputs."""
     shape = found.shape
-    product = reconstruct(
-        found.cores, in_features=shape.in_features, out_features=shape.out_features
-    )
     work = torch.promote_types(weight.dtype, torch.float32)
-    lost = output_error(weight.to(work), product.to(work), second_moment.to(weight.device, work))
+    product = reconstruct(
+        [core.to(work) for core in found.cores],
+        in_features=shape.in_features,
+        out_features=shape.out_features,
+    )
+    lost = output_error(weight.to(work), product, second_moment.to(weight.device, work))
     return replace(found, output_error=lost)
 
 

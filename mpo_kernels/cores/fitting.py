@@ -40,6 +40,9 @@ def check_second_moment(second_moment: Tensor, in_features: int) -> None:
         skew = (second_moment - second_moment.t()).abs().max()
         if skew > 0.01 * diagonal.max():
             raise ValueError("expected a symmetric second moment")
+        # What rounding takes below zero is less than what is added to it.
+        if torch.linalg.cholesky_ex(regularised(second_moment.detach().double()))[1]:
+            raise ValueError("expected a positive semidefinite second moment, got another")
 
 
 def _diagonal(second_moment: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from mpo_kernels.layers.blockwise import BlockwiseLayer
-from mpop.models.matrices import MPO, mpo_modules
+from mpop.models.matrices import MPO, check_own_cores, mpo_modules
 
 
 class ParameterCount(NamedTuple):
@@ -47,13 +47,14 @@ def balance(model: nn.Module) -> None:
     """Prepare every MPO module for light fine-tuning; what the model computes stays the same.
 
     A step on an entry of an auxiliary tensor then changes its weight by as much as on any other, in
-    every matrix; see `mpo_kernels.cores.gauge.balanced`. To be called before there is an optimizer,
-    and not for modules that share a single core, such as a centre.
+    every matrix; see `mpo_kernels.cores.gauge.balanced`. To be called before there is an optimizer.
 
     Raises:
-        ValueError: a model without MPO modules, or a dtype without room for the scaled cores.
+        ValueError: a model without MPO modules, matrices that share a single core, such as a
+            centre, or a dtype without room for the scaled cores.
     """
     _modules_of(model)
+    check_own_cores(model)
     for name, module in mpo_modules(model):
         try:
             module.balance()

@@ -32,11 +32,11 @@ def module_at(model: nn.Module, name: str) -> Any:
     return model.get_submodule(name)
 
 
-def _shared(model: nn.Module, held: dict[str, Tensor]) -> list[Names]:
-    """Group module names by the very tensor they hold; an embedding owns what a head shares."""
-    groups: dict[int, list[str]] = {}
-    for name, tensor in held.items():
-        groups.setdefault(id(tensor), []).append(name)
+def _shared(model: nn.Module, held: dict[str, tuple[Tensor, ...]]) -> list[Names]:
+    """Group module names by the very tensors they hold; an embedding owns what a head shares."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, tensors in held.items():
+        groups.setdefault(tuple(map(id, tensors)), []).append(name)
 
     def is_head(name: str) -> bool:
         return not is_embedding(module_at(model, name))
@@ -55,8 +55,8 @@ def sorted_matrices(model: PreTrainedModel) -> dict[Names, str | None]:
     A matrix can be where its modules do no more than `nn.Linear`, `Conv1D` or `nn.Embedding` do,
     and nothing reads its values but they.
     """
-    held = {
-        name: module.weight
+    held: dict[str, tuple[Tensor, ...]] = {
+        name: (module.weight,)
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, Dense)
     }
@@ -76,7 +76,7 @@ def sorted_matrices(model: PreTrainedModel) -> dict[Names, str | None]:
             if "weight" not in module._parameters:
                 return "made anew at every call"
         if isinstance(modules[0], nn.Embedding):
-            return None if held[names[0]] is words else OTHER_EMBEDDINGS
+            return None if held[names[0]][0] is words else OTHER_EMBEDDINGS
         return None if len({*modules}) == 1 else "shared by several layers"
 
     return {names: reason(names) for names in _shared(model, held)}
@@ -99,11 +99,24 @@ def mpo_matrices(model: nn.Module) -> list[Names]:
     if any(isinstance(module, BlockwiseLayer) for module in model.modules()):
         raise ValueError("the centres are quantised: call mpop.dequantize_centres(model) first")
     held = {
-        name: module.cores[0]
+        name: tuple(module.cores)
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, MPO)
     }
     return _shared(model, held)
+
+
+def check_own_cores(model: nn.Module) -> None:
+    """Raise a ValueError where two matrices share a core, which could not be changed for one."""
+    owners: dict[int, str] = {}
+    for names in mpo_matrices(model):
+        for core in module_at(model, names[0]).cores:
+            owner = owners.setdefault(id(core), names[0])
+            if owner != names[0]:
+                raise ValueError(
+                    f"expected matrices with cores of their own, got {owner} and {names[0]}, which "
+                    "share one"
+                )
 
 
 def mpo_modules(model: nn.Module) -> Iterator[tuple[str, MPO]]:

@@ -1,5 +1,6 @@
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def test_full_rank_is_exact(shape, dtype):
     weight = torch.randn(shape.out_features, shape.in_features).to(dtype)
     got = decompose(weight, shape.with_ranks(None))
     assert all(core.dtype == dtype and core.is_contiguous() for core in got.cores)
-    assert got.rel_error < (1e-12 if dtype == torch.float64 else 3e-6)
+    lost = {torch.float64: 1e-12, torch.float32: 3e-6}
+    assert got.rel_error < lost.get(dtype, shape.num_cores * torch.finfo(dtype).eps)
     # Each SVD, and each rounding of a core to its dtype, costs a few units in the last place.
     assert (
         relative_error(restored(got), weight) < 4 * (shape.num_cores + 1) * torch.finfo(dtype).eps
@@ -90,6 +92,26 @@ def test_rel_error_is_a_bound_split_over_the_bonds(rel_error, num_cores):
     assert got.rel_error == pytest.approx(true, rel=1e-6, abs=1e-12)
     if rel_error >= 0.3:
         assert true > 0.3 * rel_error, "the bound is far from used"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bound", [1e-5, 3e-3, 6e-3, 0.01, 0.2])
+def test_a_bound_and_the_report_hold_for_the_cores_that_are_kept(dtype, bound):
+    shape = MPOShape.balanced(60, 48)
+    weight = (torch.randn(48, 60) @ torch.diag(torch.linspace(0.1, 1, 60) ** 4)).to(dtype)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = decompose(weight, shape, rel_error=bound)
+        rounded = round_cores(found.cores, rel_error=bound)
+    of_cores = einsum_dense(found.cores)
+    error = relative_error(of_cores, weight)
+    assert found.rel_error == pytest.approx(error, rel=1e-3)
+    again = relative_error(einsum_dense(rounded.cores), of_cores)
+    assert rounded.rel_error == pytest.approx(again, rel=1e-3)
+    over = [each > bound for each in (error, again)]
+    said = f"{dtype} is too coarse for a relative error of {bound:g}"
+    assert [said in str(w.message) for w in told] == [True] * sum(over)
+    assert over == [bound < torch.finfo(dtype).eps / 2] * 2
 
 
 @pytest.mark.parametrize("compression", [0.9, 0.5, 0.2])

@@ -175,6 +175,7 @@ class TestSecondMoments:
             (-eye, "inputs that are not all zero"),
             (eye * torch.nan, "finite second moment"),
             (torch.randn(12, 12).abs() + eye, "symmetric second moment"),
+            (eye - 0.5 * torch.ones(12, 12), "positive semidefinite"),
         ]:
             with pytest.raises(ValueError, match=message):
                 decompose(weight, shape, second_moment=bad)
