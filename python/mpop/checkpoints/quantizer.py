@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, get_module_from_name, register_quantizer
 
+from mpo_kernels.layers.unformed import UnformedWeight
 from mpop.models.config import ModuleSpec, MPOConfig
 from mpop.models.matrices import (
     Names,
@@ -31,6 +32,9 @@ from mpop.models.matrices import (
     weight_of,
 )
 from mpop.models.selection import MatrixPlan, plan
+
+# transformers initialises what was not loaded; a weight without values bears its mark of what was.
+UnformedWeight._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 @register_quantizer("mpo")

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseLayer
+from mpo_kernels.layers.unformed import UnformedLayer
 from mpop.models.config import ModuleSpec, MPOConfig
 from mpop.models.reads import weights_read
-from mpop.models.subclasses import adopt, can_be_adopted
+from mpop.models.subclasses import adopt
 
 Dense: TypeAlias = nn.Linear | Conv1D | nn.Embedding
 MPO: TypeAlias = MPOLinear | MPOEmbedding
@@ -58,7 +59,7 @@ def sorted_matrices(model: PreTrainedModel) -> dict[Names, str | None]:
     held: dict[str, tuple[Tensor, ...]] = {
         name: (module.weight,)
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Dense)
+        if is_dense(module)
     }
     try:
         words = getattr(model.get_input_embeddings(), "weight", None)
@@ -68,6 +69,8 @@ def sorted_matrices(model: PreTrainedModel) -> dict[Names, str | None]:
 
     def reason(names: Names) -> str | None:
         modules = [module_at(model, name) for name in names]
+        if isinstance(modules[0], nn.Embedding) and held[names[0]][0] is not words:
+            return OTHER_EMBEDDINGS
         for module in modules:
             if not _does_the_same(module):
                 return f"of a class of its own, {type(module).__name__}"
@@ -75,19 +78,17 @@ def sorted_matrices(model: PreTrainedModel) -> dict[Names, str | None]:
                 return f"read by {read[module]}"
             if "weight" not in module._parameters:
                 return "made anew at every call"
-        if isinstance(modules[0], nn.Embedding):
-            return None if held[names[0]][0] is words else OTHER_EMBEDDINGS
-        return None if len({*modules}) == 1 else "shared by several layers"
+        is_one = isinstance(modules[0], nn.Embedding) or len({*modules}) == 1
+        return None if is_one else "shared by several layers"
 
     return {names: reason(names) for names in _shared(model, held)}
 
 
 def _does_the_same(module: nn.Module) -> bool:
     """Whether a module computes what its base class does, or, of an embedding, above that."""
-    forwards = [kind.forward for kind in _KINDS]
-    if type(module).forward in forwards and not module._buffers and not module._modules:
-        return True
-    return isinstance(module, nn.Embedding) and can_be_adopted(type(module))
+    return isinstance(module, nn.Embedding) or type(module).forward in (
+        kind.forward for kind in _KINDS
+    )
 
 
 def mpo_matrices(model: nn.Module) -> list[Names]:
@@ -143,6 +144,11 @@ def weight_of(dense: Dense) -> Tensor:
 def inputs_of(module: Dense | MPO) -> int:
     """The size of what a matrix maps: features, or the vocabulary."""
     return module.shape.in_features if isinstance(module, MPO) else weight_of(module).shape[1]
+
+
+def is_dense(module: nn.Module) -> bool:
+    """Whether it holds a matrix as such."""
+    return isinstance(module, Dense) and not isinstance(module, UnformedLayer)
 
 
 def is_embedding(module: nn.Module) -> bool:
