@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,19 +211,31 @@ def test_several_adapters_on_one_base(base: Path, tmp_path: Path) -> None:
     assert torch.equal(output(model.merge_and_unload()), of_a)
 
 
+def changed(model: Any) -> Any:
+    """The model with other adapters, each its own, which none is after a few steps of training."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mpo_light_cores." in name or ".lora_" in name or ".modules_to_save." in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.3 * parameter.abs().mean().clamp_min(0.2) * noise)
+    return model
+
+
 def test_one_adapter_at_a_time_replaces_a_layers_cores() -> None:
     model = get_peft_model(compressed(), LightConfig(target_modules=["query"]), adapter_name="a")
-    model.add_adapter("b", LightConfig(target_modules=["key"]))
-    model.base_model.set_adapter(["a", "b"])  # each has layers of its own
+    model.add_adapter("b", LightConfig(target_modules=["query", "key"]))
     model.add_adapter("c", LightConfig(target_modules=["key"]))
+    changed(model).base_model.set_adapter(["a", "c"])  # each has layers of its own
     before = output(model)
     for action in (
         lambda: model.base_model.set_adapter(["b", "c"]),
         lambda: model.base_model.merge_adapter(["b", "c"]),
+        lambda: model.base_model.merge_and_unload(adapter_names=["b", "c"]),
     ):
         with pytest.raises(ValueError, match=r"expected one adapter of a layer.*\['b', 'c'\]"):
             action()
-    assert torch.equal(output(model), before)
+        assert torch.equal(output(model), before)
 
 
 def test_an_adapter_added_while_another_is_merged_starts_from_the_base() -> None:
@@ -236,11 +250,168 @@ def test_an_adapter_added_while_another_is_merged_starts_from_the_base() -> None
 
 
 def test_a_broken_adapter_is_not_merged_safely() -> None:
-    model = get_peft_model(compressed(), LightConfig())
+    model = changed(get_peft_model(compressed(), LightConfig()))
+    before = state_of(model)
+    last = [p for p in model.parameters() if p.requires_grad][-1]
     with torch.no_grad():
-        next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
-    with pytest.raises(ValueError, match="NaN"):
-        model.merge_adapter(safe_merge=True)
+        kept = last.clone()
+        last.fill_(torch.nan)
+    for action in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaN"):
+            action(safe_merge=True)
+    with torch.no_grad():
+        last.copy_(kept)
+    assert_untouched(model, before)
+
+
+def rows(model: Any, count: int) -> dict[str, Tensor]:
+    """A batch of texts of several lengths, no two alike."""
+    ids = torch.randint(2, 50, (count, 7), generator=torch.Generator().manual_seed(1))
+    ids[:, -1] = 1
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    more = {"decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {}
+    return {"input_ids": ids, "attention_mask": mask, **more}
+
+
+@torch.no_grad()
+def each_alone(model: Any, names: list[str], batch: dict[str, Tensor]) -> Tensor:
+    """The logits of each row with its own adapter active."""
+    made = []
+    for row, name in enumerate(names):
+        alone = {key: value[row : row + 1] for key, value in batch.items()}
+        if name == "__base__":
+            with model.disable_adapter():
+                made.append(model(**alone).logits)
+        else:
+            model.set_adapter(name)
+            made.append(model(**alone).logits)
+    return torch.cat(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("bert", None), ("albert-mlm", None), ("gpt2-lm", None), ("t5", None), ("llama-tied", 4)],
+)
+def test_each_row_of_a_batch_has_the_adapter_named_for_it(name: str, bits: int | None) -> None:
+    model = compressed(name)
+    if bits:
+        mpop.quantize_centres(model, bits)
+    task = SEQ_CLS if name == "bert" else {}
+    model = get_peft_model(model, LightConfig(**task), adapter_name="a").eval()
+    model.add_adapter("b", LightConfig(**task))
+    some = {"gpt2-lm": "c_attn", "t5": "wi", "llama-tied": "down_proj"}.get(name, "query")
+    model.add_adapter("c", LightConfig(**task, target_modules=[some]))
+    batch, names = rows(changed(model), 5), ["b", "c", "__base__", "a", "b"]
+    expected = each_alone(model, names, batch)
+    for active in ("a", "b"):  # which makes no difference
+        model.set_adapter(active)
+        with torch.no_grad():
+            found = model(**batch, adapter_names=names).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    others = [name for name in ("a", "b", "c") if name != names[0]]
+    for other in others:
+        assert not torch.allclose(each_alone(model, [other], batch), expected[:1], atol=1e-3)
+    with model.disable_adapter():
+        torch.testing.assert_close(
+            model(**batch, adapter_names=names).logits, each_alone(model, ["__base__"] * 5, batch)
+        )
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_gradient_reaches_the_adapters_of_a_mixed_batch() -> None:
+    model = get_peft_model(compressed(), LightConfig(target_modules=["query"]), adapter_name="a")
+    model.add_adapter("b", LightConfig(target_modules=["query"]))
+    changed(model).eval().base_model.set_requires_grad(["a", "b"])
+    batch = rows(model, 3)
+    model(**batch, adapter_names=["b", "a", "b"]).logits.square().sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert {name.split(".")[-2] for name in found} == {"a", "b"}
+    for name, of in (("a", [1]), ("b", [0, 2])):
+        model.zero_grad()
+        model.set_adapter(name)
+        model(**{key: value[of] for key, value in batch.items()}).logits.square().sum().backward()
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                torch.testing.assert_close(found[key], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_beams_of_a_row_have_its_adapter(name: str) -> None:
+    model = get_peft_model(compressed(name), LightConfig(), adapter_name="a").eval()
+    model.add_adapter("b", LightConfig())
+    changed(model)
+    ids, names = rows(model, 3)["input_ids"], ["b", "__base__", "a"]
+    for beams in (1, 3):
+        options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams, "pad_token_id": 0}
+        mixed = model.generate(input_ids=ids, adapter_names=names, **options)
+        alone = []
+        for row, adapter in zip(ids, names, strict=True):
+            with nullcontext() if adapter in model.peft_config else model.disable_adapter():
+                model.set_adapter(adapter if adapter in model.peft_config else "a")
+                alone.append(model.generate(input_ids=row[None], **options))
+        assert torch.equal(mixed, torch.cat(alone))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LightConfig(target_modules=["query"]),
+        LoraConfig(target_modules=["query"], init_lora_weights=False),
+    ],
+    ids=["light", "lora"],
+)
+def test_names_of_rows_that_are_refused_as_lora_refuses_them(config: Any) -> None:
+    model = get_peft_model(compressed(), copy.deepcopy(config), adapter_name="one").eval()
+    batch = rows(model, 2)
+    before = model(**batch).logits
+    for names, message in (
+        (["one"], "Length of `adapter_names` should be the same .* got 1 and 2"),
+        (["one", "two"], r"non-existing adapter\(s\): two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**batch, adapter_names=names)
+        assert torch.equal(model(**batch).logits, before)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="when the model is in training mode"):
+        model.train()(**batch, adapter_names=["one", "one"])
+    if isinstance(config, LightConfig):
+        model.eval().merge_adapter()
+        with pytest.raises(ValueError, match="merged adapters, please call `unmerge_adapter`"):
+            model(**batch, adapter_names=["one", "one"])
+    with pytest.raises(ValueError, match="different peft types"):
+        other = LoraConfig if isinstance(config, LightConfig) else LightConfig
+        model.add_adapter("other", other(target_modules=["key"]))
+
+
+def test_rows_of_a_batch_with_adapters_of_two_kinds() -> None:
+    light, lora = LightConfig(target_modules=["key"]), LoraConfig(target_modules=["query"])
+    model = inject_adapter_in_model(light, compressed(), "light")
+    model = changed(get_peft_model(model, lora, "lora").eval())
+    batch = rows(model, 3)
+    with torch.no_grad():
+        found = model(**batch, adapter_names=["lora", "light", "__base__"]).logits
+        for row, (kind, config) in enumerate((("lora_", lora), ("light", light), ("", None))):
+            alone: Any = compressed()
+            if config is not None:
+                alone = get_peft_model(alone, copy.deepcopy(config), kind).eval()
+                state = {k: v for k, v in model.state_dict().items() if f".{kind}." in k}
+                assert not alone.load_state_dict(state, strict=False).unexpected_keys
+            expected = alone(**batch).logits[row]
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [LightConfig, LoraConfig])
+def test_a_layer_has_adapters_of_one_kind(first: Any) -> None:
+    model = inject_adapter_in_model(first(target_modules=["query"]), compressed(), "a")
+    before = state_of(model)
+    second = LoraConfig(target_modules=["query"]) if first is LightConfig else LightConfig()
+    message = r"query: expected an MPO layer without adapters of another kind, got a (Light|MPOLor)"
+    with pytest.raises(ValueError, match=message):
+        inject_adapter_in_model(second, model, "b")
+    assert_untouched(model, before)
+    options: Any = {"target_modules": ["key"]} if first is LightConfig else {}
+    inject_adapter_in_model(replace(second, exclude_modules=["query"], **options), model, "b")
 
 
 def test_a_model_in_16_bits_has_adapters_in_32() -> None:
@@ -411,9 +582,15 @@ def test_a_dense_model_has_the_lora_of_peft() -> None:
 def test_lora_that_needs_the_dense_weight_is_refused(options: Any, message: str) -> None:
     model = compressed()
     before = state_of(model)
+    config = LoraConfig(**{"target_modules": ["query"], **options})
     with pytest.raises((ValueError, TypeError), match=message):
-        get_peft_model(model, LoraConfig(**{"target_modules": ["query"], **options}))
+        get_peft_model(model, copy.deepcopy(config))
     assert_untouched(model, before)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["query"]))
+    before = state_of(adapted)
+    with pytest.raises((ValueError, TypeError), match=message):
+        adapted.add_adapter("another", config)
+    assert_untouched(adapted, before)
 
 
 @pytest.mark.parametrize(
