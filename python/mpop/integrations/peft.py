@@ -1,6 +1,6 @@
-"""Light fine-tuning as a method of peft, and peft's LoRA over MPO layers.
+"""Light fine-tuning as a method of peft, and peft's LoRA and prompts over MPO layers.
 
-Importing this module registers both: peft trains, saves and loads them by its own functions then.
+Importing this module registers them: peft trains, saves and loads them by its own functions then.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -590,6 +590,30 @@ def _check_plain(config: LoraConfig, name: str, module: nn.Module) -> None:
         raise ValueError(f"{name}: expected plain LoRA over an MPO layer, got {variants[0]}")
 
 
+def _finding_words(setup: Any) -> Any:
+    """peft's setup of a prompt, which finds words that are an MPO as it finds a dense table.
+
+    It searches the parameters for one with a row a word, and takes the module that has it.
+    """
+
+    @wraps(setup)
+    def with_tables(self: PeftModel, adapter_name: str) -> None:
+        with ExitStack() as after:
+            for module in self.base_model.modules():
+                words: Any = _base(module)
+                if isinstance(words, MPOEmbedding | BlockwiseEmbedding):
+                    one = next(words.parameters()).new_empty(1, 1)
+                    table = one.expand(words.num_embeddings, words.embedding_dim)
+                    module._parameters["weight"] = nn.Parameter(table, requires_grad=False)
+                    after.callback(module._parameters.pop, "weight", None)
+            setup(self, adapter_name)
+
+    return with_tables
+
+
+PeftModel._setup_prompt_encoder = _finding_words(  # type: ignore[method-assign]
+    PeftModel._setup_prompt_encoder
+)
 PEFT_TYPE_TO_CONFIG_MAPPING[_PEFT_TYPE] = LightConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_PEFT_TYPE] = LightModel
 PEFT_TYPE_TO_PREFIX_MAPPING[_PEFT_TYPE] = _PREFIX
