@@ -8,7 +8,7 @@ from torch import nn
 
 from mpo_kernels import MPOEmbedding
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
-from mpop.models.matrices import module_at, mpo_matrices
+from mpop.models.matrices import module_at, mpo_matrices, put
 
 
 class CentreMemory(NamedTuple):
@@ -41,12 +41,12 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> CentreMemory:
         if len(module.cores) < 2:
             continue
         kind = BlockwiseEmbedding if isinstance(module, MPOEmbedding) else BlockwiseLinear
-        made[name] = kind(module, bits).train(module.training)
+        made[name] = kind(module, bits)
         before += module.cores[module.central].nbytes
         after += made[name].codes.nbytes + made[name].scales.nbytes
     for name, layer in made.items():
         layer.kind = getattr(module_at(model, name), "kind", None)  # type: ignore[assignment]
-        model.set_submodule(name, layer)
+        put(model, name, layer)
     return CentreMemory(before, after)
 
 
@@ -57,4 +57,4 @@ def dequantize_centres(model: nn.Module) -> None:
             plain = layer.dequantized()
             if layer.kind is not None:
                 plain.kind = layer.kind
-            model.set_submodule(name, plain)
+            put(model, name, plain)

@@ -9,6 +9,7 @@ from torch import nn
 
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpop.models.matrices import MPO, mpo_modules
+from mpop.models.plain import check_unwrapped
 
 
 class ParameterCount(NamedTuple):
@@ -51,8 +52,10 @@ def balance(model: nn.Module) -> None:
     and not for modules that share a single core, such as a centre.
 
     Raises:
-        ValueError: a model without MPO modules, or a dtype without room for the scaled cores.
+        ValueError: a model without MPO modules, a dtype without room for the scaled cores, or
+            adapters, which are of the cores as they were.
     """
+    check_unwrapped(model)
     _modules_of(model)
     for name, module in mpo_modules(model):
         try:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import PreTrainedModel
 from transformers.models.mobilebert.modeling_mobilebert import MobileBertLMPredictionHead
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +17,7 @@ from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpop.models.config import ModuleSpec, MPOConfig
+from mpop.models.plain import check_unwrapped
 
 Dense: TypeAlias = nn.Linear | Conv1D | nn.Embedding
 MPO: TypeAlias = MPOLinear | MPOEmbedding
@@ -45,7 +48,8 @@ def dense_matrices(model: PreTrainedModel) -> list[Names]:
     held = {
         name: module.weight
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) in _KINDS  # a subclass may compute something else
+        # A subclass may compute something else.
+        if type_before_parametrizations(module) in _KINDS
     }
     try:
         words = getattr(model.get_input_embeddings(), "weight", None)
@@ -145,8 +149,10 @@ def densify(model: PreTrainedModel) -> None:
     """Put dense modules in the place of all MPO modules; ties are kept.
 
     Raises:
-        ValueError: a model without MPO modules, or NaN or Inf in one; the model is as it was.
+        ValueError: a model without MPO modules, NaN or Inf in one, or adapters; the model is as it
+            was.
     """
+    check_unwrapped(model)
     matrices = mpo_matrices(model)
     if not matrices:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
@@ -163,7 +169,7 @@ def densify(model: PreTrainedModel) -> None:
 def swap(model: PreTrainedModel, names: Names, new: MPO | Dense) -> None:
     """Put `new` in the place of the modules `names`, which go on sharing one matrix.
 
-    Biases and training modes are kept; call `update_ties` after the last swap.
+    Biases, training modes and hooks are kept; call `update_ties` after the last swap.
     """
     part: Any = new
     if isinstance(new, MPOLinear):
@@ -177,8 +183,19 @@ def swap(model: PreTrainedModel, names: Names, new: MPO | Dense) -> None:
                 part.bias = old.bias  # the very Parameter, which some models tie as well
         else:
             part.bias = old.bias
-        part.train(old.training)
-        model.set_submodule(name, part)
+        put(model, name, part)
+
+
+def put(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another, whose training mode and hooks it takes over."""
+    old = module_at(model, name)
+    new.train(old.training)
+    hooks = {key: value for key, value in vars(old).items() if "ward_" in key and "hook" in key}
+    if any(hooks.values()):
+        vars(new).update(hooks)  # the very dictionaries, from which a handle removes its hook
+    if hasattr(old, "_hf_hook"):
+        add_hook_to_module(new, old._hf_hook)
+    model.set_submodule(name, new)
 
 
 def replace(model: PreTrainedModel, names: Names, decomposition: Decomposition) -> None:

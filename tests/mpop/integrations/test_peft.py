@@ -17,6 +17,7 @@ import torch
 import transformers as hf
 from peft import (
     AutoPeftModelForSequenceClassification,
+    IA3Config,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -689,6 +690,102 @@ def test_an_adapter_without_a_whole_file(content: bytes | None, tmp_path: Path) 
     with pytest.raises(OSError, match=FILE.replace(".", r"\.")):
         PeftModel.from_pretrained(model, tmp_path)
     assert_untouched(model, before)
+
+
+DENSE_ADAPTERS: dict[str, Any] = {
+    "lora": LoraConfig(target_modules=["query"], init_lora_weights=False),
+    "ia3": IA3Config(target_modules=["key"], feedforward_modules=[]),
+    "head": LoraConfig(target_modules=["classifier"]),
+    "whole": LoraConfig(target_modules=["key"], modules_to_save=["query"]),
+}
+
+
+@pytest.mark.parametrize("kind", DENSE_ADAPTERS)
+def test_a_dense_model_with_adapters_is_not_compressed(kind: str, tmp_path: Path) -> None:
+    adapted = get_peft_model(build("bert"), copy.deepcopy(DENSE_ADAPTERS[kind])).eval()
+    expected = output(adapted)
+    for model in (adapted, adapted.get_base_model()):
+        before = state_of(model)
+        for action in (mpop.compress, mpop.inspect_model):
+            message = r"expected a model without modules of peft, got a .*merge_and_unload\(\) it"
+            with pytest.raises(ValueError, match=message) as caught:
+                action(model)
+            assert "\n" not in str(caught.value)
+            assert_untouched(model, before)
+    model = adapted.merge_and_unload()  # what the error advises
+    mpop.compress(model)
+    mpop.save(model, tmp_path / "saved")
+    torch.testing.assert_close(output(mpop.load(tmp_path / "saved")), expected)
+
+
+@pytest.mark.parametrize(
+    "config", [LightConfig(), LoraConfig(target_modules=["query"])], ids=["light", "lora"]
+)
+def test_a_compressed_model_with_adapters_is_not_changed_under_them(
+    config: Any, tmp_path: Path
+) -> None:
+    adapted = changed(get_peft_model(compressed(), copy.deepcopy(config)).eval())
+    (tmp_path / "saved").mkdir()
+    for model in (adapted, adapted.get_base_model()):
+        before, expected = state_of(model), output(model)
+        for action in (
+            lambda model: mpop.save(model, tmp_path / "saved"),
+            lambda _: adapted.get_base_model().save_pretrained(tmp_path / "plain"),
+            lambda model: model.dequantize(),
+            lambda model: mpop.squeeze(model, evaluate=float, finetune=None, max_drop=0.1),
+            mpop.balance,
+            mpop.merge,
+        ):
+            with pytest.raises(ValueError, match="expected a model without modules of peft"):
+                action(model)
+            assert_untouched(model, before)
+            assert torch.equal(output(model), expected)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    mpop.save(adapted.unload(), tmp_path / "saved")
+
+
+def test_a_prompt_is_no_part_of_a_model_that_is_saved(tmp_path: Path) -> None:
+    model = prompted(compressed("llama"), "llama", "prompt")
+    with pytest.raises(ValueError, match=r"got a PeftModelForCausalLM: .*get_base_model\(\)"):
+        mpop.save(model, tmp_path / "saved")
+    mpop.save(model.get_base_model(), tmp_path / "saved")
+    mpop.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LightConfig(), LoraConfig(target_modules=["query", "dense"], exclude_modules=["classifier"])],
+    ids=["light", "lora"],
+)
+def test_centres_are_quantised_under_adapters_as_before_them(config: Any) -> None:
+    base = compressed()
+    mpop.quantize_centres(base, 4)
+    made = []
+    for model in (base, compressed()):
+        torch.manual_seed(7)
+        made.append(get_peft_model(model, copy.deepcopy(config)).eval())
+    before, after = made
+    mpop.quantize_centres(after, 4)
+    assert torch.equal(output(changed(after)), output(changed(before)))
+    mpop.dequantize_centres(after)
+    torch.testing.assert_close(output(after), output(before), rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_saves_the_adapter_that_it_added_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21")
+    model = compressed()
+    mpop.quantize_centres(model, 4)
+    model.add_adapter(LoraConfig(target_modules=["query"]))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    other = compressed()
+    other.load_adapter(tmp_path)
+    found = {key: value for key, value in other.state_dict().items() if ".lora_" in key}
+    assert len(found) == 4
+    for key, value in found.items():
+        assert torch.equal(value, model.state_dict()[key]), key
 
 
 TASKS = {"bert": "SEQ_CLS", "gpt2": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}

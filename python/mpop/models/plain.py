@@ -1,0 +1,69 @@
+"""Whether modules are what their classes say: what was put on one is lost where it is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+
+from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+# Packages that put modules of their own in the place of a model's, and what has to come first.
+_WRAPPERS = {
+    "peft": "merge_and_unload() it first, unload() it, or of a prompt take get_base_model()",
+    "bitsandbytes": "take the model as it was before quantizing",
+    "torch.ao": "take the model as it was before quantizing",
+}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise a ValueError for adapters or quantised layers, with which none could load the model."""
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            for package, remedy in _WRAPPERS.items():
+                if f"{cls.__module__}.".startswith(f"{package}."):
+                    raise ValueError(
+                        f"{name or 'model'}: expected a model without modules of {package}, got a "
+                        f"{type(module).__name__}: {remedy}"
+                    )
+
+
+def check_plain(model: nn.Module, matrices: Iterable[tuple[str, ...]]) -> None:
+    """Raise a ValueError unless dense matrices are whole in the weights of their modules.
+
+    Args:
+        matrices: names of Linears, Conv1Ds and Embeddings, those that share a weight together.
+    """
+    for name in chain.from_iterable(matrices):
+        module = model.get_submodule(name)
+        if found := _put_on(module):
+            kind = type_before_parametrizations(module).__name__
+            raise ValueError(
+                f"{name}: expected a plain {kind}, got one with {found}: undo "
+                "that (torch.nn.utils removes parametrizations, norms and pruning), or exclude it"
+            )
+    for names in matrices:
+        places = [model.get_submodule(name) for name in names]
+        tables = {place for place in places if isinstance(place, nn.Embedding)}
+        if len(tables) > 1 and any(getattr(table, key) for table in tables for key in _HOOKS):
+            raise ValueError(
+                f"{names[0]}: expected no hooks on {len(tables)} embeddings that are to be one: "
+                "remove them, or exclude it"
+            )
+
+
+def _put_on(module: nn.Module) -> str:
+    """What is there beside a weight and a bias, or in their place."""
+    if more := module.state_dict().keys() - {"weight", "bias"}:
+        return ", ".join(sorted(more))
+    if type(module.weight) is not nn.Parameter:
+        return f"a {type(module.weight).__name__} for a weight"
+    # accelerate replaces it as well, to move inputs to where the weight is.
+    own = vars(module).get("_old_forward", vars(module).get("forward"))
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        return "a forward of its own"
+    if isinstance(module, nn.Embedding):
+        options = ("max_norm", "scale_grad_by_freq", "sparse")
+        return ", ".join(option for option in options if getattr(module, option))
+    return ""
