@@ -521,6 +521,24 @@ class MPOLoraModel(lora.LoraModel):
                 _check_lone(place, model.get_submodule(place), lora.LoraLayer)
                 _check_plain(peft_config, place, module)
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        # peft looks for a parameter of a tie's name, which a list of cores is not.
+        tied = super()._get_module_names_tied_with_embedding()
+        for names in _matrices(self.model):
+            modules = {name: self.model.get_submodule(name) for name in names}
+            tables = {name for name in names if isinstance(modules[name], MPOEmbedding)}
+            tied += sorted(modules.keys() - tables) if tables else []
+        return tied
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        for name in tied_weight_keys:
+            if _auxiliary(self.model.get_submodule(name)):
+                raise ValueError(
+                    f"ensure_weight_tying: {name} shares an embedding's cores and cannot share a "
+                    "copy of them: leave both out of modules_to_save, or use LightConfig for them"
+                )
+        super()._add_modules_to_save_to_tie(peft_config, tied_weight_keys)
+
     @staticmethod
     def _create_new_module(
         lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any

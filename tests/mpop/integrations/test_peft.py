@@ -597,6 +597,23 @@ def test_lora_that_needs_the_dense_weight_is_refused(options: Any, message: str)
     assert_untouched(adapted, before)
 
 
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_a_tied_head_is_not_untied_against_what_was_asked(saved: str) -> None:
+    options: Any = {"target_modules": ["q_proj"], "modules_to_save": [saved]}
+    model = compressed("llama-tied")
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"ensure_weight_tying: lm_head shares an embedding's cor"):
+        get_peft_model(model, LoraConfig(**options, ensure_weight_tying=True))
+    assert_untouched(model, before)
+    with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
+        get_peft_model(model, LoraConfig(**options))
+    model = compressed("llama-tied", embeddings=False)  # whose tie peft sees
+    get_peft_model(model, LoraConfig(**options, ensure_weight_tying=True))
+    heads = (model.get_input_embeddings(), model.get_output_embeddings())
+    first, second = (head.modules_to_save["default"].weight for head in heads)
+    assert first is second
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
