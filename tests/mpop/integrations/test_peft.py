@@ -853,6 +853,18 @@ def test_a_prompt_before_a_compressed_model_is_one_before_the_dense(
         assert torch.equal(found, wanted)
 
 
+def test_a_prompt_asks_where_the_words_are() -> None:
+    """By the device of their weight: what it starts from, and kinds of tokens before a BERT's."""
+    for name in ("bert", "llama"):
+        dense, model = (prompted(make(name), name, "sampled") for make in (build, compressed))
+        batch = rows(model, 3)
+        if name == "bert":
+            batch["token_type_ids"] = batch["input_ids"] % 2
+        torch.testing.assert_close(
+            model(**batch).logits, dense(**batch).logits, rtol=1e-4, atol=1e-4
+        )
+
+
 def test_a_prompt_finds_the_words_among_tables_of_as_many_rows() -> None:
     torch.manual_seed(0)
     config = hf.GPT2Config(vocab_size=50, n_positions=50, n_embd=24, n_layer=1, n_head=2)
