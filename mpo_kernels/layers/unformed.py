@@ -36,7 +36,7 @@ class UnformedWeight(Tensor):
     """Size, dtype, device and ``requires_grad`` of a weight without values.
 
     Code of models asks ``layer.weight.dtype``; what would read or write values raises a
-    RuntimeError that names the layer.
+    NotImplementedError that names the layer.
     """
 
     refusal = "the weight of a layer held as cores is never formed"
@@ -50,7 +50,7 @@ class UnformedWeight(Tensor):
     ) -> Any:
         asks = func in _QUESTIONS or (func in _LIKE and not isinstance(args[0], cls))
         if not asks:
-            raise RuntimeError(cls._refusal_in((args, kwargs)))
+            raise NotImplementedError(cls._refusal_in((args, kwargs)))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -80,7 +80,7 @@ class _WithoutStorage(UnformedWeight):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        raise RuntimeError(cls._refusal_in((args, kwargs)))
+        raise NotImplementedError(cls._refusal_in((args, kwargs)))
 
     @classmethod
     def _refusal_in(cls, arguments: Any) -> str:
@@ -108,7 +108,7 @@ class UnformedLayer(nn.Module):
         Its values are those of ``to_linear().weight`` or ``to_embedding().weight``.
 
         Raises:
-            RuntimeError: whatever is computed with it, or written to it.
+            NotImplementedError: whatever is computed with it, or written to it.
         """
         size, held = self._unformed()
         if is_dynamo_compiling():
@@ -134,5 +134,5 @@ class UnformedLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise RuntimeError(self._refusal())
+            raise NotImplementedError(self._refusal())
         super().__setattr__(name, value)

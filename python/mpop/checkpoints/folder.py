@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 from mpop.checkpoints.card import model_card
 from mpop.checkpoints.quantizer import attach
 from mpop.models.matrices import mpo_matrices
+from mpop.models.plain import check_unwrapped
 
 
 def save(
@@ -37,9 +38,10 @@ def save(
         base_model, license: for the card; see `mpop.model_card`.
 
     Raises:
-        ValueError: a model without MPO modules.
+        ValueError: a model without MPO modules, or one with adapters.
         NotADirectoryError: `path` is a file.
     """
+    check_unwrapped(model)
     if not mpo_matrices(model):
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
     path = Path(path).resolve()

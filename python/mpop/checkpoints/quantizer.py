@@ -31,10 +31,12 @@ from mpop.models.matrices import (
     update_ties,
     weight_of,
 )
+from mpop.models.plain import check_unwrapped
 from mpop.models.selection import MatrixPlan, plan
 
 # transformers initialises what was not loaded; a weight without values bears its mark of what was.
-UnformedWeight._is_hf_initialized = True  # type: ignore[attr-defined]
+_weight: Any = UnformedWeight
+_weight._is_hf_initialized = True
 
 
 @register_quantizer("mpo")
@@ -133,7 +135,9 @@ class MPOQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         # `save_pretrained` calls this first; ranks may have changed since the model was compressed.
-        model.config.quantization_config = describe(model)
+        if not model._hf_peft_config_loaded:  # else it saves an adapter alone, without a config
+            check_unwrapped(model)
+            model.config.quantization_config = describe(model)
         # It takes what is returned here for the state, and forgets the one it was given: that of
         # a sharded model, gathered.
         caller = inspect.currentframe().f_back  # type: ignore[union-attr]

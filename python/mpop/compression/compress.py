@@ -34,6 +34,7 @@ from mpop.models.matrices import (
     update_ties,
     weight_of,
 )
+from mpop.models.plain import check_unwrapped
 from mpop.models.selection import MatrixPlan, devices_of, plan, select
 
 # Below this many weights no progress bar is shown: it is done at once.
@@ -69,11 +70,13 @@ def compress(
     Raises:
         TypeError: another kind of model, or a weight that is not floating-point.
         ValueError: what `plan` says; weights with NaN or Inf, or on meta; a model that is already
-            compressed or quantized; a budget that cannot be met, with the least that can; too
-            little calibration for a matrix. The model is as it was.
+            compressed or quantized, or a PeftModel; a budget that cannot be met, with the least
+            that can; too little calibration for a matrix. The model is as it was.
     """
     config = CompressionConfig() if config is None else config
     if not isinstance(model, PreTrainedModel):
+        if isinstance(model, nn.Module):
+            check_unwrapped(model)  # says what to do with a PeftModel
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
     if getattr(model, "hf_quantizer", None) is not None or mpo_matrices(model):
         raise ValueError("expected a dense model, got one that is already compressed or quantized")
@@ -225,7 +228,8 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
         The same model, which saves as a plain transformers checkpoint.
 
     Raises:
-        ValueError: a model without MPO modules, or NaN or Inf in one; the model is as it was.
+        ValueError: a model without MPO modules, NaN or Inf in one, or adapters; the model is as it
+            was.
     """
     densify(model)
     MPOQuantizer(MPOConfig()).remove_quantization_config(model)

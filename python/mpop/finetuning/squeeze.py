@@ -23,6 +23,7 @@ from mpo_kernels.cores.gauge import bond_maps, carried
 from mpop.compression.calibration import MEASURABLE, Batches, Calibration, Moments
 from mpop.models.light import count_parameters
 from mpop.models.matrices import MPO, is_embedding, mpo_matrices, mpo_modules
+from mpop.models.plain import check_unwrapped
 
 # A round that cuts less than this fraction is not tried.
 _LEAST = 0.002
@@ -141,11 +142,12 @@ def squeeze(
     bound.
 
     Raises:
-        ValueError: no MPO modules, no bond above 1, a bound below zero, a metric that is NaN at the
-            start, a state that is there without `resume`, or one to resume that is of another
-            model or other settings. The model is as it was.
+        ValueError: no MPO modules, adapters, no bond above 1, a bound below zero, a metric that is
+            NaN at the start, a state that is there without `resume`, or one to resume that is of
+            another model or other settings. The model is as it was.
     """
     check_bounds(max_drop, step, max_steps)
+    check_unwrapped(model)
     modules = dict(mpo_modules(model))
     if not modules:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")

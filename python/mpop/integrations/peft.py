@@ -1,34 +1,40 @@
-"""Light fine-tuning as a method of peft, and peft's LoRA over MPO layers.
+"""Light fine-tuning as a method of peft, and peft's LoRA and prompts over MPO layers.
 
-Importing this module registers both: peft trains, saves and loads them by its own functions then.
+Importing this module registers them: peft trains, saves and loads them by its own functions then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from functools import partial, wraps
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners import lora
+from peft.tuners.lora.model import _get_encoder
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    SAFETENSORS_WEIGHTS_NAME,
+    AuxiliaryTrainingWrapper,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from mpo_kernels import MPOEmbedding, MPOLinear
@@ -36,6 +42,7 @@ from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
 from mpo_kernels.layers.module import MPOModule
 from mpop.checkpoints.quantizer import read_shapes
+from mpop.models.matrices import is_dense
 
 _PREFIX = "mpo_light_"
 _CORES = f"{_PREFIX}cores"
@@ -134,11 +141,38 @@ class LightLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the base layer takes and gives."""
+    def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
+        """What the base layer takes and gives; with names, each row by the adapter named for it.
+
+        Raises:
+            ValueError: other than a name a row, or a merged adapter where rows have names.
+        """
+        if adapter_names is not None and len(adapter_names) != len(x):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if adapter_names is not None and self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
         if self.disable_adapters:
             self.unmerge()
-        name = None if self.disable_adapters or self.merged else self._one_of(self.active_adapters)
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x)
+        if adapter_names is None:
+            return self._adapted(x, self.one_of(self.active_adapters))
+        rows: dict[str | None, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            rows.setdefault(name if name in self.mpo_light_cores else None, []).append(row)
+        order = [row for part in rows.values() for row in part]
+        parts = [self._adapted(x[part], name) for name, part in rows.items()]
+        return (
+            torch.cat(parts)[sorted(order, key=order.__getitem__)] if parts else self.base_layer(x)
+        )
+
+    def _adapted(self, x: Tensor, name: str | None) -> Tensor:
         if name is None:
             return self.base_layer(x)
         # As peft has it, the adapters of a model in 16 bits are held in 32.
@@ -147,10 +181,11 @@ class LightLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As peft's; a ValueError for two adapters of this layer."""
-        self._one_of([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        self.one_of([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         super().set_adapter(adapter_names, inference_mode)
 
-    def _one_of(self, adapter_names: Iterable[str]) -> str | None:
+    def one_of(self, adapter_names: Iterable[str]) -> str | None:
+        """Of these adapters that of this layer, if any; a ValueError for two."""
         ours = [name for name in adapter_names if name in self.mpo_light_cores]
         if len(ours) > 1:
             raise ValueError(
@@ -163,14 +198,23 @@ class LightLayer(nn.Module, BaseTunerLayer):
         """The adapter whose cores the base layer has now, if any."""
         return [name for name in self.mpo_light_cores if self._cores_of(name).replaced is not None]
 
+    def to_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> str | None:
+        """The adapter that would be merged, if any.
+
+        Raises:
+            ValueError: two adapters of this layer, or for a safe merge NaN or Inf in it.
+        """
+        name = self.one_of(self.active_adapters if adapter_names is None else adapter_names)
+        if name is not None and safe_merge:
+            check_finite(list(self._cores_of(name)))
+        return name
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Let the base layer have an adapter's cores, in place of its own or of another's."""
-        name = self._one_of(self.active_adapters if adapter_names is None else adapter_names)
+        name = self.to_merge(safe_merge, adapter_names)
         if name is None or name in self.merged_adapters:
             return
         cores = self._cores_of(name)
-        if safe_merge:
-            check_finite(list(cores))
         self.unmerge()
         cores.replaced = [own.data for _, own, _ in self._pairs(name)]
         for _, own, ours in self._pairs(name):
@@ -210,7 +254,8 @@ class LightModel(BaseTuner):
         matrices = _selected(self.model, peft_config)
         if peft_config.saved_shapes is not None:
             _check_saved(self.model, peft_config, matrices)
-        self.unmerge_adapter()
+        for layer in self._layers:
+            layer.unmerge()
         self._new: dict[str, tuple[list[str], AdapterCores]] = {}
         for names in matrices:
             cores = AdapterCores(core.detach().clone() for core in _cores_at(self.model, names[0]))
@@ -248,6 +293,81 @@ class LightModel(BaseTuner):
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         return []  # else peft would warn of adapters that are not tied; here they are
 
+    @property
+    def _layers(self) -> list[LightLayer]:
+        return [module for module in self.model.modules() if isinstance(module, LightLayer)]
+
+    # peft meets what is wrong with a layer when it comes to it, others being changed by then.
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for layer in self._layers:
+            layer.one_of(names)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        for layer in self._layers:
+            layer.to_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        for layer in self._layers:
+            layer.to_merge(safe_merge, adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        with _named_rows(self, adapter_names, kwargs.get("num_beams")):
+            yield
+
+
+@contextmanager
+def _named_rows(
+    tuner: BaseTuner, adapter_names: Sequence[str] | None, num_beams: int | None
+) -> Iterator[None]:
+    """Tell the layers which adapter each row of the batch is for, as peft's LoRA tells its own.
+
+    Raises:
+        ValueError: a model in training, or names of no adapter of either kind.
+    """
+    if adapter_names is None:
+        yield
+        return
+    if tuner.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    layers = [each for each in tuner.modules() if isinstance(each, LightLayer | lora.LoraLayer)]
+    known = {"__base__"}.union(*(layer._get_available_adapters() for layer in layers))
+    if unknown := sorted(set(adapter_names) - known):
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+    beams = num_beams or 1
+    # Beams repeat the rows of a decoder, not those of the encoder that it looks at.
+    encoder = _get_encoder(tuner.model) if beams > 1 else None
+    inside = set() if encoder is None else set(encoder.modules())
+    with ExitStack() as hooks:
+        wrappers = [each for each in tuner.modules() if isinstance(each, AuxiliaryTrainingWrapper)]
+        for module in (*layers, *wrappers):
+            names = [
+                name for name in adapter_names for _ in range(1 if module in inside else beams)
+            ]
+            hook = module.register_forward_pre_hook(partial(_give, names), with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield
+
+
+def _give(
+    adapter_names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
 
 def _auxiliary(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The auxiliary cores of an MPO layer by their names in it; of another module, none."""
@@ -274,7 +394,8 @@ def _matrices(model: nn.Module) -> list[list[str]]:
             cores = _auxiliary(_base(child))
             if cores and not isinstance(parent, LightLayer):
                 key = id(next(iter(cores.values())))
-                groups.setdefault(key, []).append(f"{prefix}.{name}" if prefix else name)
+                place = f"{prefix}.{name}".removeprefix(".").removesuffix(".base_layer")
+                groups.setdefault(key, []).append(place)
     return list(groups.values())
 
 
@@ -282,7 +403,8 @@ def _selected(model: nn.Module, config: LightConfig) -> list[list[str]]:
     """The matrices that a configuration targets.
 
     Raises:
-        ValueError: a dense model, or targets that fit no MPO layer or a dense one.
+        ValueError: a dense model, targets that fit no MPO layer or a dense one, or adapters of
+            another kind on one.
     """
     matrices = _matrices(model)
     if not matrices:
@@ -294,14 +416,21 @@ def _selected(model: nn.Module, config: LightConfig) -> list[list[str]]:
     matrices = [names for names in matrices if all(_fits(anything, name) for name in names)]
     if not matrices:
         raise ValueError("exclude_modules and modules_to_save leave no MPO layer to adapt")
-    if config.target_modules is None:
-        return matrices
+    if config.target_modules is not None:
+        matrices = _targeted(model, config, matrices)
+    for name in (name for names in matrices for name in names):
+        _check_lone(name, model.get_submodule(name), LightLayer)
+    return matrices
+
+
+def _targeted(model: nn.Module, config: LightConfig, matrices: list[list[str]]) -> list[list[str]]:
+    """Those that `target_modules` names; raises as :func:`_selected`."""
     targets: Any = config.target_modules
     each = [targets] if isinstance(targets, str) else [[target] for target in targets]
     patterns = [replace(config, target_modules=target) for target in each]
     for pattern in patterns:
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | Conv1D | nn.Embedding) and _fits(pattern, name):
+            if is_dense(module) and _fits(pattern, name):
                 raise ValueError(
                     f"target_modules: expected MPO layers, got {name}, a dense "
                     f"{type(module).__name__}: put it in exclude_modules or in modules_to_save"
@@ -388,8 +517,29 @@ class MPOLoraModel(lora.LoraModel):
             _maybe_include_all_linear_layers(peft_config, model)
             peft_config.target_modules |= _hidden_linears(model)
         for name, module in model.named_modules():
-            if _auxiliary(module) and _fits(peft_config, name):
-                _check_plain(peft_config, name, module)
+            # Of a layer that has an adapter already, what is within.
+            place = name.removesuffix(".base_layer")
+            if _auxiliary(module) and _fits(peft_config, place):
+                _check_lone(place, model.get_submodule(place), lora.LoraLayer)
+                _check_plain(peft_config, place, module)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        # peft looks for a parameter of a tie's name, which a list of cores is not.
+        tied = super()._get_module_names_tied_with_embedding()
+        for names in _matrices(self.model):
+            modules = {name: self.model.get_submodule(name) for name in names}
+            tables = {name for name in names if isinstance(modules[name], MPOEmbedding)}
+            tied += sorted(modules.keys() - tables) if tables else []
+        return tied
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        for name in tied_weight_keys:
+            if _auxiliary(self.model.get_submodule(name)):
+                raise ValueError(
+                    f"ensure_weight_tying: {name} shares an embedding's cores and cannot share a "
+                    "copy of them: leave both out of modules_to_save, or use LightConfig for them"
+                )
+        super()._add_modules_to_save_to_tie(peft_config, tied_weight_keys)
 
     @staticmethod
     def _create_new_module(
@@ -406,6 +556,16 @@ class MPOLoraModel(lora.LoraModel):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        with (
+            super()._enable_peft_forward_hooks(*args, **kwargs),
+            _named_rows(self, adapter_names, kwargs.get("num_beams")),
+        ):
+            yield
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -426,6 +586,15 @@ def _hidden_linears(model: nn.Module) -> set[str]:
     }
 
 
+def _check_lone(name: str, layer: nn.Module, kind: type[BaseTunerLayer]) -> None:
+    """Raise a ValueError for adapters of another kind, which would be adapted with the layer."""
+    if isinstance(layer, BaseTunerLayer) and not isinstance(layer, kind):
+        raise ValueError(
+            f"{name}: expected an MPO layer without adapters of another kind, got a "
+            f"{type(layer).__name__}: put it in exclude_modules, or unload those first"
+        )
+
+
 def _check_plain(config: LoraConfig, name: str, module: nn.Module) -> None:
     """Raise an error unless LoRA of this kind needs no dense weight of this module."""
     if isinstance(module, MPOEmbedding | BlockwiseEmbedding):
@@ -441,6 +610,30 @@ def _check_plain(config: LoraConfig, name: str, module: nn.Module) -> None:
         raise ValueError(f"{name}: expected plain LoRA over an MPO layer, got {variants[0]}")
 
 
+def _finding_words(setup: Any) -> Any:
+    """peft's setup of a prompt, which finds words that are an MPO as it finds a dense table.
+
+    It searches the parameters for one with a row a word, and takes the module that has it.
+    """
+
+    @wraps(setup)
+    def with_tables(self: PeftModel, adapter_name: str) -> None:
+        with ExitStack() as after:
+            for module in self.base_model.modules():
+                words: Any = _base(module)
+                if isinstance(words, MPOEmbedding | BlockwiseEmbedding):
+                    one = next(words.parameters()).new_empty(1, 1)
+                    table = one.expand(words.num_embeddings, words.embedding_dim)
+                    module._parameters["weight"] = nn.Parameter(table, requires_grad=False)
+                    after.callback(module._parameters.pop, "weight", None)
+            setup(self, adapter_name)
+
+    return with_tables
+
+
+PeftModel._setup_prompt_encoder = _finding_words(  # type: ignore[method-assign]
+    PeftModel._setup_prompt_encoder
+)
 PEFT_TYPE_TO_CONFIG_MAPPING[_PEFT_TYPE] = LightConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_PEFT_TYPE] = LightModel
 PEFT_TYPE_TO_PREFIX_MAPPING[_PEFT_TYPE] = _PREFIX

@@ -8,7 +8,7 @@ from torch import nn
 
 from mpo_kernels import MPOEmbedding
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
-from mpop.models.matrices import module_at, mpo_matrices
+from mpop.models.matrices import module_at, mpo_matrices, put
 from mpop.models.subclasses import adopt
 
 
@@ -42,14 +42,14 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> CentreMemory:
         if len(module.cores) < 2:
             continue
         kind = BlockwiseEmbedding if isinstance(module, MPOEmbedding) else BlockwiseLinear
-        made[name] = kind(module, bits).train(module.training)
+        made[name] = kind(module, bits)
         before += module.cores[module.central].nbytes
         after += made[name].codes.nbytes + made[name].scales.nbytes
     for name, layer in made.items():
         plain = module_at(model, name)
-        layer.kind, layer.label = getattr(plain, "kind", None), name
+        layer.kind = getattr(plain, "kind", None)
         adopt(layer, plain)
-        model.set_submodule(name, layer)
+        put(model, name, layer)
     return CentreMemory(before, after)
 
 
@@ -58,8 +58,7 @@ def dequantize_centres(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BlockwiseLinear | BlockwiseEmbedding):
             plain = layer.dequantized()
-            plain.label = name
             adopt(plain, layer)
             if layer.kind is not None:
                 plain.kind = layer.kind
-            model.set_submodule(name, plain)
+            put(model, name, plain)

@@ -9,6 +9,7 @@ from torch import nn
 
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpop.models.matrices import MPO, check_own_cores, mpo_modules
+from mpop.models.plain import check_unwrapped
 
 
 class ParameterCount(NamedTuple):
@@ -51,8 +52,10 @@ def balance(model: nn.Module) -> None:
 
     Raises:
         ValueError: a model without MPO modules, matrices that share a single core, such as a
-            centre, or a dtype without room for the scaled cores.
+            centre, a dtype without room for the scaled cores, or adapters, which are of the cores
+            as they were.
     """
+    check_unwrapped(model)
     _modules_of(model)
     check_own_cores(model)
     for name, module in mpo_modules(model):

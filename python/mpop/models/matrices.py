@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +16,7 @@ from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpo_kernels.layers.unformed import UnformedLayer
 from mpop.models.config import ModuleSpec, MPOConfig
+from mpop.models.plain import check_unwrapped
 from mpop.models.reads import weights_read
 from mpop.models.subclasses import adopt
 
@@ -76,8 +78,6 @@ def sorted_matrices(model: PreTrainedModel) -> dict[Names, str | None]:
                 return f"of a class of its own, {type(module).__name__}"
             if module in read:
                 return f"read by {read[module]}"
-            if "weight" not in module._parameters:
-                return "made anew at every call"
         is_one = isinstance(modules[0], nn.Embedding) or len({*modules}) == 1
         return None if is_one else "shared by several layers"
 
@@ -191,8 +191,10 @@ def densify(model: PreTrainedModel) -> None:
     """Put dense modules in the place of all MPO modules; ties are kept.
 
     Raises:
-        ValueError: a model without MPO modules, or NaN or Inf in one; the model is as it was.
+        ValueError: a model without MPO modules, NaN or Inf in one, or adapters; the model is as it
+            was.
     """
+    check_unwrapped(model)
     matrices = mpo_matrices(model)
     if not matrices:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
@@ -209,18 +211,15 @@ def densify(model: PreTrainedModel) -> None:
 def swap(model: PreTrainedModel, names: Names, new: MPO | Dense) -> None:
     """Put `new` in the place of the modules `names`, which go on sharing one matrix.
 
-    Biases, training modes and what an embedding's own class adds are kept; call `update_ties` after
-    the last swap.
+    Biases, training modes, hooks and what an embedding's own class adds are kept; call
+    `update_ties` after the last swap.
     """
     parts: dict[nn.Module, Any] = {}
     for name in names:
         old = module_at(model, name)
         if old not in parts:
-            part = parts[old] = _part(new, old, shared=bool(parts))
-            part.train(old.training)
-            if isinstance(part, MPO):
-                part.label = name
-        model.set_submodule(name, parts[old])
+            parts[old] = _part(new, old, shared=bool(parts))
+        put(model, name, parts[old])
 
 
 def _part(new: MPO | Dense, old: Any, shared: bool) -> Any:
@@ -252,6 +251,20 @@ def _sibling(embedding: nn.Embedding | MPOEmbedding) -> nn.Embedding | MPOEmbedd
     dense = nn.Embedding(*size, device="meta", dtype=embedding.weight.dtype)
     dense.weight = embedding.weight
     return dense
+
+
+def put(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another, whose training mode and hooks it takes over."""
+    old = module_at(model, name)
+    new.train(old.training)
+    hooks = {key: value for key, value in vars(old).items() if "ward_" in key and "hook" in key}
+    if any(hooks.values()):
+        vars(new).update(hooks)  # the very dictionaries, from which a handle removes its hook
+    if hasattr(old, "_hf_hook"):
+        add_hook_to_module(new, old._hf_hook)
+    if isinstance(new, UnformedLayer):
+        new.label = name
+    model.set_submodule(name, new)
 
 
 def replace(model: PreTrainedModel, names: Names, decomposition: Decomposition) -> None:

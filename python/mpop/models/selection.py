@@ -11,6 +11,7 @@ from mpo_kernels import Decomposition, MPOShape, decompose
 from mpo_kernels.cores.decompose import rounded_up
 from mpop.models.config import CompressionConfig, MatrixConfig, matches
 from mpop.models.matrices import Names, dense_matrices, is_embedding, module_at, weight_of
+from mpop.models.plain import check_plain, check_unwrapped
 
 # Heads of models that are their own base, as a T5ForConditionalGeneration is.
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs")
@@ -43,9 +44,10 @@ def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
     """The matrices that `config` selects.
 
     Raises:
-        ValueError: a pattern that fits no matrix, a size that `tensor_parallel` does not divide, or
-            nothing to compress.
+        ValueError: a pattern that fits no matrix, a size that `tensor_parallel` does not divide,
+            nothing to compress, adapters, or a matrix that something was put on, such as pruning.
     """
+    check_unwrapped(model)
     candidates = dense_matrices(model)
     chosen = _included(model, candidates, config.include)
     if not config.embeddings:
@@ -57,6 +59,7 @@ def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
         _check_matches("overrides", pattern, chosen)
     if not chosen:
         raise ValueError(f"nothing to compress in this {type(model).__name__}")
+    check_plain(model, chosen)
     for names in chosen:
         out_features, in_features = weight_of(module_at(model, names[0])).shape
         devices = devices_of(model, names, config)

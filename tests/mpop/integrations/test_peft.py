@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,12 @@ import torch
 import transformers as hf
 from peft import (
     AutoPeftModelForSequenceClassification,
+    IA3Config,
     LoraConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     get_peft_model,
     inject_adapter_in_model,
 )
@@ -209,19 +215,31 @@ def test_several_adapters_on_one_base(base: Path, tmp_path: Path) -> None:
     assert torch.equal(output(model.merge_and_unload()), of_a)
 
 
+def changed(model: Any) -> Any:
+    """The model with other adapters, each its own, which none is after a few steps of training."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mpo_light_cores." in name or ".lora_" in name or ".modules_to_save." in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.3 * parameter.abs().mean().clamp_min(0.2) * noise)
+    return model
+
+
 def test_one_adapter_at_a_time_replaces_a_layers_cores() -> None:
     model = get_peft_model(compressed(), LightConfig(target_modules=["query"]), adapter_name="a")
-    model.add_adapter("b", LightConfig(target_modules=["key"]))
-    model.base_model.set_adapter(["a", "b"])  # each has layers of its own
+    model.add_adapter("b", LightConfig(target_modules=["query", "key"]))
     model.add_adapter("c", LightConfig(target_modules=["key"]))
+    changed(model).base_model.set_adapter(["a", "c"])  # each has layers of its own
     before = output(model)
     for action in (
         lambda: model.base_model.set_adapter(["b", "c"]),
         lambda: model.base_model.merge_adapter(["b", "c"]),
+        lambda: model.base_model.merge_and_unload(adapter_names=["b", "c"]),
     ):
         with pytest.raises(ValueError, match=r"expected one adapter of a layer.*\['b', 'c'\]"):
             action()
-    assert torch.equal(output(model), before)
+        assert torch.equal(output(model), before)
 
 
 def test_an_adapter_added_while_another_is_merged_starts_from_the_base() -> None:
@@ -236,11 +254,168 @@ def test_an_adapter_added_while_another_is_merged_starts_from_the_base() -> None
 
 
 def test_a_broken_adapter_is_not_merged_safely() -> None:
-    model = get_peft_model(compressed(), LightConfig())
+    model = changed(get_peft_model(compressed(), LightConfig()))
+    before = state_of(model)
+    last = [p for p in model.parameters() if p.requires_grad][-1]
     with torch.no_grad():
-        next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
-    with pytest.raises(ValueError, match="NaN"):
-        model.merge_adapter(safe_merge=True)
+        kept = last.clone()
+        last.fill_(torch.nan)
+    for action in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaN"):
+            action(safe_merge=True)
+    with torch.no_grad():
+        last.copy_(kept)
+    assert_untouched(model, before)
+
+
+def rows(model: Any, count: int) -> dict[str, Tensor]:
+    """A batch of texts of several lengths, no two alike."""
+    ids = torch.randint(2, 50, (count, 7), generator=torch.Generator().manual_seed(1))
+    ids[:, -1] = 1
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    more = {"decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {}
+    return {"input_ids": ids, "attention_mask": mask, **more}
+
+
+@torch.no_grad()
+def each_alone(model: Any, names: list[str], batch: dict[str, Tensor]) -> Tensor:
+    """The logits of each row with its own adapter active."""
+    made = []
+    for row, name in enumerate(names):
+        alone = {key: value[row : row + 1] for key, value in batch.items()}
+        if name == "__base__":
+            with model.disable_adapter():
+                made.append(model(**alone).logits)
+        else:
+            model.set_adapter(name)
+            made.append(model(**alone).logits)
+    return torch.cat(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("bert", None), ("albert-mlm", None), ("gpt2-lm", None), ("t5", None), ("llama-tied", 4)],
+)
+def test_each_row_of_a_batch_has_the_adapter_named_for_it(name: str, bits: int | None) -> None:
+    model = compressed(name)
+    if bits:
+        mpop.quantize_centres(model, bits)
+    task = SEQ_CLS if name == "bert" else {}
+    model = get_peft_model(model, LightConfig(**task), adapter_name="a").eval()
+    model.add_adapter("b", LightConfig(**task))
+    some = {"gpt2-lm": "c_attn", "t5": "wi", "llama-tied": "down_proj"}.get(name, "query")
+    model.add_adapter("c", LightConfig(**task, target_modules=[some]))
+    batch, names = rows(changed(model), 5), ["b", "c", "__base__", "a", "b"]
+    expected = each_alone(model, names, batch)
+    for active in ("a", "b"):  # which makes no difference
+        model.set_adapter(active)
+        with torch.no_grad():
+            found = model(**batch, adapter_names=names).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    others = [name for name in ("a", "b", "c") if name != names[0]]
+    for other in others:
+        assert not torch.allclose(each_alone(model, [other], batch), expected[:1], atol=1e-3)
+    with model.disable_adapter():
+        torch.testing.assert_close(
+            model(**batch, adapter_names=names).logits, each_alone(model, ["__base__"] * 5, batch)
+        )
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_gradient_reaches_the_adapters_of_a_mixed_batch() -> None:
+    model = get_peft_model(compressed(), LightConfig(target_modules=["query"]), adapter_name="a")
+    model.add_adapter("b", LightConfig(target_modules=["query"]))
+    changed(model).eval().base_model.set_requires_grad(["a", "b"])
+    batch = rows(model, 3)
+    model(**batch, adapter_names=["b", "a", "b"]).logits.square().sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert {name.split(".")[-2] for name in found} == {"a", "b"}
+    for name, of in (("a", [1]), ("b", [0, 2])):
+        model.zero_grad()
+        model.set_adapter(name)
+        model(**{key: value[of] for key, value in batch.items()}).logits.square().sum().backward()
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                torch.testing.assert_close(found[key], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_beams_of_a_row_have_its_adapter(name: str) -> None:
+    model = get_peft_model(compressed(name), LightConfig(), adapter_name="a").eval()
+    model.add_adapter("b", LightConfig())
+    changed(model)
+    ids, names = rows(model, 3)["input_ids"], ["b", "__base__", "a"]
+    for beams in (1, 3):
+        options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams, "pad_token_id": 0}
+        mixed = model.generate(input_ids=ids, adapter_names=names, **options)
+        alone = []
+        for row, adapter in zip(ids, names, strict=True):
+            with nullcontext() if adapter in model.peft_config else model.disable_adapter():
+                model.set_adapter(adapter if adapter in model.peft_config else "a")
+                alone.append(model.generate(input_ids=row[None], **options))
+        assert torch.equal(mixed, torch.cat(alone))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LightConfig(target_modules=["query"]),
+        LoraConfig(target_modules=["query"], init_lora_weights=False),
+    ],
+    ids=["light", "lora"],
+)
+def test_names_of_rows_that_are_refused_as_lora_refuses_them(config: Any) -> None:
+    model = get_peft_model(compressed(), copy.deepcopy(config), adapter_name="one").eval()
+    batch = rows(model, 2)
+    before = model(**batch).logits
+    for names, message in (
+        (["one"], "Length of `adapter_names` should be the same .* got 1 and 2"),
+        (["one", "two"], r"non-existing adapter\(s\): two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**batch, adapter_names=names)
+        assert torch.equal(model(**batch).logits, before)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="when the model is in training mode"):
+        model.train()(**batch, adapter_names=["one", "one"])
+    if isinstance(config, LightConfig):
+        model.eval().merge_adapter()
+        with pytest.raises(ValueError, match="merged adapters, please call `unmerge_adapter`"):
+            model(**batch, adapter_names=["one", "one"])
+    with pytest.raises(ValueError, match="different peft types"):
+        other = LoraConfig if isinstance(config, LightConfig) else LightConfig
+        model.add_adapter("other", other(target_modules=["key"]))
+
+
+def test_rows_of_a_batch_with_adapters_of_two_kinds() -> None:
+    light, lora = LightConfig(target_modules=["key"]), LoraConfig(target_modules=["query"])
+    model = inject_adapter_in_model(light, compressed(), "light")
+    model = changed(get_peft_model(model, lora, "lora").eval())
+    batch = rows(model, 3)
+    with torch.no_grad():
+        found = model(**batch, adapter_names=["lora", "light", "__base__"]).logits
+        for row, (kind, config) in enumerate((("lora_", lora), ("light", light), ("", None))):
+            alone: Any = compressed()
+            if config is not None:
+                alone = get_peft_model(alone, copy.deepcopy(config), kind).eval()
+                state = {k: v for k, v in model.state_dict().items() if f".{kind}." in k}
+                assert not alone.load_state_dict(state, strict=False).unexpected_keys
+            expected = alone(**batch).logits[row]
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [LightConfig, LoraConfig])
+def test_a_layer_has_adapters_of_one_kind(first: Any) -> None:
+    model = inject_adapter_in_model(first(target_modules=["query"]), compressed(), "a")
+    before = state_of(model)
+    second = LoraConfig(target_modules=["query"]) if first is LightConfig else LightConfig()
+    message = r"query: expected an MPO layer without adapters of another kind, got a (Light|MPOLor)"
+    with pytest.raises(ValueError, match=message):
+        inject_adapter_in_model(second, model, "b")
+    assert_untouched(model, before)
+    options: Any = {"target_modules": ["key"]} if first is LightConfig else {}
+    inject_adapter_in_model(replace(second, exclude_modules=["query"], **options), model, "b")
 
 
 def test_a_model_in_16_bits_has_adapters_in_32() -> None:
@@ -411,9 +586,32 @@ def test_a_dense_model_has_the_lora_of_peft() -> None:
 def test_lora_that_needs_the_dense_weight_is_refused(options: Any, message: str) -> None:
     model = compressed()
     before = state_of(model)
+    config = LoraConfig(**{"target_modules": ["query"], **options})
     with pytest.raises((ValueError, TypeError), match=message):
-        get_peft_model(model, LoraConfig(**{"target_modules": ["query"], **options}))
+        get_peft_model(model, copy.deepcopy(config))
     assert_untouched(model, before)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["query"]))
+    before = state_of(adapted)
+    with pytest.raises((ValueError, TypeError), match=message):
+        adapted.add_adapter("another", config)
+    assert_untouched(adapted, before)
+
+
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_a_tied_head_is_not_untied_against_what_was_asked(saved: str) -> None:
+    options: Any = {"target_modules": ["q_proj"], "modules_to_save": [saved]}
+    model = compressed("llama-tied")
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"ensure_weight_tying: lm_head shares an embedding's cor"):
+        get_peft_model(model, LoraConfig(**options, ensure_weight_tying=True))
+    assert_untouched(model, before)
+    with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
+        get_peft_model(model, LoraConfig(**options))
+    model = compressed("llama-tied", embeddings=False)  # whose tie peft sees
+    get_peft_model(model, LoraConfig(**options, ensure_weight_tying=True))
+    heads = (model.get_input_embeddings(), model.get_output_embeddings())
+    first, second = (head.modules_to_save["default"].weight for head in heads)
+    assert first is second
 
 
 @pytest.mark.parametrize(
@@ -509,6 +707,188 @@ def test_an_adapter_without_a_whole_file(content: bytes | None, tmp_path: Path) 
     with pytest.raises(OSError, match=FILE.replace(".", r"\.")):
         PeftModel.from_pretrained(model, tmp_path)
     assert_untouched(model, before)
+
+
+DENSE_ADAPTERS: dict[str, Any] = {
+    "lora": LoraConfig(target_modules=["query"], init_lora_weights=False),
+    "ia3": IA3Config(target_modules=["key"], feedforward_modules=[]),
+    "head": LoraConfig(target_modules=["classifier"]),
+    "whole": LoraConfig(target_modules=["key"], modules_to_save=["query"]),
+}
+
+
+@pytest.mark.parametrize("kind", DENSE_ADAPTERS)
+def test_a_dense_model_with_adapters_is_not_compressed(kind: str, tmp_path: Path) -> None:
+    adapted = get_peft_model(build("bert"), copy.deepcopy(DENSE_ADAPTERS[kind])).eval()
+    expected = output(adapted)
+    for model in (adapted, adapted.get_base_model()):
+        before = state_of(model)
+        for action in (mpop.compress, mpop.inspect_model):
+            message = r"expected a model without modules of peft, got a .*merge_and_unload\(\) it"
+            with pytest.raises(ValueError, match=message) as caught:
+                action(model)
+            assert "\n" not in str(caught.value)
+            assert_untouched(model, before)
+    model = adapted.merge_and_unload()  # what the error advises
+    mpop.compress(model)
+    mpop.save(model, tmp_path / "saved")
+    torch.testing.assert_close(output(mpop.load(tmp_path / "saved")), expected)
+
+
+@pytest.mark.parametrize(
+    "config", [LightConfig(), LoraConfig(target_modules=["query"])], ids=["light", "lora"]
+)
+def test_a_compressed_model_with_adapters_is_not_changed_under_them(
+    config: Any, tmp_path: Path
+) -> None:
+    adapted = changed(get_peft_model(compressed(), copy.deepcopy(config)).eval())
+    (tmp_path / "saved").mkdir()
+    for model in (adapted, adapted.get_base_model()):
+        before, expected = state_of(model), output(model)
+        for action in (
+            lambda model: mpop.save(model, tmp_path / "saved"),
+            lambda _: adapted.get_base_model().save_pretrained(tmp_path / "plain"),
+            lambda model: model.dequantize(),
+            lambda model: mpop.squeeze(model, evaluate=float, finetune=None, max_drop=0.1),
+            mpop.balance,
+            mpop.merge,
+        ):
+            with pytest.raises(ValueError, match="expected a model without modules of peft"):
+                action(model)
+            assert_untouched(model, before)
+            assert torch.equal(output(model), expected)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    mpop.save(adapted.unload(), tmp_path / "saved")
+
+
+def test_a_prompt_is_no_part_of_a_model_that_is_saved(tmp_path: Path) -> None:
+    model = prompted(compressed("llama"), "llama", "prompt")
+    with pytest.raises(ValueError, match=r"got a PeftModelForCausalLM: .*get_base_model\(\)"):
+        mpop.save(model, tmp_path / "saved")
+    mpop.save(model.get_base_model(), tmp_path / "saved")
+    mpop.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LightConfig(), LoraConfig(target_modules=["query", "dense"], exclude_modules=["classifier"])],
+    ids=["light", "lora"],
+)
+def test_centres_are_quantised_under_adapters_as_before_them(config: Any) -> None:
+    base = compressed()
+    mpop.quantize_centres(base, 4)
+    made = []
+    for model in (base, compressed()):
+        torch.manual_seed(7)
+        made.append(get_peft_model(model, copy.deepcopy(config)).eval())
+    before, after = made
+    mpop.quantize_centres(after, 4)
+    assert torch.equal(output(changed(after)), output(changed(before)))
+    mpop.dequantize_centres(after)
+    torch.testing.assert_close(output(after), output(before), rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_saves_the_adapter_that_it_added_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21")
+    model = compressed()
+    mpop.quantize_centres(model, 4)
+    model.add_adapter(LoraConfig(target_modules=["query"]))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    other = compressed()
+    other.load_adapter(tmp_path)
+    found = {key: value for key, value in other.state_dict().items() if ".lora_" in key}
+    assert len(found) == 4
+    for key, value in found.items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+
+TASKS = {"bert": "SEQ_CLS", "gpt2": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+PROMPTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "prompt": (PromptTuningConfig, {}),
+    "sampled": (PromptTuningConfig, {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    "prefix": (PrefixTuningConfig, {}),
+    "encoder": (PromptEncoderConfig, {"encoder_hidden_size": 8}),
+}
+
+
+def prompted(model: hf.PreTrainedModel, name: str, kind: str) -> Any:
+    """With three virtual tokens in front, the same ones at every call."""
+    config, options = PROMPTS[kind]
+    torch.manual_seed(7)
+    task = TASKS.get(name, "CAUSAL_LM")
+    return get_peft_model(model, config(task_type=task, num_virtual_tokens=3, **options)).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("llama", kind) for kind in ("prompt", "prefix", "encoder")),
+        *(("bert", kind) for kind in ("prompt", "encoder")),
+        *(("t5", kind) for kind in ("prompt", "prefix", "encoder")),
+        *(("gpt2", "prompt"), ("gpt2-lm", "prompt"), ("llama-tied", "encoder")),
+    ],
+)
+def test_a_prompt_before_a_compressed_model_is_one_before_the_dense(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    base = compressed(name)
+    words = base.get_input_embeddings()
+    names = [key for key, _ in words.named_parameters()]
+    dense, model = prompted(build(name), name, kind), prompted(base, name, kind)
+    assert [key for key, _ in words.named_parameters()] == names
+    assert model.get_nb_trainable_parameters()[0] == dense.get_nb_trainable_parameters()[0]
+    torch.testing.assert_close(output(model), output(dense), rtol=1e-4, atol=1e-4)
+    expected, trained = train(dense, 2), train(model, 2)
+    torch.testing.assert_close(trained, expected, rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(compressed(name), tmp_path)
+    torch.testing.assert_close(output(loaded), trained)
+    if name == "llama":
+        ids = inputs(base)["input_ids"]
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+        found, wanted = (each.generate(input_ids=ids, **options) for each in (loaded, dense))
+        assert torch.equal(found, wanted)
+
+
+def test_a_prompt_asks_where_the_words_are() -> None:
+    """By the device of their weight: what it starts from, and kinds of tokens before a BERT's."""
+    for name in ("bert", "llama"):
+        dense, model = (prompted(make(name), name, "sampled") for make in (build, compressed))
+        batch = rows(model, 3)
+        if name == "bert":
+            batch["token_type_ids"] = batch["input_ids"] % 2
+        torch.testing.assert_close(
+            model(**batch).logits, dense(**batch).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_prompt_finds_the_words_among_tables_of_as_many_rows() -> None:
+    torch.manual_seed(0)
+    config = hf.GPT2Config(vocab_size=50, n_positions=50, n_embd=24, n_layer=1, n_head=2)
+    model = hf.GPT2LMHeadModel(config).eval()
+    ids = inputs(model)["input_ids"]
+    with torch.no_grad():
+        expected = prompted(copy.deepcopy(model), "gpt2-lm", "prompt")(input_ids=ids).logits
+        mpop.compress(model)
+        found = prompted(model, "gpt2-lm", "prompt")(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_before_centres_in_4_bits_and_before_adapters() -> None:
+    model = compressed("llama")
+    mpop.quantize_centres(model, 4)
+    light = inject_adapter_in_model(LightConfig(), copy.deepcopy(model))
+    found = output(prompted(model, "llama", "prompt"))
+    mpop.dequantize_centres(model)
+    torch.testing.assert_close(found, output(prompted(model, "llama", "prompt")))
+    model = prompted(light, "llama", "prompt")
+    torch.testing.assert_close(output(model), found)
+    assert not torch.allclose(output(changed(model)), found, atol=1e-3)
+    words = model.get_base_model().get_input_embeddings()
+    assert model.word_embeddings is words and isinstance(words, LightLayer)
 
 
 def test_mpop_does_not_import_peft() -> None:
