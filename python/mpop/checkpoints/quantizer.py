@@ -18,7 +18,6 @@ from mpo_kernels.layers.unformed import UnformedWeight
 from mpop.models.config import ModuleSpec, MPOConfig
 from mpop.models.matrices import (
     Names,
-    dense_matrices,
     densify,
     describe,
     empty_mpo,
@@ -27,6 +26,7 @@ from mpop.models.matrices import (
     mpo_matrices,
     mpo_modules,
     replace,
+    sorted_matrices,
     swap,
     update_ties,
     weight_of,
@@ -80,11 +80,16 @@ class MPOQuantizer(HfQuantizer):
             self.planned = {f"{matrix.names[0]}.weight": matrix for matrix in planned}
             return
         specs = self._specs(model)
-        matched = [
-            (names, spec)
-            for names in dense_matrices(model)
-            if (spec := _spec_of(names, specs, model)) is not None
-        ]
+        matched = []
+        for names, reason in sorted_matrices(model).items():
+            if (spec := _spec_of(names, specs, model)) is None:
+                continue
+            if reason is not None:
+                raise ValueError(
+                    f"{names[0]}: held as cores in the checkpoint, which a {type(model).__name__} "
+                    f"cannot use ({reason}): merge the checkpoint first (mpop merge)"
+                )
+            matched.append((names, spec))
         if not matched:
             raise ValueError(
                 f"none of the {len(specs)} compressed matrices of this checkpoint, such as "
