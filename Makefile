@@ -13,7 +13,7 @@ QUICK := --quiet --no-compile
 TRITON := 3.7.1
 OLDEST_TRITON := 3.5.1
 
-.PHONY: demo test check test-vllm test-sglang lint docs bench dist clean
+.PHONY: demo test check survey test-vllm test-sglang lint docs bench dist clean
 
 demo: $(READY)
 	$(BIN)/python -m mpop.demo $(DEMO_ARGS)
@@ -25,6 +25,10 @@ test: $(READY)
 check: $(READY)
 	OMP_NUM_THREADS=1 $(PYTEST)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+
+# All the architectures of transformers that are known to work; the tests take one of each kind.
+survey: $(READY)
+	OMP_NUM_THREADS=1 $(PYTEST) -m "survey or not survey" tests/mpop/test_architectures.py
 
 test-vllm: $(VENV_VLLM)/.ready
 	$(VENV_VLLM)/bin/python -m pytest tests/serving/vllm --timeout 600

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, get_module_from_name, register_quantizer
 
+from mpo_kernels import MPOEmbedding
 from mpo_kernels.layers.unformed import UnformedWeight
 from mpop.models.config import ModuleSpec, MPOConfig
 from mpop.models.matrices import (
@@ -48,6 +49,7 @@ class MPOQuantizer(HfQuantizer):
     def __init__(self, quantization_config: MPOConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.planned: dict[str, MatrixPlan] = {}
+        self.padded: dict[MPOEmbedding, int] = {}
         self.refused: str | None = None
 
     def validate_environment(
@@ -106,6 +108,7 @@ class MPOQuantizer(HfQuantizer):
                 )
             swap(model, names, empty_mpo(dense, spec.shape))
         update_ties(model)
+        self.hide_padding(model)
         if checkpoint_files is not None:
             _check_shapes(model, read_shapes(checkpoint_files))
 
@@ -129,8 +132,17 @@ class MPOQuantizer(HfQuantizer):
         for names in mpo_matrices(model):
             if (spec := _spec_of(names, specs, model)) is not None and spec.frozen:
                 module_at(model, names[0]).freeze_central()
+        for embedding, index in self.padded.items():
+            embedding.padding_idx = index
         # Cores are plain floating-point parameters, so `.half()` and `.float()` are fine.
         model.is_quantized = False  # type: ignore[assignment]
+
+    def hide_padding(self, model: PreTrainedModel) -> None:
+        """Until all is loaded: where there is a padding_idx, models write zeros to its row."""
+        for embedding in model.modules():
+            if isinstance(embedding, MPOEmbedding) and embedding.padding_idx is not None:
+                self.padded[embedding] = embedding.padding_idx
+                embedding.padding_idx = None
 
     def _specs(self, model: PreTrainedModel) -> dict[str, ModuleSpec]:
         specs = self.quantization_config.specs()
@@ -202,6 +214,7 @@ class _Decompose(ConversionOps):
             return {}
         replace(model, matrix.names, cores)
         update_ties(model)
+        self.quantizer.hide_padding(model)
         missing_keys.difference_update(f"{name}.weight" for name in matrix.names)
         return {f"{name}.cores.{k}": core for k, core in enumerate(cores.cores)}
 
