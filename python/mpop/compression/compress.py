@@ -23,15 +23,7 @@ from mpop.compression.permute import sort_hidden_units
 from mpop.compression.report import CompressionReport, row_of
 from mpop.models.config import CompressionConfig, MPOConfig
 from mpop.models.light import count_parameters
-from mpop.models.matrices import (
-    Names,
-    densify,
-    module_at,
-    mpo_matrices,
-    replace,
-    update_ties,
-    weight_of,
-)
+from mpop.models.matrices import Names, densify, module_at, mpo_matrices, replace, weight_of
 from mpop.models.selection import MatrixPlan, devices_of, plan, select
 
 # Below this many weights no progress bar is shown: it is done at once.
@@ -106,7 +98,6 @@ def compress(
     finally:
         # After an interrupt too, so that the model says truthfully what it holds.
         if rows:
-            update_ties(model)
             attach(model)
         elif undo is not None:
             undo()

@@ -35,7 +35,7 @@ from mpo_kernels import MPOEmbedding, MPOLinear
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
 from mpo_kernels.layers.module import MPOModule
-from mpop.checkpoints.quantizer import read_shapes
+from mpop.checkpoints.keys import read_shapes
 
 _PREFIX = "mpo_light_"
 _CORES = f"{_PREFIX}cores"

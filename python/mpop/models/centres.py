@@ -22,7 +22,8 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> CentreMemory:
     """Hold the centre of each MPO in ``bits`` bits a number, frozen; the rest trains as before.
 
     Codes have a scale for 64 numbers each: 8 bits of even steps, or 4 of QLoRA's NF4. A matrix
-    that an output head shares stays as it is. Save after :func:`dequantize_centres`.
+    that an output head shares stays as it is. Saved, they are plain MPO modules, as
+    :func:`dequantize_centres` makes them.
 
     Args:
         model: compressed, in place.
@@ -45,7 +46,7 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> CentreMemory:
         before += module.cores[module.central].nbytes
         after += made[name].codes.nbytes + made[name].scales.nbytes
     for name, layer in made.items():
-        layer.kind = getattr(module_at(model, name), "kind", None)  # type: ignore[assignment]
+        _note(module_at(model, name), layer)
         model.set_submodule(name, layer)
     return CentreMemory(before, after)
 
@@ -55,6 +56,12 @@ def dequantize_centres(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BlockwiseLinear | BlockwiseEmbedding):
             plain = layer.dequantized()
-            if layer.kind is not None:
-                plain.kind = layer.kind
+            _note(layer, plain)
             model.set_submodule(name, plain)
+
+
+def _note(old: nn.Module, new: nn.Module) -> None:
+    """What `replace` noted for the checkpoint and its card."""
+    for name in ("kind", "rel_error"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
