@@ -145,9 +145,21 @@ class BlockwiseLayer(UnformedLayer, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         bits = self.scales.view(torch.int32)  # which no cast of a module touches
-        super()._apply(fn, recurse)
+        super()._apply(lambda tensor: fn(tensor).contiguous(), recurse)
         self.scales = fn(bits).view(torch.float32)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A model is saved with plain layers, and a Trainer that resumes loads such a state.
+        names = [f"{prefix}cores.{k}" for k in range(self.shape.num_cores)]
+        if all(name in state_dict for name in names):
+            cores = [state_dict.pop(name) for name in names]
+            centre = cores.pop(self.central)
+            if centre.shape == self.shape.core_shapes[self.central]:
+                codes, scales = quantize_rows(self._as_rows(centre), self.bits)
+                state_dict |= {f"{prefix}codes": codes, f"{prefix}scales": scales}
+            state_dict |= {f"{prefix}auxiliary.{k}": core for k, core in enumerate(cores)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _as_rows(self, centre: Tensor) -> Tensor:
         if self.central == 0:

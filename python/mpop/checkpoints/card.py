@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from mpop.models.left import describe_left, left_dense
 from mpop.models.light import count_parameters
-from mpop.models.matrices import mpo_modules
+from mpop.models.matrices import compressed_matrices, module_at
+
+# From the sentence that says what the matrices are to the one that says what their errors are.
+_WRITTEN = re.compile(
+    r"^[^\n]* whose matrices are matrix product operators: .* before any training after it\.$",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 def model_card(
@@ -25,12 +32,10 @@ def model_card(
     Raises:
         ValueError: a model without MPO modules.
     """
-    modules = list(mpo_modules(model))
+    modules = [(names[0], module_at(model, names[0])) for names in compressed_matrices(model)]
     if not modules:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
-    source = base_model or model.config._name_or_path
-    if not base_model and (not source or Path(source).exists() or Path(source).is_absolute()):
-        source = None
+    source = base_model or _source(model)
     data = ModelCardData(
         base_model=source, license=license, library_name="transformers", tags=["mpo", "mpop"]
     )
@@ -71,6 +76,33 @@ def model_card(
         "it.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def renewed_card(
+    old: str, model: PreTrainedModel, *, base_model: str | None = None, license: str | None = None
+) -> str:
+    """A card whose part that `model_card` writes is brought up to date; one without it is kept.
+
+    What somebody has written beside it stays, unless the card is that of another base model.
+    """
+    written = _WRITTEN.search(old)
+    if written is None:
+        return old
+    data = ModelCard(old, ignore_metadata_errors=True).data
+    known = data.get("base_model")
+    base_model = base_model or _source(model) or known
+    new = model_card(model, base_model=base_model, license=license or data.get("license"))
+    if known != base_model:
+        return new
+    part = _WRITTEN.search(new)
+    assert part is not None
+    return old[: written.start()] + part[0] + old[written.end() :]
+
+
+def _source(model: PreTrainedModel) -> str | None:
+    """The name on the hub of what the model was loaded from; a folder's tells nobody anything."""
+    source = model.config._name_or_path
+    return None if not source or Path(source).exists() or Path(source).is_absolute() else source
 
 
 def _error(value: float | None) -> str:

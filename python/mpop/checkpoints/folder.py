@@ -7,7 +7,9 @@ import fnmatch
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ import transformers
 from huggingface_hub import HfApi
 from transformers import AutoConfig, PreTrainedModel
 
-from mpop.checkpoints.card import model_card
+from mpop.checkpoints.card import model_card, renewed_card
 from mpop.checkpoints.quantizer import attach
-from mpop.models.matrices import mpo_matrices
+from mpop.models.matrices import compressed_matrices
 from mpop.models.plain import check_unwrapped
 
 
@@ -31,8 +33,8 @@ def save(
     """Write a compressed model as a folder with `config.json`, safetensors and a model card.
 
     The folder appears, or takes the place of an older one, in one step: a save that is killed
-    leaves the old checkpoint. Other files of an older folder, such as a tokenizer's or a card, are
-    kept.
+    leaves the old checkpoint. Other files of an older folder, such as a tokenizer's, are kept, and
+    so is a card, whose part that this package wrote is brought up to date.
 
     Args:
         base_model, license: for the card; see `mpop.model_card`.
@@ -41,28 +43,99 @@ def save(
         ValueError: a model without MPO modules, or one with adapters.
         NotADirectoryError: `path` is a file.
     """
+    _check_compressed(model)
+    with replaced(path) as new:
+        write(model, new, Path(path), base_model=base_model, license=license)
+
+
+def _check_compressed(model: PreTrainedModel) -> None:
     check_unwrapped(model)
-    if not mpo_matrices(model):
+    if not compressed_matrices(model):
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+
+
+def write(
+    model: PreTrainedModel,
+    folder: Path,
+    old: Path | None = None,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Write a compressed model into a folder as it is, with its card: that of `old` if it has one.
+
+    Raises:
+        ValueError: a model without MPO modules.
+    """
+    _check_compressed(model)
+    attach(model)
+    model.save_pretrained(folder)
+    card = None if old is None else old / "README.md"
+    about = {"base_model": base_model, "license": license}
+    if card is not None and card.is_file():
+        text = renewed_card(card.read_text(encoding="utf-8"), model, **about)
+    else:
+        text = model_card(model, **about)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced(path: str | os.PathLike[str], *, wholly: bool = False) -> Iterator[Path]:
+    """A new folder that takes the place of another in one step, when all in it is written.
+
+    Args:
+        wholly: leave no file of the old folder; what lies in folders of it stays.
+
+    Raises:
+        NotADirectoryError: `path` is a file.
+    """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path}: expected a folder, got a file")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(new, ignore_errors=True)  # of a killed process with the same number
-    attach(model)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    held = _hold(new)
     try:
-        model.save_pretrained(new)
-        if not (path / "README.md").exists():
-            card = model_card(model, base_model=base_model, license=license)
-            (new / "README.md").write_text(card, encoding="utf-8")
+        yield new
         if path.exists():
-            _keep_others(path, new)
+            _keep_others(path, new, wholly)
             _exchange(path, new)
         else:
             new.rename(path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes were writing to take the place of `path`."""
+    for folder in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        if (held := _hold(folder)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """Hold a folder until the descriptor is closed or the process ends; None where another does.
+
+    Unlike a process's number, this is not had by another one afterwards.
+    """
+    try:
+        import fcntl  # absent on Windows
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def push_to_hub(
@@ -77,7 +150,7 @@ def push_to_hub(
     """Upload what `save` writes, in one commit, and return its address.
 
     `model.push_to_hub` uploads the same weights under transformers' own card. The repository is
-    made where there is none; a card that it has already is kept.
+    made where there is none; a card that it has already is kept as `save` keeps one.
 
     Args:
         repo_id: on the hub, `"user/name"`.
@@ -90,26 +163,30 @@ def push_to_hub(
         huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, f"{folder}/model", base_model=base_model, license=license)
+    _check_compressed(model)
+    with tempfile.TemporaryDirectory() as root:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        kept = "README.md" if api.file_exists(repo_id, "README.md") else None
+        old = None
+        if api.file_exists(repo_id, "README.md"):
+            old = Path(api.hf_hub_download(repo_id, "README.md", cache_dir=root)).parent
+        write(model, Path(root, "model"), old, base_model=base_model, license=license)
         return api.upload_folder(
             repo_id=repo_id,
-            folder_path=f"{folder}/model",
-            ignore_patterns=kept,
+            folder_path=Path(root, "model"),
             commit_message="Matrix product operators",
         ).commit_url
 
 
-def _keep_others(old: Path, new: Path) -> None:
+def _keep_others(old: Path, new: Path, wholly: bool) -> None:
     """Link into `new` what `old` holds beside the model."""
 
     def replaced(folder: str, names: list[str]) -> list[str]:
         if Path(folder) != old:
             return []
-        weights = fnmatch.filter(names, "model*.safetensors*")
-        return [name for name in names if name in weights or (new / name).exists()]
+        gone = fnmatch.filter(names, "model*.safetensors*")
+        if wholly:
+            gone = [name for name in names if not (name.startswith(".") or (old / name).is_dir())]
+        return [name for name in names if name in gone or (new / name).exists()]
 
     shutil.copytree(
         old, new, symlinks=True, ignore=replaced, copy_function=_link, dirs_exist_ok=True
@@ -147,17 +224,16 @@ def load(
         auto_class: an auto or model class of transformers; default the class that was saved. With
             a class other than that one, a head the checkpoint lacks is new, and one that the class
             lacks is left out; the base model still has to be complete.
-        kwargs: for the class's `from_pretrained`; with `output_loading_info`, the result is a pair
-            as it is there.
+        kwargs: for the class's `from_pretrained`, such as `subfolder` or `revision`; with
+            `output_loading_info`, the result is a pair as it is there.
 
     Raises:
         OSError: no such folder, no configuration or weights in it, or a truncated file.
         ValueError: not an MPO checkpoint, or one of a newer format; weights only as pickles; cores
             missing or of another shape than configured; other missing or unexpected tensors.
     """
-    folder = Path(path)
-    if folder.exists() or folder.is_absolute():
-        _check_folder(folder)
+    if Path(path).exists() or Path(path).is_absolute():
+        _check_folder(Path(path, kwargs.get("subfolder") or ""))
     config, _ = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "mpo":
@@ -173,6 +249,7 @@ def load(
             )
     allows_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
     wants_info = kwargs.pop("output_loading_info", False)
+    kwargs.pop("use_safetensors", None)
     model, info = cls.from_pretrained(
         path,
         output_loading_info=True,
@@ -180,6 +257,11 @@ def load(
         ignore_mismatched_sizes=True,  # reported below, in one line
         **kwargs,
     )
+    if not compressed_matrices(model):
+        raise ValueError(
+            f"{path}: expected an MPO checkpoint, got dense weights beside the configuration of a "
+            "compressed model: load them with from_pretrained and save them again"
+        )
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     if type(model).__name__ not in architectures:
         missing, unexpected = {key for key in missing if not _is_head(key, model)}, set()

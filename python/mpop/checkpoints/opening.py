@@ -24,16 +24,20 @@ from transformers import (
 from mpop.checkpoints.folder import load
 from mpop.data.glue import hub_reachable
 
+_MODEL = ("config.json", "*.safetensors", "*.bin")
 # sentence-transformers' list of modules, and its settings in files beside it.
 _MODULES = "modules.json"
 _SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
 
 
-def check_output(output: str | Path, source: str | Path | None = None) -> None:
+def check_output(
+    output: str | Path, source: str | Path | None = None, overwrite: bool = True
+) -> None:
     """Check, before the work is done, that the folder `output` can be written.
 
     Raises:
-        ValueError: It is a file, is not writable, or holds the model `source` being read.
+        ValueError: It is a file, is not writable, holds the model `source` being read, or any
+            model where none may be overwritten.
     """
     output = Path(output)
     existing = next(path for path in (output, *output.parents) if path.exists())
@@ -41,6 +45,10 @@ def check_output(output: str | Path, source: str | Path | None = None) -> None:
         raise ValueError(f"cannot write to {output}: {existing} is not a writable folder")
     if source is not None and output.resolve() == Path(source).resolve():
         raise ValueError(f"{output} holds the model itself; choose another output folder")
+    if not overwrite and any(path for glob in _MODEL for path in output.glob(glob)):
+        raise ValueError(
+            f"{output} holds a model: choose another folder, or replace its files with --overwrite"
+        )
 
 
 def is_compressed(source: str | Path) -> bool:

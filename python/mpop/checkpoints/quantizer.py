@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import sys
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, get_module_from_name, register_quantizer
+from transformers.quantizers import HfQuantizer, register_quantizer
 
 from mpo_kernels import MPOEmbedding
 from mpo_kernels.layers.unformed import UnformedWeight
+from mpop.checkpoints.keys import (
+    Contents,
+    are_dense,
+    check_shapes,
+    first_targets,
+    keep_whole,
+    state_to_save,
+    tie,
+)
 from mpop.models.config import ModuleSpec, MPOConfig
 from mpop.models.matrices import (
-    Names,
+    MPO,
+    OTHER_EMBEDDINGS,
+    compressed_matrices,
     densify,
     describe,
+    drop_broken_ties,
     empty_mpo,
     kind_of,
     module_at,
     mpo_matrices,
-    mpo_modules,
     replace,
     sorted_matrices,
     swap,
@@ -50,7 +58,10 @@ class MPOQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.planned: dict[str, MatrixPlan] = {}
         self.padded: dict[MPOEmbedding, int] = {}
+        self.asked: set[str] = set()
         self.refused: str | None = None
+        self.frozen: list[str] = []
+        self.is_dense = False
 
     def validate_environment(
         self, *args: Any, device_map: str | dict[str, Any] | None = None, **kwargs: Any
@@ -76,46 +87,52 @@ class MPOQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         # The model is on meta here, and the files are checked before anything is allocated.
-        _tie(model)
-        if self.quantization_config.compress is not None:
-            planned = plan(model, self.quantization_config.compress)
-            self.planned = {f"{matrix.names[0]}.weight": matrix for matrix in planned}
+        config, state = self.quantization_config, _local(2, "state_dict")
+        is_dense = config.compress is not None
+        contents = Contents(model, checkpoint_files, state, _local(2, "key_mapping"), is_dense)
+        specs = config.specs()
+        places = contents.places(specs, model.state_dict())
+        tie(model, contents, places)
+        if config.compress is not None:
+            # Whichever name of a matrix a file has.
+            self.planned = {
+                f"{name}.weight": matrix
+                for matrix in plan(model, config.compress)
+                for name in matrix.names
+            }
+            self.asked = first_targets(self.planned, contents.conversions)
             return
-        specs = self._specs(model)
-        matched = []
-        for names, reason in sorted_matrices(model).items():
-            if (spec := _spec_of(names, specs, model)) is None:
-                continue
-            if reason is not None:
+        found = contents.of_dense(model)
+        reasons = sorted_matrices(model)
+        matched = {
+            names: specs[places[name]] for names in reasons for name in names if name in places
+        }
+        for names in matched:
+            # An embedding may have been the words' once, as a decoder's.
+            if reasons[names] not in (None, OTHER_EMBEDDINGS):
                 raise ValueError(
                     f"{names[0]}: held as cores in the checkpoint, which a {type(model).__name__} "
-                    f"cannot use ({reason}): merge the checkpoint first (mpop merge)"
+                    f"cannot use ({reasons[names]}): merge the checkpoint first (mpop merge)"
                 )
-            matched.append((names, spec))
         if not matched:
             raise ValueError(
                 f"none of the {len(specs)} compressed matrices of this checkpoint, such as "
                 f"{next(iter(specs))!r}, has its place in a {type(model).__name__}"
             )
-        for names, spec in matched:
-            dense = module_at(model, names[0])
-            expected = (kind_of(dense), *weight_of(dense).shape)
-            found = (spec.kind, spec.shape.out_features, spec.shape.in_features)
-            if found != expected:
-                raise ValueError(
-                    f"{names[0]}: expected (kind, out, in) = {expected} in a "
-                    f"{type(model).__name__}, got {found} in the checkpoint's configuration"
-                )
-            swap(model, names, empty_mpo(dense, spec.shape))
+        self.is_dense = are_dense(matched, found)
+        if self.is_dense:
+            return
+        for names, spec in matched.items():
+            swap(model, names, _empty(model, names[0], spec))
         update_ties(model)
         self.hide_padding(model)
-        if checkpoint_files is not None:
-            _check_shapes(model, read_shapes(checkpoint_files))
+        self.frozen = [names[0] for names, spec in matched.items() if spec.frozen]
+        check_shapes(model, contents)
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
-        return param_name in self.planned
+        return param_name in self.asked
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Decompose(self)
@@ -128,10 +145,10 @@ class MPOQuantizer(HfQuantizer):
                 raise ValueError(f"the checkpoint has none of {list(self.planned)[:3]} …")
             self.planned = {}
             attach(model)
-        specs = self._specs(model)
-        for names in mpo_matrices(model):
-            if (spec := _spec_of(names, specs, model)) is not None and spec.frozen:
-                module_at(model, names[0]).freeze_central()
+        if self.is_dense:
+            self.remove_quantization_config(model)
+        for name in self.frozen:
+            module_at(model, name).freeze_central()
         for embedding, index in self.padded.items():
             embedding.padding_idx = index
         # Cores are plain floating-point parameters, so `.half()` and `.float()` are fine.
@@ -144,21 +161,22 @@ class MPOQuantizer(HfQuantizer):
                 self.padded[embedding] = embedding.padding_idx
                 embedding.padding_idx = None
 
-    def _specs(self, model: PreTrainedModel) -> dict[str, ModuleSpec]:
-        specs = self.quantization_config.specs()
-        return {_bare(name, model): spec for name, spec in specs.items()}
-
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
-    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        # `save_pretrained` calls this first; ranks may have changed since the model was compressed.
-        if not model._hf_peft_config_loaded:  # else it saves an adapter alone, without a config
-            check_unwrapped(model)
-            model.config.quantization_config = describe(model)
-        # It takes what is returned here for the state, and forgets the one it was given: that of
-        # a sharded model, gathered.
-        caller = inspect.currentframe().f_back  # type: ignore[union-attr]
-        return caller.f_locals.get("state_dict"), {}  # type: ignore[union-attr]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        # `save_pretrained` calls this first, takes what is returned for the state, and forgets the
+        # one it was given: that of a sharded model, gathered.
+        state = _local(1, "state_dict")
+        state = model.state_dict() if state is None else state
+        if model._hf_peft_config_loaded:  # it saves an adapter alone, without a config
+            return state, {}
+        check_unwrapped(model)
+        if not compressed_matrices(model):
+            self.remove_quantization_config(model)
+            return state, {}
+        attach(model)  # ranks may have changed since the model was compressed
+        keep_whole(model)
+        return state_to_save(model, state), {}
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
@@ -193,19 +211,27 @@ class _Decompose(ConversionOps):
         self,
         input_dict: dict[str, Any],
         *,
-        full_layer_name: str,
         model: PreTrainedModel,
         missing_keys: set[str],
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        (weight,) = input_dict.values()
-        matrix = self.quantizer.planned[full_layer_name]
+        made: dict[str, Tensor] = {}
+        for key in list(input_dict):  # several, where one tensor of the file is split
+            weight = input_dict.pop(key)
+            matrix = self.quantizer.planned.get(key)
+            if matrix is None:
+                made[key] = weight
+            elif self.quantizer.refused is None and not _is_done(model, matrix):
+                weight = weight[0] if isinstance(weight, list) else weight
+                made |= self._cores(matrix, weight, model, missing_keys)
+        return made
+
+    def _cores(
+        self, matrix: MatrixPlan, weight: Tensor, model: PreTrainedModel, missing_keys: set[str]
+    ) -> dict[str, Tensor]:
         name = matrix.names[0]
-        weight = weight[0] if isinstance(weight, list) else weight
         if not isinstance(module_at(model, name), nn.Linear):
             weight = weight.t()
-        if self.quantizer.refused:
-            return {}
         try:
             cores = matrix.decompose(weight)
         except (TypeError, ValueError) as error:
@@ -219,66 +245,38 @@ class _Decompose(ConversionOps):
         return {f"{name}.cores.{k}": core for k, core in enumerate(cores.cores)}
 
 
+def _is_done(model: PreTrainedModel, matrix: MatrixPlan) -> bool:
+    """Whether a file has it a second time, by the name of another module."""
+    return isinstance(module_at(model, matrix.names[0]), MPO)
+
+
 def attach(model: PreTrainedModel) -> None:
     """Let `model.save_pretrained` write a compressed model as an MPO checkpoint."""
+    drop_broken_ties(model)
     config = describe(model)
     model.config.quantization_config = config
     model.hf_quantizer = MPOQuantizer(config)  # type: ignore[assignment]
 
 
-def _tie(model: PreTrainedModel) -> None:
-    # `from_pretrained` ties after loading, which is too late to tell which modules share cores.
-    for target, source in model.all_tied_weights_keys.items():
-        module, name = get_module_from_name(model, target)
-        setattr(module, name, model.get_parameter_or_buffer(source))
+def _empty(model: PreTrainedModel, name: str, spec: ModuleSpec) -> MPO:
+    """What the checkpoint has in the place of a dense module, without values."""
+    dense, shape = module_at(model, name), spec.shape
+    out_features, in_features = weight_of(dense).shape
+    expected = (kind_of(dense), out_features, in_features)
+    found = (spec.kind, shape.out_features, shape.in_features)
+    if found == expected:
+        return empty_mpo(dense, shape)
+    if isinstance(dense, nn.Linear) and found == ("embedding", in_features, out_features):
+        # A head that shared the cores of an embedding once, and has such ones of its own now.
+        device, dtype = dense.weight.device, dense.weight.dtype
+        table = MPOEmbedding(out_features, in_features, shape, device=device, dtype=dtype)
+        return table.as_linear()
+    raise ValueError(
+        f"{name}: expected (kind, out, in) = {expected} in a {type(model).__name__}, "
+        f"got {found} in the checkpoint's configuration"
+    )
 
 
-def _bare(name: str, model: PreTrainedModel) -> str:
-    # A bare BertModel and a BertForX name their modules alike but for this prefix.
-    return name.removeprefix(f"{model.base_model_prefix}.")
-
-
-def _spec_of(
-    names: Names, specs: Mapping[str, ModuleSpec], model: PreTrainedModel
-) -> ModuleSpec | None:
-    bare = (_bare(name, model) for name in names)
-    return next((specs[name] for name in bare if name in specs), None)
-
-
-def read_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor, read from the headers alone."""
-    shapes = {}
-    for file in files:
-        if Path(file).suffix != ".safetensors":
-            raise ValueError(f"{file}: expected a safetensors file, pickled weights are refused")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                keys = tensors.keys()
-                shapes.update({key: tuple(tensors.get_slice(key).get_shape()) for key in keys})
-        except SafetensorError as error:
-            raise OSError(f"{file}: not a whole safetensors file ({error})") from error
-    return shapes
-
-
-def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare what the file holds with the cores, and with the rest of the base model."""
-    found = {_bare(key, model): shape for key, shape in shapes.items()}
-    for name, module in mpo_modules(model):
-        name = _bare(name, model)
-        for k, expected in enumerate(module.shape.core_shapes):
-            key = f"{name}.cores.{k}"
-            if key not in found:
-                raise ValueError(f"{key}: missing from the checkpoint")
-            if found[key] != expected:
-                raise ValueError(
-                    f"{key}: expected {list(expected)} by the configuration, "
-                    f"got {list(found[key])} in the file"
-                )
-        if f"{name}.cores.{module.shape.num_cores}" in found:
-            raise ValueError(
-                f"{name}: expected {module.shape.num_cores} cores by the configuration, "
-                "got more in the file"
-            )
-    for key, tensor in model.base_model.state_dict().items():
-        if found.get(key, tensor.shape) != tensor.shape:
-            raise ValueError(f"{key}: expected {list(tensor.shape)}, got {list(found[key])}")
+def _local(depth: int, name: str) -> Any:
+    """A variable of the function of transformers that asks, which does not pass it on."""
+    return sys._getframe(depth + 1).f_locals.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mpop.cli.options import command, positive_float, positive_int, task
@@ -12,7 +13,7 @@ OBJECTIVES = ("parameters", "memory", "latency")
 def add(commands: Any) -> None:
     """Its options."""
     parser = command(commands, "compress", "Decompose a model's matrices into MPOs.", run)
-    parser.add_output()
+    parser.add_new_output()
     parser.number("--num-cores", 5, "tensors a matrix")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
@@ -73,12 +74,13 @@ def add(commands: Any) -> None:
     parser.add_data_dir()
 
 
-def run(model: str, output: str, **options: Any) -> tuple[dict[str, Any], str]:
+def run(model: str, output: str, overwrite: bool, **options: Any) -> tuple[dict[str, Any], str]:
     """What to print as JSON, and for a person."""
     import mpop
+    from mpop.checkpoints.folder import replaced, write
     from mpop.checkpoints.opening import check_output, copy_companions, load_as_saved
 
-    check_output(output, model)
+    check_output(output, model, overwrite)
     ranks = options["ranks"]
     if ranks and len(ranks) == 1:
         options["ranks"] = ranks[0]
@@ -93,6 +95,7 @@ def run(model: str, output: str, **options: Any) -> tuple[dict[str, Any], str]:
         batches = calibration_batches(model, task, data_dir, samples)
     loaded = load_as_saved(model)
     report = mpop.compress(loaded, config, batches)
-    mpop.save(loaded, output)
-    copy_companions(model, output)
+    with replaced(output, wholly=overwrite) as folder:
+        write(loaded, folder, None if overwrite else Path(output))
+        copy_companions(model, folder)
     return {"model": model, "output": output, **report.to_dict()}, str(report)

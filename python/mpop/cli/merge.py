@@ -12,18 +12,20 @@ def add(commands: Any) -> None:
     parser = command(
         commands, "merge", "Turn an MPO model back into a plain transformers checkpoint.", run
     )
-    parser.add_output()
+    parser.add_new_output()
 
 
-def run(model: str, output: str) -> tuple[dict[str, Any], str]:
+def run(model: str, output: str, overwrite: bool) -> tuple[dict[str, Any], str]:
     """What to print as JSON, and for a person."""
     import mpop
+    from mpop.checkpoints.folder import replaced
     from mpop.checkpoints.opening import check_output, copy_companions, load_as_saved
 
-    check_output(output, model)
+    check_output(output, model, overwrite)
     merged = mpop.merge(load_as_saved(model))
-    merged.save_pretrained(output)
-    copy_companions(model, output)
+    with replaced(output, wholly=overwrite) as folder:
+        merged.save_pretrained(folder)
+        copy_companions(model, folder)
     total = mpop.count_parameters(merged).total
     result = {"model": model, "output": output, "total_parameters": total}
     return result, f"{output}: a dense {type(merged).__name__} with {total:,} parameters"

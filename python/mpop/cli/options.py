@@ -71,6 +71,15 @@ class Parser(argparse.ArgumentParser):
         """The folder to write."""
         self.add_argument("--output", required=True, metavar="O", help="the folder to write")
 
+    def add_new_output(self) -> None:
+        """The folder to write, which holds no model unless it may be replaced."""
+        self.add_output()
+        self.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="replace all files of an --output that holds a model, not the folders in it",
+        )
+
     def add_training_set(self) -> None:
         """Which rows are trained on, and the seed."""
         self.add_argument(

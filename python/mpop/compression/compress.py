@@ -25,15 +25,7 @@ from mpop.compression.report import CompressionReport, row_of
 from mpop.models.config import CompressionConfig, MPOConfig
 from mpop.models.left import left_dense
 from mpop.models.light import count_parameters
-from mpop.models.matrices import (
-    Names,
-    densify,
-    module_at,
-    mpo_matrices,
-    replace,
-    update_ties,
-    weight_of,
-)
+from mpop.models.matrices import Names, densify, module_at, mpo_matrices, replace, weight_of
 from mpop.models.plain import check_unwrapped
 from mpop.models.selection import MatrixPlan, devices_of, plan, select
 
@@ -111,7 +103,6 @@ def compress(
     finally:
         # After an interrupt too, so that the model says truthfully what it holds.
         if rows:
-            update_ties(model)
             attach(model)
         elif undo is not None:
             undo()

@@ -133,10 +133,6 @@ def finetune(
         raise ValueError(
             f"centre_bits: expected method light, whose centres are frozen, got {method}"
         )
-    if centre_bits is not None and save_steps is not None:
-        raise ValueError(
-            "centre_bits: expected no save_steps, whose checkpoints could not be loaded"
-        )
     start = prepared(
         model_name_or_path,
         task,

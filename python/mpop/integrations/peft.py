@@ -41,7 +41,7 @@ from mpo_kernels import MPOEmbedding, MPOLinear
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
 from mpo_kernels.layers.module import MPOModule
-from mpop.checkpoints.quantizer import read_shapes
+from mpop.checkpoints.keys import read_shapes
 from mpop.models.matrices import is_dense
 
 _PREFIX = "mpo_light_"
@@ -218,7 +218,7 @@ class LightLayer(nn.Module, BaseTunerLayer):
         self.unmerge()
         cores.replaced = [own.data for _, own, _ in self._pairs(name)]
         for _, own, ours in self._pairs(name):
-            own.data = ours.data.to(own.dtype)
+            own.data = ours.data.to(own.dtype).contiguous()
 
     def unmerge(self) -> None:
         """Give the base layer its own cores back."""

@@ -23,7 +23,8 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> CentreMemory:
     """Hold the centre of each MPO in ``bits`` bits a number, frozen; the rest trains as before.
 
     Codes have a scale for 64 numbers each: 8 bits of even steps, or 4 of QLoRA's NF4. A matrix
-    that an output head shares stays as it is. Save after :func:`dequantize_centres`.
+    that an output head shares stays as it is. Saved, they are plain MPO modules, as
+    :func:`dequantize_centres` makes them.
 
     Args:
         model: compressed, in place.
@@ -47,8 +48,7 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> CentreMemory:
         after += made[name].codes.nbytes + made[name].scales.nbytes
     for name, layer in made.items():
         plain = module_at(model, name)
-        layer.kind = getattr(plain, "kind", None)
-        adopt(layer, plain)
+        _note(plain, layer)
         put(model, name, layer)
     return CentreMemory(before, after)
 
@@ -58,7 +58,13 @@ def dequantize_centres(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BlockwiseLinear | BlockwiseEmbedding):
             plain = layer.dequantized()
-            adopt(plain, layer)
-            if layer.kind is not None:
-                plain.kind = layer.kind
+            _note(layer, plain)
             put(model, name, plain)
+
+
+def _note(old: nn.Module, new: nn.Module) -> None:
+    """What `swap` and `replace` noted for the checkpoint and its card."""
+    adopt(new, old)
+    for name in ("kind", "rel_error"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape
 from mpo_kernels.cores.chain import check_finite
-from mpo_kernels.layers.blockwise import BlockwiseLayer
+from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer
+from mpo_kernels.layers.embedding import MPOTiedLinear
 from mpo_kernels.layers.unformed import UnformedLayer
 from mpop.models.config import ModuleSpec, MPOConfig
 from mpop.models.plain import check_unwrapped
@@ -22,6 +23,7 @@ from mpop.models.subclasses import adopt
 
 Dense: TypeAlias = nn.Linear | Conv1D | nn.Embedding
 MPO: TypeAlias = MPOLinear | MPOEmbedding
+Compressed: TypeAlias = MPO | BlockwiseLayer
 Names: TypeAlias = tuple[str, ...]  # the modules that hold one matrix, its owner first
 
 _KINDS: dict[type[Dense], str] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Embedding: "embedding"}
@@ -99,10 +101,15 @@ def mpo_matrices(model: nn.Module) -> list[Names]:
     """
     if any(isinstance(module, BlockwiseLayer) for module in model.modules()):
         raise ValueError("the centres are quantised: call mpop.dequantize_centres(model) first")
+    return compressed_matrices(model)
+
+
+def compressed_matrices(model: nn.Module) -> list[Names]:
+    """The compressed matrices, those with quantised centres too."""
     held = {
-        name: tuple(module.cores)
+        name: tuple(module.auxiliary if isinstance(module, BlockwiseLayer) else module.cores)
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, MPO)
+        if isinstance(module, Compressed)
     }
     return _shared(model, held)
 
@@ -120,20 +127,42 @@ def check_own_cores(model: nn.Module) -> None:
                 )
 
 
+def _tensor_of(module: nn.Module) -> Any:
+    """The one that tells which modules share a matrix; None where they hold none themselves."""
+    if isinstance(module, BlockwiseLayer):
+        return module.auxiliary[0]
+    return module.cores[0] if isinstance(module, MPO) else module._parameters.get("weight")
+
+
 def mpo_modules(model: nn.Module) -> Iterator[tuple[str, MPO]]:
     """The owner of each compressed matrix with its name; tied heads are left out."""
     for names in mpo_matrices(model):
         yield names[0], module_at(model, names[0])
 
 
-def describe(model: nn.Module) -> MPOConfig:
+def describe(model: PreTrainedModel) -> MPOConfig:
     """What a checkpoint of the model, as it is now, has to say about its MPO modules."""
+    ties = {
+        target.removesuffix(".cores.0"): source.removesuffix(".cores.0")
+        for target, source in model.all_tied_weights_keys.items()
+    }
     specs = {}
-    for name, module in mpo_modules(model):
+    for names in compressed_matrices(model):
+        # What shares a matrix and is not tied by the configuration is saved as one of its own.
+        owners: dict[str, str] = {}
+        for name in names:
+            owners.setdefault(ties.get(name, name), name)
+        specs.update({name: _spec(module_at(model, name)) for name in owners.values()})
+    return MPOConfig.from_specs(specs)
+
+
+def _spec(module: Compressed) -> ModuleSpec:
+    if isinstance(module, BlockwiseLayer):
+        is_light = all(core.requires_grad for core in module.auxiliary)
+    else:
         trained = [core.requires_grad for core in module.cores]
         is_light = trained == [k != module.central for k in range(len(trained))]
-        specs[name] = ModuleSpec(_kind_of_mpo(module), module.shape, is_light)
-    return MPOConfig.from_specs(specs)
+    return ModuleSpec(_kind_of_mpo(module), module.shape, is_light)
 
 
 def weight_of(dense: Dense) -> Tensor:
@@ -170,8 +199,11 @@ def kind_of(dense: Dense) -> str:
     return next(kind for cls, kind in _KINDS.items() if isinstance(dense, cls))
 
 
-def _kind_of_mpo(module: MPO) -> str:
-    return "embedding" if isinstance(module, MPOEmbedding) else getattr(module, "kind", "linear")
+def _kind_of_mpo(module: Compressed) -> str:
+    """That of its cores: of a head that was tied once they are an embedding's."""
+    if isinstance(module, MPOEmbedding | MPOTiedLinear | BlockwiseEmbedding):
+        return "embedding"
+    return getattr(module, "kind", None) or "linear"
 
 
 def to_dense(module: MPO) -> Dense:
@@ -179,7 +211,7 @@ def to_dense(module: MPO) -> Dense:
     if isinstance(module, MPOEmbedding):
         return module.to_embedding()
     linear = module.to_linear()
-    if _kind_of_mpo(module) == "linear":
+    if _kind_of_mpo(module) != "conv1d":
         return linear
     with torch.device("meta"):
         conv = Conv1D(linear.out_features, linear.in_features)
@@ -300,6 +332,43 @@ def update_ties(model: PreTrainedModel) -> None:
             }
     for part in parts:
         part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def drop_broken_ties(model: PreTrainedModel) -> None:
+    """Forget the ties that the configuration names and the model does not have.
+
+    Where that is all of them, the configuration says so as well, for others who read it.
+    """
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    tied = [
+        part
+        for part in parts
+        if part._tied_weights_keys and getattr(part.config, "tie_word_embeddings", False)
+    ]
+    for part in tied:
+        part._tied_weights_keys = {
+            target: source
+            for target, source in part._tied_weights_keys.items()
+            if not _are_apart(part, target, source)
+        }
+    update_ties(model)
+    if tied and not model.all_tied_weights_keys:
+        model.config.tie_word_embeddings = False
+
+
+def _are_apart(part: PreTrainedModel, *keys: str) -> bool:
+    target, source = (_tensor_at(part, key) for key in keys)
+    return target is not None and source is not None and target is not source
+
+
+def _tensor_at(part: PreTrainedModel, key: str) -> Any:
+    """What a tie names, a core for all cores; None for a pattern or what this model lacks."""
+    stem, _, leaf = key.rpartition(".")
+    try:
+        module = part.get_submodule(stem)
+    except AttributeError:
+        return None
+    return _tensor_of(module) if leaf in ("weight", "cores") else module._parameters.get(leaf)
 
 
 def _parameter_name(part: PreTrainedModel, key: str) -> str:

@@ -148,6 +148,21 @@ def test_autocast_and_casts() -> None:
     assert torch.equal(restored(x), light(x))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_state_of_a_plain_layer_loads(bits: int) -> None:
+    layer = MPOLinear(12, 20, MPOShape((4, 3), (4, 5), 6))
+    light, other = (BlockwiseLinear(copy.deepcopy(layer), bits) for _ in range(2))
+    with torch.no_grad():
+        for parameter in light.parameters():
+            parameter.add_(1)
+    x = torch.randn(5, 12)
+    other.load_state_dict(light.dequantized().state_dict())
+    assert torch.equal(other(x), light(x))
+    wide = MPOLinear(12, 20, MPOShape((4, 3), (4, 5), 9))
+    with pytest.raises(RuntimeError, match=r"size mismatch for auxiliary\.0"):
+        other.load_state_dict(wide.state_dict(), strict=False)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="bits: expected 4 or 8, got 3"):
         BlockwiseLinear(MPOLinear(12, 12, MPOShape((4, 3), (3, 4))), 3)

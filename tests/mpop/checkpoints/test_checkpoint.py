@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,30 @@ def test_a_model_card(tmp_path: Path) -> None:
         mpop.model_card(build("bert"))
 
 
+def test_a_card_is_kept_up_to_date(tmp_path: Path) -> None:
+    model = _compressed("bert", compression=0.8)
+    mpop.save(model, tmp_path, base_model="some/bert", license="apache-2.0")
+    file = tmp_path / "README.md"
+    before = file.read_text().replace("# bert, compressed", "# Mine") + "\nAnd what I say of it.\n"
+    file.write_text(before.replace("license: apache-2.0", "license: apache-2.0\nlanguage: en"))
+    again = mpop.load(tmp_path)
+    again.get_submodule(QUERY).round(max_rank=2)
+    mpop.save(again, tmp_path)
+    after = file.read_text()
+    (row,) = (line for line in after.splitlines() if f"`{QUERY}`" in line)
+    assert "| 2 2 2 2 |" in row and row not in before
+    assert f"{mpop.count_parameters(again).total:,} parameters" in after
+    assert after.startswith("---\nbase_model: some/bert\n") and "language: en" in after
+    assert "# Mine" in after and after.endswith("\nAnd what I say of it.\n")
+    assert after.count("before any training after it.") == 1 and "`some/bert` whose" in after
+    # Of another base model it is another card.
+    other = _compressed("roberta")
+    other.config._name_or_path = "some/roberta"
+    mpop.save(other, tmp_path)
+    text = file.read_text()
+    assert "Mine" not in text and "# roberta, compressed" in text and "some/bert" not in text
+
+
 def test_no_dense_weight_is_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the dispatch mode is of this thread only
     config = hf.BertConfig(
@@ -245,11 +270,29 @@ def test_a_killed_save_leaves_the_old_checkpoint(
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     monkeypatch.undo()
+    (left,) = broken.parent.glob(".*.tmp")
     after = load_file(broken / "model.safetensors")
     assert all(torch.equal(after[name], before[name]) for name in before)
     mpop.load(broken)
+    with folder.replaced(broken.parent / "another"), pytest.raises(RuntimeError, match="stopped"):
+        pass  # of another name, which leaves it
+        raise RuntimeError("stopped")
+    assert left.is_dir()
     mpop.save(model, broken)
     _assert_equal(mpop.load(broken), model)
+    assert broken in broken.parent.iterdir() and not left.exists()
+
+
+def test_what_another_process_is_saving_is_left_alone(broken: Path) -> None:
+    model = mpop.load(broken)
+    with folder.replaced(broken) as new:
+        taken = new.rename(new.with_name(f".{broken.name}.1.tmp"))  # as of another process
+        mpop.save(model, broken)
+        assert taken.is_dir()
+        taken.rename(new)
+        model.save_pretrained(new)
+    assert [file.name for file in broken.parent.iterdir()] == [broken.name]
+    mpop.load(broken)
 
 
 def test_a_failed_save_leaves_nothing_behind(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +351,73 @@ def test_a_new_head_is_allowed_where_another_class_is_asked_for(
     with pytest.raises(ValueError, match=r"missing: .*pooler"):
         mpop.load(tmp_path / "mlm", hf.AutoModel)
     mpop.load(tmp_path / "mlm", hf.AutoModel, add_pooling_layer=False)
+
+
+def test_where_files_lie(saved: Path, tmp_path: Path) -> None:
+    expected = logits(mpop.load(saved))
+    model = mpop.load(saved.parent, subfolder=saved.name)
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(FileNotFoundError, match="other: expected a folder with a saved MPO"):
+        mpop.load(saved.parent, subfolder="other")
+    model.save_pretrained(tmp_path / "variant", variant="fp32")
+    assert torch.equal(logits(mpop.load(tmp_path / "variant", variant="fp32")), expected)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        mpop.load(tmp_path / "variant")
+    assert torch.equal(logits(mpop.load(saved, use_safetensors=True)), expected)
+    # As the hub's files are kept.
+    kept = tmp_path / "cache/models--user--name"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs/v1").write_text("0123")
+    shutil.copytree(saved, kept / "snapshots/0123/sub")
+    where = {"cache_dir": tmp_path / "cache", "revision": "v1", "subfolder": "sub"}
+    model = mpop.load("user/name", local_files_only=True, **where)
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(OSError, match="couldn't find them in the cached files"):
+        mpop.load("user/name", local_files_only=True, **{**where, "revision": "v2"})
+
+
+def test_a_dense_model_with_the_configuration_of_a_compressed_one(
+    saved: Path, tmp_path: Path
+) -> None:
+    for config in (_compressed("bert").config, mpop.load(saved).config):
+        model = hf.BertForSequenceClassification(config).eval()
+        model.save_pretrained(tmp_path)
+        loaded = hf.BertForSequenceClassification.from_pretrained(tmp_path)
+        assert not list(mpo_modules(loaded)) and not hasattr(loaded.config, "quantization_config")
+        assert torch.equal(logits(loaded), logits(model))
+        with pytest.raises(ValueError, match=r"got dense weights .* save them again"):
+            mpop.load(tmp_path)
+        loaded.save_pretrained(tmp_path)
+        text = (tmp_path / "config.json").read_text()
+        assert "quantization_config" not in text
+        mpop.compress(loaded)
+        mpop.save(loaded, tmp_path / "mpo")
+        assert torch.equal(logits(mpop.load(tmp_path / "mpo")), logits(loaded))
+
+
+def test_a_model_without_cores_any_more_is_saved_as_a_dense_one(tmp_path: Path) -> None:
+    model = _compressed("bert", include=["*.query"])
+    for name, module in list(mpo_modules(model)):
+        model.set_submodule(name, module.to_linear())
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    loaded = hf.BertForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_saved_whatever_the_layout_of_its_tensors(tmp_path: Path) -> None:
+    model = _compressed("gpt2-lm")
+    mpop.balance(model)
+    mpop.save(model, tmp_path / "balanced")
+    _assert_equal(mpop.load(tmp_path / "balanced"), model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.t() if parameter.dim() < 3 else parameter.transpose(1, 2)
+            parameter.data = parameter.contiguous().transpose(
+                *((0, -1), (1, 2))[parameter.dim() > 2]
+            )
+    mpop.save(model, tmp_path / "strided")
+    _assert_equal(mpop.load(tmp_path / "strided"), model)
 
 
 def test_configuration_in_json(saved: Path) -> None:

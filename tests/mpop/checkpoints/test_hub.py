@@ -49,15 +49,20 @@ class Hub(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def do_HEAD(self) -> None:
-        found = self.path.rpartition("/")[2] in self.files
+        name = self.path.rpartition("/")[2]
+        found = name in self.files
         self.send_response(200 if found else 404)
         if found:
             self.send_header("ETag", "1")
             self.send_header("X-Repo-Commit", "1")
         else:
             self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Length", str(len(self.files[name])) if found else "0")
         self.end_headers()
+        if found and self.command == "GET":
+            self.wfile.write(self.files[name])
+
+    do_GET = do_HEAD
 
     def answer(self, found: dict[str, Any]) -> None:
         content = json.dumps(found).encode()
@@ -101,6 +106,12 @@ def test_what_is_pushed_is_what_is_saved(hub: type[Hub], tmp_path: Path) -> None
     hub.files["README.md"] = b"mine"
     mpop.push_to_hub(model, "user/name", token="hf_x")
     assert hub.files["README.md"] == b"mine" and "model.safetensors" in hub.files
+    # One of this package is brought up to date.
+    hub.files["README.md"] = (tmp_path / "README.md").read_bytes() + b"mine"
+    model.get_submodule("bert.encoder.layer.0.attention.self.query").round(max_rank=2)
+    mpop.push_to_hub(model, "user/name", token="hf_x")
+    text = hub.files["README.md"].decode()
+    assert "| 2 2 2 2 |" in text and text.endswith("mine") and "base_model: some/bert" in text
 
 
 def test_a_dense_model_is_not_pushed(hub: type[Hub]) -> None:

@@ -109,6 +109,32 @@ def test_compress_then_merge_gives_the_model_back(bert, compressed, tmp_path, ca
     assert (merged / "tokenizer.json").read_bytes() == (bert / "tokenizer.json").read_bytes()
 
 
+def test_a_model_is_replaced_wholly_or_not_at_all(bert, compressed, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(compressed, output)
+    for name in ("results.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", ".keep"):
+        (output / name).write_text("{}")
+    (output / "runs").mkdir()
+    (output / "runs/log").write_text("log")
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    for source, command in ((compressed, "merge"), (bert, "compress")):
+        arguments = (command, "--model", source, "--output", output)
+        assert f"{output} holds a model: choose another folder, or" in fails(capsys, *arguments)
+        assert before == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    kept = {file.name for file in compressed.iterdir()} - {"README.md"} | {".keep", "runs"}
+    assert run("merge", "--model", compressed, "--output", output, "--overwrite") == 0
+    assert {file.name for file in output.iterdir()} == kept
+    assert type(AutoModel.from_pretrained(output).pooler.dense) is torch.nn.Linear
+    assert run("compress", "--model", bert, "--output", output, "--overwrite") == 0
+    assert {file.name for file in output.iterdir()} == {*kept, "README.md"}
+    assert (output / "runs/log").read_text() == "log" and mpop.load(output)
+    # A folder without a model keeps what it has.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/README.md").write_text("mine")
+    assert run("compress", "--model", bert, "--output", tmp_path / "new") == 0
+    assert (tmp_path / "new/README.md").read_text() == "mine"
+
+
 def test_compress_options(bert, tmp_path, capsys):
     output = tmp_path / "out"
     options = ("--num-cores", 2, "--ranks", 3, "--include", "*.query", "--json")
@@ -119,19 +145,20 @@ def test_compress_options(bert, tmp_path, capsys):
     core = load_file(output / "model.safetensors")[f"{QUERY}.cores.0"]
     assert core.shape[-1] == 3
     options = ("--compression", 0.5, "--exclude", "*.query", "*.key", "--no-embeddings", "--json")
-    assert run("compress", "--model", bert, "--output", output, *options) == 0
+    again = ("compress", "--model", bert, "--output", output, "--overwrite")
+    assert run(*again, *options) == 0
     rows = last_json(capsys.readouterr().out)["rows"]
     assert not any("embed" in row["name"] or "query" in row["name"] for row in rows)
     assert all(row["parameters_after"] <= 0.5 * row["parameters_before"] for row in rows)
     options = ("--tensor-parallel", 4, "--no-embeddings", "--json")
-    assert run("compress", "--model", bert, "--output", output, *options) == 0
+    assert run(*again, *options) == 0
     shapes = [row["shape"] for row in last_json(capsys.readouterr().out)["rows"]]
     assert shapes and all(s["in_factors"][0] % 4 == s["out_factors"][0] % 4 == 0 for s in shapes)
     options = ("--model", bert, "--output", tmp_path / "new", "--tensor-parallel", 5)
     assert run("compress", *options) == 2
     assert "tensor_parallel = 5 divides" in capsys.readouterr().err.splitlines()[-1]
     options = ("--num-cores", 3, "--ranks", 2, 4)
-    assert run("compress", "--model", bert, "--output", output, *options) == 0
+    assert run(*again, *options) == 0
     assert "whole model" in capsys.readouterr().out
 
 
