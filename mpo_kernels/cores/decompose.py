@@ -62,14 +62,17 @@ def reconstruct(
         out_features: true output size; default ∏ j_k.
     """
     check_cores(cores)
-    weight = merge_cores(cores)[0, :, :, 0].t()
+    dtype = cores[0].dtype
+    # Rounded once, not at every core.
+    wide = [core.to(torch.promote_types(dtype, torch.float32)) for core in cores]
+    weight = merge_cores(wide)[0, :, :, 0].t()
     out_size, in_size = weight.shape
     if (in_features or 1) > in_size or (out_features or 1) > out_size:
         raise ValueError(
             f"expected at most {in_size} in_features and {out_size} out_features, the products of "
             f"the factors, got {in_features} and {out_features}"
         )
-    return weight[:out_features, :in_features].contiguous()
+    return weight[:out_features, :in_features].to(dtype).contiguous()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ Importing this package teaches `from_pretrained` and `save_pretrained` of transf
 write MPO checkpoints.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 if find_spec("transformers") is not None:  # without it, the command still says what to install
     from mpop.checkpoints.card import model_card
     from mpop.checkpoints.folder import load, push_to_hub, save
+    from mpop.checkpoints.quantizer import ON_ATTACH
     from mpop.compression.compress import compress, merge
     from mpop.compression.report import CompressionReport
     from mpop.finetuning.settle import Settler
@@ -25,6 +27,12 @@ if find_spec("transformers") is not None:  # without it, the command still says 
         freeze_central,
         unfreeze,
     )
+
+    @ON_ATTACH.append
+    def _tell_peft() -> None:
+        if "peft" in sys.modules:  # without it, prompts would not find the words
+            import_module("mpop.peft")
+
 
 # Imported when first used.
 _LAZY = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -250,8 +251,14 @@ def _is_done(model: PreTrainedModel, matrix: MatrixPlan) -> bool:
     return isinstance(module_at(model, matrix.names[0]), MPO)
 
 
+# What else is done where there is a compressed model, such as telling packages of it.
+ON_ATTACH: list[Callable[[], None]] = []
+
+
 def attach(model: PreTrainedModel) -> None:
     """Let `model.save_pretrained` write a compressed model as an MPO checkpoint."""
+    for tell in ON_ATTACH:
+        tell()
     drop_broken_ties(model)
     config = describe(model)
     model.config.quantization_config = config

@@ -57,7 +57,8 @@ def _reason(module: nn.Module, parameter: nn.Parameter) -> str:
         return _SMALL
     if isinstance(module, nn.modules.conv._ConvNd):
         return _CONVOLUTIONS
-    kind = "experts or others in one tensor" if parameter.dim() > 2 else "parameters"
+    is_stack = parameter.dim() > 2 and len(parameter) > 1
+    kind = "matrices in one tensor, as experts have" if is_stack else "parameters"
     return f"{kind}, of {type(module).__name__}"
 
 
