@@ -52,12 +52,9 @@ def _mixtral() -> hf.PreTrainedModel:
 BUILDERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     # renamed; in a file of a model with a head and of one without
     "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**_IMAGES)),
-    "dinov2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**_IMAGES, mlp_ratio=2)),
-    "deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**_IMAGES)),
-    # queries, keys and values are one tensor of the file, biases too
+    # queries, keys and values are one tensor of the file; of the second, their biases are too
     "gte": lambda: hf.GteForMaskedLM(hf.GteConfig(**_TEXT)),
     "jina": lambda: hf.JinaEmbeddingsV3ForMaskedLM(hf.JinaEmbeddingsV3Config(**_TEXT)),
-    "nomic": lambda: hf.NomicBertForMaskedLM(hf.NomicBertConfig(**_TEXT)),
     # experts are several, and one of the model
     "mixtral": _mixtral,
     # renamed by a rule of a part of the model
