@@ -144,7 +144,7 @@ class BlockwiseLayer(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         bits = self.scales.view(torch.int32)  # which no cast of a module touches
-        super()._apply(fn, recurse)
+        super()._apply(lambda tensor: fn(tensor).contiguous(), recurse)
         self.scales = fn(bits).view(torch.float32)
         return self
 

@@ -99,7 +99,9 @@ class MPOEmbedding(MPOModule):
         """A layer with the cores of a decomposition of the table's transpose ``[dim, rows]``."""
         shape = decomposition.shape
         layer = cls(shape.in_features, shape.out_features, shape, padding_idx, device="meta")
-        layer.cores = nn.ParameterList(nn.Parameter(core) for core in decomposition.cores)
+        layer.cores = nn.ParameterList(
+            nn.Parameter(core.contiguous()) for core in decomposition.cores
+        )
         return layer
 
     @property

@@ -101,7 +101,9 @@ class MPOLinear(MPOModule):
         """A layer with the cores of a decomposition and a copy of ``bias [out_features]``."""
         shape = decomposition.shape
         layer = cls(shape.in_features, shape.out_features, shape, bias is not None, device="meta")
-        layer.cores = nn.ParameterList(nn.Parameter(core) for core in decomposition.cores)
+        layer.cores = nn.ParameterList(
+            nn.Parameter(core.contiguous()) for core in decomposition.cores
+        )
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone())
         return layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -113,7 +113,11 @@ class MPOModule(nn.Module):
     def _replace_cores(self, cores: Sequence[Tensor]) -> None:
         """The parameters stay the same objects."""
         for parameter, core in zip(self.cores, cores, strict=True):
-            parameter.data, parameter.grad = core, None
+            parameter.data, parameter.grad = core.contiguous(), None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # A memory format is for images, not for cores, which are of four dimensions as well.
+        return super()._apply(lambda tensor: fn(tensor).contiguous(), recurse)
 
     def round(
         self,
@@ -151,7 +155,9 @@ class MPOModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         names = [f"{prefix}cores.{k}" for k in range(len(self.cores))]
-        loaded = [tuple(state_dict[name].shape) for name in names if name in state_dict]
+        found = {name: state_dict[name].contiguous() for name in names if name in state_dict}
+        state_dict.update(found)  # a copy of the caller's; with `assign` they become the cores
+        loaded = [tuple(core.shape) for core in found.values()]
         if len(loaded) == len(names) and loaded != list(self.shape.core_shapes):
             try:
                 self._check_belongs(loaded)

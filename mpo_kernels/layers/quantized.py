@@ -77,7 +77,7 @@ class QuantizedMPOLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {f"scale_{k}": scale.view(torch.int32) for k, scale in enumerate(self.scales)}
-        super()._apply(fn, recurse)
+        super()._apply(lambda tensor: fn(tensor).contiguous(), recurse)
         for name, bits in kept.items():
             setattr(self, name, fn(bits).view(torch.float32))
         return self

@@ -174,7 +174,7 @@ class LightLayer(nn.Module, BaseTunerLayer):
         self.unmerge()
         cores.replaced = [own.data for _, own, _ in self._pairs(name)]
         for _, own, ours in self._pairs(name):
-            own.data = ours.data.to(own.dtype)
+            own.data = ours.data.to(own.dtype).contiguous()
 
     def unmerge(self) -> None:
         """Give the base layer its own cores back."""

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpo_kernels import MPOLinear, MPOShape, mpo_linear
+from mpo_kernels import MPOEmbedding, MPOLinear, MPOShape, decompose, mpo_linear
 from mpo_kernels.backends.torch.backend import TorchBackend
+from mpo_kernels.layers.blockwise import BlockwiseLinear
 from mpo_kernels.planning.plan import Gradients
 from mpo_kernels.testing import ODD_SHAPES, dense_linear, random_cores, relative_error, tolerance
 
@@ -465,6 +466,44 @@ def test_copies_and_moves():
     meta = meta.to_empty(device="cpu")
     meta.load_state_dict(layer.float().state_dict())
     assert torch.equal(meta(x), layer(x))
+
+
+def channels_last(core):
+    return core.to(memory_format=torch.channels_last)
+
+
+WAYS = {
+    "balanced": lambda layer: layer.balance(),
+    "rounded": lambda layer: layer.round(max_rank=3),
+    "channels last": channels_last,
+    "channels last within a model": lambda layer: channels_last(torch.nn.Sequential(layer)),
+    "loaded": lambda layer: layer.load_state_dict(
+        {name: channels_last(core) for name, core in layer.state_dict().items()}, assign=True
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cores_stay_contiguous(way):
+    """safetensors writes no other tensors."""
+    layer = MPOLinear(24, 30, MPOShape((2, 3, 4), (5, 3, 2), 4), bias=False)
+    WAYS[way](layer)
+    assert all(core.is_contiguous() for core in layer.cores)
+    assert not any(channels_last(core).is_contiguous() for core in layer.cores)  # it would show
+
+
+def test_held_in_bytes_they_stay_contiguous_too():
+    layer = MPOLinear(24, 30, MPOShape((2, 3, 4), (5, 3, 2), 4))
+    for held in (layer.quantized(), BlockwiseLinear(layer, 8)):
+        assert all(part.is_contiguous() for part in channels_last(held).state_dict().values())
+
+
+@pytest.mark.parametrize("kind", [MPOLinear, MPOEmbedding])
+def test_cores_of_a_decomposition_are_made_contiguous(kind):
+    found = decompose(torch.randn(30, 24), MPOShape((2, 3, 4), (5, 3, 2)))
+    layer = kind.from_decomposition(replace(found, cores=[*map(channels_last, found.cores)]))
+    assert all(core.is_contiguous() for core in layer.cores)
+    assert all(map(torch.equal, layer.cores, found.cores))
 
 
 @pytest.mark.parametrize("assign", [False, True])
