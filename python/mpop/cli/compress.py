@@ -86,12 +86,11 @@ def run(model: str, output: str, **options: Any) -> tuple[dict[str, Any], str]:
         options.pop(name) for name in ("calibrate", "calibration_samples", "data_dir")
     )
     config = mpop.CompressionConfig(**options)
-    batches = None
+    loaded, batches = load_as_saved(model), None
     if task is not None:
         from mpop.finetuning.rows import calibration_batches
 
-        batches = calibration_batches(model, task, data_dir, samples)
-    loaded = load_as_saved(model)
+        batches = calibration_batches(loaded, model, task, data_dir, samples)
     report = mpop.compress(loaded, config, batches)
     mpop.save(loaded, output)
     copy_companions(model, output)
