@@ -71,9 +71,10 @@ def add(commands: Any) -> None:
     )
     parser.number("--calibration-samples", 1500, "rows to calibrate with")
     parser.add_data_dir()
+    parser.add_device()
 
 
-def run(model: str, output: str, **options: Any) -> tuple[dict[str, Any], str]:
+def run(model: str, output: str, device: str, **options: Any) -> tuple[dict[str, Any], str]:
     """What to print as JSON, and for a person."""
     import mpop
     from mpop.checkpoints.opening import check_output, copy_companions, load_as_saved
@@ -86,7 +87,7 @@ def run(model: str, output: str, **options: Any) -> tuple[dict[str, Any], str]:
         options.pop(name) for name in ("calibrate", "calibration_samples", "data_dir")
     )
     config = mpop.CompressionConfig(**options)
-    loaded, batches = load_as_saved(model), None
+    loaded, batches = load_as_saved(model).to(device), None  # type: ignore[arg-type]
     if task is not None:
         from mpop.finetuning.rows import calibration_batches
 

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from mpop.checkpoints.opening import check_file
 from mpop.data.glue import Task, get_task
 from mpop.finetuning.classifier import load_for_evaluation, load_for_training
 from mpop.finetuning.rows import (
@@ -249,11 +250,7 @@ def evaluate(
     check_choice("precision", precision, PRECISIONS)
     check_positive(batch_size=batch_size, max_length=max_length, max_eval_samples=max_eval_samples)
     if predictions is not None:
-        folder = Path(predictions).absolute().parent
-        if not folder.is_dir():
-            raise NotADirectoryError(f"{folder}: expected a folder for the predictions")
-        if Path(predictions).is_dir():
-            raise IsADirectoryError(f"{predictions}: expected a file for the predictions")
+        check_file(predictions, "the predictions")
     glue_task = get_task(task)
     evaluation = load_dev(glue_task, data_dir, max_eval_samples)
     model = load_for_evaluation(model_name_or_path, glue_task)
