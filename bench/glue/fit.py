@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Errors of every matrix, and of the whole, on the rows after those calibrated with."""
     model = load_as_saved(options.model).float()
     rows = options.samples + options.test_samples
-    batches = calibration_batches(options.model, options.task, options.data_dir, rows)
+    batches = calibration_batches(model, options.model, options.task, options.data_dir, rows)
     calibration = batches[: options.samples // 32]
     test = batches[len(calibration) :]
     if not test or len(batches) * 32 - rows >= 32:

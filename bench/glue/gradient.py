@@ -27,10 +27,9 @@ from bench.glue.encoder import say, table
 from bench.glue.methods import light_parameters, matched_lora
 from mpo_kernels import MPOShape, decompose
 from mpo_kernels.cores.chain import merge_cores
-from mpop.checkpoints.opening import load_tokenizer
 from mpop.data.glue import get_task
 from mpop.finetuning.classifier import load_for_training
-from mpop.finetuning.rows import encoded, fitting, load_data
+from mpop.finetuning.rows import encoded, fitting, load_data, padding_tokenizer
 from mpop.finetuning.task import finetune
 from mpop.finetuning.trainer import Collator
 from mpop.models.config import MatrixConfig
@@ -94,7 +93,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             eval_split=split,
         )
         model = load_for_training(folder, task, "dense", None)
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = padding_tokenizer(options.model, model)
     unseen = load_data(task, options.data_dir, split, rows, None)[1][split]
     unseen = encoded(unseen, tokenizer, fitting(128, model, tokenizer))
     gradients(model, DataLoader(unseen, _BATCH, collate_fn=Collator(tokenizer)))

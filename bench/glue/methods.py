@@ -242,11 +242,10 @@ def compressed(method: str, source: Path, options: dict[str, Any], cache: Path) 
         return source
 
     def make(folder: Path) -> None:
-        batches = None
+        model, batches = load_as_saved(source).float(), None
         if chosen.calibrates:
             data = options["task"], options["data_dir"], CALIBRATION_ROWS
-            batches = calibration_batches(source, *data)
-        model = load_as_saved(source).float()
+            batches = calibration_batches(model, source, *data)
         compress(model, batches)
         mpop.save(model, folder)
         load_tokenizer(source).save_pretrained(folder)

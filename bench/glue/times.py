@@ -17,6 +17,7 @@ from peft import PeftModel
 from bench import facts
 from mpop.benchmark import median_seconds
 from mpop.finetuning.trainer import peak_memory, reset_peak_memory
+from mpop.models.lengths import longest
 
 BATCH, LENGTH, REPEATS = 32, 64, 20
 
@@ -30,7 +31,7 @@ def measure(model: Any, autocast: torch.dtype | None = None) -> dict[str, Any]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
-    length = min(LENGTH, model.config.max_position_embeddings)
+    length = min(LENGTH, longest(model) or LENGTH)
     ids = torch.randint(5, model.config.vocab_size, (BATCH, length), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 import mpop
 from mpop.checkpoints.opening import is_compressed, load_as_saved
 from mpop.finetuning.trainer import peak_memory, reset_peak_memory
+from mpop.models.lengths import longest
 from mpop.models.light import count_parameters
 
 _WARM_UP = 2
@@ -119,7 +120,7 @@ def measure(folder: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     disk_bytes = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     model: Any = load_as_saved(folder).to(device).eval()  # type: ignore[arg-type]
-    length = min(options["length"], getattr(model.config, "max_position_embeddings", 2**31))
+    length = min(options["length"], longest(model) or options["length"])
     reset_peak_memory(device)
     seconds, rates = {}, {}
     repeats = options["repeats"]
@@ -153,7 +154,13 @@ def _batch(
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     ids = torch.randint(2, vocabulary, (rows, length), dtype=torch.int64, device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**batch, "decoder_input_ids": ids} if model.config.is_encoder_decoder else batch
+    if model.config.is_encoder_decoder:
+        # BART and T5 classify by where a text ends: once, as a tokenizer ends it.
+        if (end := model.config.eos_token_id) in range(vocabulary):
+            ids[ids == end] = (end + 1) % vocabulary
+            ids[:, -1] = end
+        batch["decoder_input_ids"] = ids
+    return batch
 
 
 def format_benchmark(found: dict[str, Any]) -> str:

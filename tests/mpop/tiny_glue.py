@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 from mpop.data.glue import TASKS, Task
 
@@ -94,6 +98,29 @@ def save_bert(folder: Path, dropout: float = 0.1) -> Path:
     )
     torch.manual_seed(0)
     transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path, pad: str | None = "<pad>", side: str = "right") -> Path:
+    """One of the same words for any model: a text of T5's kind, that ends; returns `folder`.
+
+    Args:
+        pad: the padding token, 0; None for a tokenizer without.
+        side: where it pads.
+    """
+    tokens = ["<pad>", "</s>", "<unk>", ".", *WORDS]
+    words = Tokenizer(WordLevel({token: k for k, token in enumerate(tokens)}, "<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=pad,
+        padding_side=side,
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
     return folder
 
 

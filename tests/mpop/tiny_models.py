@@ -43,6 +43,20 @@ _T5 = {
     "num_heads": 2,
     "decoder_start_token_id": 0,
 }
+_BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 20,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
 _SMALL = {"embedding_size": 16}
 _PAD = {"pad_token_id": 0}
 
@@ -72,6 +86,7 @@ BUILDERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         hf.T5Config(**_T5, feed_forward_proj="gated-gelu")
     ),
     "t5-classifier": lambda: hf.T5ForSequenceClassification(hf.T5Config(**_T5)),
+    "bart-classifier": lambda: hf.BartForSequenceClassification(hf.BartConfig(**_BART)),
 }
 
 

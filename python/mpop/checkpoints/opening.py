@@ -51,6 +51,19 @@ def check_output(
         )
 
 
+def check_file(path: str | Path, what: str) -> None:
+    """Check, before the work is done, that `what` can be written to a file of this name.
+
+    Raises:
+        NotADirectoryError, IsADirectoryError: No folder for it, or nothing but one.
+    """
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder for {what}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path}: expected a file for {what}")
+
+
 def is_compressed(source: str | Path) -> bool:
     """Whether a checkpoint holds MPO tensors, by its configuration alone."""
     quantization = getattr(_config(source), "quantization_config", None) or {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpop.cli.options import command, positive_int
+from mpop.cli.options import check_plot, command, positive_int
 
 
 def add(commands: Any) -> None:
@@ -33,6 +33,8 @@ def run(model: str, plot: str | None, **options: Any) -> tuple[dict[str, Any], s
     """What to print as JSON, and for a person."""
     from mpop.benchmark import benchmark, format_benchmark, plot_benchmark
 
+    if plot:
+        check_plot(plot)
     result = benchmark(model, **options)
     if plot:
         plot_benchmark(result, plot)

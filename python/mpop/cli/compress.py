@@ -72,9 +72,12 @@ def add(commands: Any) -> None:
     )
     parser.number("--calibration-samples", 1500, "rows to calibrate with")
     parser.add_data_dir()
+    parser.add_device()
 
 
-def run(model: str, output: str, overwrite: bool, **options: Any) -> tuple[dict[str, Any], str]:
+def run(
+    model: str, output: str, overwrite: bool, device: str, **options: Any
+) -> tuple[dict[str, Any], str]:
     """What to print as JSON, and for a person."""
     import mpop
     from mpop.checkpoints.folder import replaced, write
@@ -88,12 +91,11 @@ def run(model: str, output: str, overwrite: bool, **options: Any) -> tuple[dict[
         options.pop(name) for name in ("calibrate", "calibration_samples", "data_dir")
     )
     config = mpop.CompressionConfig(**options)
-    batches = None
+    loaded, batches = load_as_saved(model).to(device), None  # type: ignore[arg-type]
     if task is not None:
         from mpop.finetuning.rows import calibration_batches
 
-        batches = calibration_batches(model, task, data_dir, samples)
-    loaded = load_as_saved(model)
+        batches = calibration_batches(loaded, model, task, data_dir, samples)
     report = mpop.compress(loaded, config, batches)
     with replaced(output, wholly=overwrite) as folder:
         write(loaded, folder, None if overwrite else Path(output))

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -49,6 +50,31 @@ def _finite(text: str) -> float:
     return math.nan
 
 
+def device(text: str) -> str:
+    """A device of torch that is there."""
+    import torch
+
+    here = ["cpu"]
+    if torch.accelerator.is_available() and (found := torch.accelerator.current_accelerator()):
+        count = torch.accelerator.device_count()
+        here += [found.type, *(f"{found.type}:{k}" for k in range(count))]
+    if text not in here:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(here)}, got {text!r}")
+    return text
+
+
+def check_plot(path: str) -> None:
+    """Raise an OSError or a ValueError, before the work is done, unless it can be drawn there."""
+    from matplotlib.figure import Figure
+
+    from mpop.checkpoints.opening import check_file
+
+    check_file(path, "the plot")
+    suffix, known = Path(path).suffix[1:].lower(), Figure().canvas.get_supported_filetypes()
+    if suffix and suffix not in known:
+        raise ValueError(f"{path}: expected one of {', '.join(known)}, got {suffix!r}")
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -78,6 +104,16 @@ class Parser(argparse.ArgumentParser):
             "--overwrite",
             action="store_true",
             help="replace all files of an --output that holds a model, not the folders in it",
+        )
+
+    def add_device(self) -> None:
+        """Where matrices are decomposed."""
+        self.add_argument(
+            "--device",
+            type=device,
+            default="cpu",
+            metavar="D",
+            help="decompose there, e.g. on cuda (cpu)",
         )
 
     def add_training_set(self) -> None:

@@ -86,7 +86,7 @@ def _row(name: str, is_dense: bool, decomposition: Decomposition) -> InspectRow:
         decomposition.shape,
         is_dense,
         tuple(decomposition.entropies),
-        tuple(decomposition.spectra),
+        tuple(spectrum.cpu() for spectrum in decomposition.spectra),
     )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from mpop.checkpoints.opening import check_output, load_tokenizer
 from mpop.data.glue import Task, compute_metrics, get_task, load_split
 from mpop.finetuning.trainer import Collator
+from mpop.models.lengths import longest
 
 EVAL_SPLITS = ("dev", "train-holdout")
 # Subsets are the same for every seed, method and rate, so that runs differ in nothing else.
@@ -76,10 +77,11 @@ def prepared(
         glue_task, data_dir, eval_split, max_train_samples, max_eval_samples
     )
     set_seed(seed)  # the task head is drawn while the model is loaded
-    tokenizer, model = load_tokenizer(source), load(glue_task)
+    model = load(glue_task)
+    tokenizer = padding_tokenizer(source, model)
+    max_length = fitting(max_length, model, tokenizer)
     if prepare is not None:
         model = prepare(model)
-    max_length = fitting(max_length, model, tokenizer)
     train, *others = (
         encoded(rows, tokenizer, max_length) for rows in (train, *evaluation.values())
     )
@@ -88,12 +90,16 @@ def prepared(
 
 
 def calibration_batches(
-    model_name_or_path: str | Path, task: str, data_dir: str | Path | None, samples: int
+    model: PreTrainedModel, source: str | Path, task: str, data_dir: str | Path | None, samples: int
 ) -> list[dict[str, Tensor]]:
-    """The first training rows of a task in a fixed order, as `mpop.compress` calibrates with."""
-    tokenizer = load_tokenizer(model_name_or_path)
+    """The first training rows of a task in a fixed order, as `mpop.compress` calibrates with.
+
+    Args:
+        source: what the model was loaded from.
+    """
     rows = subset(load_split(get_task(task), "train", data_dir), samples)
-    return unlabelled(encoded(rows, tokenizer, min(128, tokenizer.model_max_length)), tokenizer)
+    tokenizer = padding_tokenizer(source, model)
+    return unlabelled(encoded(rows, tokenizer, fitting(128, model, tokenizer)), tokenizer)
 
 
 def unlabelled(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
@@ -138,10 +144,30 @@ def subset(rows: Dataset, size: int | None) -> Dataset:
     return rows.shuffle(seed=_SUBSET_SEED).select(range(size))
 
 
+def padding_tokenizer(source: str | Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, and what it pads with in the model's configuration.
+
+    Where it has no padding token it pads with the model's, or with the token that ends a text.
+
+    Raises:
+        ValueError: there is none of them.
+    """
+    tokenizer, config = load_tokenizer(source), model.config.get_text_config()
+    # What a row spells is text: BART and T5 refuse a batch whose rows differ in their ends.
+    tokenizer.split_special_tokens = True
+    if tokenizer.pad_token is None:
+        known = config.pad_token_id in range(len(tokenizer))
+        tokenizer.pad_token_id = config.pad_token_id if known else tokenizer.eos_token_id
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{source}: expected a tokenizer with a token to pad with, got none")
+    if config.pad_token_id is None:  # a decoder looks for the last token that is not this one
+        config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
 def fitting(max_length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens a row, within what the model and its tokenizer take."""
-    positions = getattr(model.config, "max_position_embeddings", max_length)
-    return min(max_length, positions, tokenizer.model_max_length)
+    return min(max_length, longest(model) or max_length, tokenizer.model_max_length)
 
 
 def encoded(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -164,6 +190,10 @@ def predict(
     """Metrics and outputs; a second dev split's metrics carry its name, as in MNLI."""
     # Length-grouped evaluation would return the rows in another order.
     trainer.args.train_sampling_strategy = "random"
+    # An encoder-decoder gives hidden states as well, others what their configuration asks for.
+    trainer.preprocess_logits_for_metrics = lambda outputs, labels: (
+        outputs[0] if isinstance(outputs, tuple) else outputs
+    )
     metrics: dict[str, float] = {}
     outputs: dict[str, np.ndarray] = {}
     for split, rows in evaluation.items():

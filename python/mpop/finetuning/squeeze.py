@@ -22,7 +22,7 @@ from mpo_kernels.cores.fitting import weighted_spectrum
 from mpo_kernels.cores.gauge import bond_maps, carried
 from mpop.compression.calibration import MEASURABLE, Batches, Calibration, Moments
 from mpop.models.light import count_parameters
-from mpop.models.matrices import MPO, is_embedding, mpo_matrices, mpo_modules
+from mpop.models.matrices import MPO, check_own_cores, is_embedding, mpo_matrices, mpo_modules
 from mpop.models.plain import check_unwrapped
 
 # A round that cuts less than this fraction is not tried.
@@ -148,6 +148,7 @@ def squeeze(
     """
     check_bounds(max_drop, step, max_steps)
     check_unwrapped(model)
+    check_own_cores(model)
     modules = dict(mpo_modules(model))
     if not modules:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")

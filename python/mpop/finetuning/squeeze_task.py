@@ -145,7 +145,6 @@ def squeeze_on_task(
         },
         on_round=on_round,
     )
-    plot_trace(report, folder / "trace.png")
     save(model, output)
     start.tokenizer.save_pretrained(output)
     result = {
@@ -163,4 +162,5 @@ def squeeze_on_task(
     }
     text = json.dumps(result, indent=2) + "\n"
     (Path(output) / "squeeze.json").write_text(text, encoding="utf-8")
+    plot_trace(report, folder / "trace.png")
     return result

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from mpop.checkpoints.opening import load_tokenizer
+from mpop.checkpoints.opening import check_file
 from mpop.data.glue import Task, get_task
 from mpop.finetuning.classifier import load_for_evaluation, load_for_training
 from mpop.finetuning.rows import (
@@ -20,6 +20,7 @@ from mpop.finetuning.rows import (
     encoded,
     fitting,
     load_dev,
+    padding_tokenizer,
     predict,
     prepared,
 )
@@ -184,6 +185,9 @@ def finetune(
     reset_peak_memory(trainer.args.device)
     outcome = trainer.train(resume_from_checkpoint=resume or None)
     memory = peak_memory(trainer.args.device)
+    if centre_bits is not None:
+        dequantize_centres(model)
+    trainer.save_model()  # before anything else may fail
     metrics, outputs = predict(trainer, start.task, start.evaluation)
     result = {
         **_result(start.task, metrics, parameters),
@@ -208,9 +212,6 @@ def finetune(
             [log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log
         ],
     }
-    if centre_bits is not None:
-        dequantize_centres(model)
-    trainer.save_model()
     if trainer.is_world_process_zero():
         _save_predictions(Path(output) / "predictions.npz", outputs)
         text = json.dumps(result, indent=2) + "\n"
@@ -244,14 +245,12 @@ def evaluate(
     """
     check_choice("precision", precision, PRECISIONS)
     check_positive(batch_size=batch_size, max_length=max_length, max_eval_samples=max_eval_samples)
-    if predictions is not None and not (folder := Path(predictions).absolute().parent).is_dir():
-        raise NotADirectoryError(f"{folder}: expected a folder for the predictions")
-    if predictions is not None and Path(predictions).is_dir():
-        raise IsADirectoryError(f"{predictions}: expected a file for the predictions")
+    if predictions is not None:
+        check_file(predictions, "the predictions")
     glue_task = get_task(task)
     evaluation = load_dev(glue_task, data_dir, max_eval_samples)
     model = load_for_evaluation(model_name_or_path, glue_task)
-    tokenizer = load_tokenizer(model_name_or_path)
+    tokenizer = padding_tokenizer(model_name_or_path, model)
     max_length = fitting(max_length, model, tokenizer)
     evaluation = {name: encoded(rows, tokenizer, max_length) for name, rows in evaluation.items()}
     arguments = TrainingArguments(

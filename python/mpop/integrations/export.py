@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mpo_kernels.export import DECOMPOSITIONS
+from mpop.models.lengths import longest
 from mpop.models.matrices import mpo_matrices
 
 Inputs: TypeAlias = dict[str, Tensor]
@@ -164,10 +165,9 @@ class _Named(nn.Module):
     @property
     def longest(self) -> int:
         """Positions of a text."""
-        config = self.model.config
-        # These count from behind the padding's.
-        counted = config.model_type in ("roberta", "xlm-roberta", "camembert")
-        return config.max_position_embeddings - (config.pad_token_id + 1 if counted else 0)
+        found = longest(self.model)
+        assert found is not None  # every type of `INPUTS` counts its positions
+        return found
 
     def sample_sizes(self) -> tuple[int, int]:
         """Rows and length to trace with: where they divide a size, they may be taken for it."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_glue import last_json
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, BertModel
 
 import mpop
 from mpop.cli import main
@@ -168,6 +168,37 @@ def test_a_head_survives_compress(bert, tmp_path):
     run("compress", "--model", tmp_path / "classifier", "--output", tmp_path / "out")
     loaded = mpop.load(tmp_path / "out")
     torch.testing.assert_close(loaded.classifier.weight, classifier.classifier.weight)
+
+
+@pytest.mark.parametrize("command", ["compress", "inspect"])
+def test_matrices_are_decomposed_where_asked(command, bert, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(BertModel, "to", lambda model, device: seen.append(device) or model)
+    arguments = (command, "--model", bert)
+    if command == "compress":
+        arguments += ("--output", tmp_path / "out", "--include", "*.query")
+    for device in ("cpu", "cuda", "cuda:1"):
+        assert run(*arguments, "--device", device) == 0
+    assert run(*arguments) == 0
+    assert seen == ["cpu", "cuda", "cuda:1", "cpu"]
+    capsys.readouterr()
+    line = fails(capsys, *arguments, "--device", "cuda:2")
+    assert "--device: expected one of cpu, cuda, cuda:0, cuda:1, got 'cuda:2'" in line
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert "expected one of cpu, got 'cuda'" in fails(capsys, *arguments, "--device", "cuda")
+
+
+@pytest.mark.parametrize("command", ["inspect", "bench"])
+def test_a_plot_with_nowhere_to_go_is_refused_before_the_work(command, tmp_path, capsys):
+    for plot, message in (
+        (tmp_path / "nowhere" / "a.png", "nowhere: expected a folder for the plot"),
+        (tmp_path, "expected a file for the plot"),
+        (tmp_path / "a.doc", "a.doc: expected one of eps,"),
+    ):
+        assert message in fails(capsys, command, "--model", tmp_path / "none", "--plot", plot)
 
 
 @pytest.mark.parametrize("which", ["bert", "compressed"])

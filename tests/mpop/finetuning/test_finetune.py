@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -346,52 +343,6 @@ def test_a_diverged_training_saves_no_model(bert, data, tmp_path):
     with pytest.raises(FloatingPointError, match=r"the loss is .* at step .*; lower the learning"):
         finetune(bert, "sst2", tmp_path / "out", data_dir=data, **settings)
     assert not list((tmp_path / "out").glob("*.safetensors"))
-
-
-TORCHRUN = """
-import json, sys
-from mpop.cli import main
-from mpop.finetune import finetune
-model, data, output, settings, command = sys.argv[1:]
-finetune(model, "sst2", f"{output}/plain", "light", data_dir=data, **json.loads(settings))
-sys.exit(main(json.loads(command)))
-"""
-
-
-def test_two_processes_train_as_one(steady_bert, data, tmp_path):
-    """By the function with plain gradient descent, and by the command, all rows at a time."""
-    script = tmp_path / "train.py"
-    script.write_text(TORCHRUN)
-    options = ["--task", "sst2", "--data-dir", data, "--method", "light", "--max-length", "16"]
-    for folder, processes, launcher in (
-        ("one", 1, [sys.executable]),
-        ("two", 2, [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]),
-    ):
-        output = tmp_path / folder
-        settings = {**FAST, **PLAIN, "batch_size": 8 // processes, "max_steps": 4}
-        command = ["finetune", "--model", steady_bert, "--output", output / "adamw", *options]
-        command += ["--epochs", "2", "--batch-size", 48 // processes, "--max-train-samples", "48"]
-        words = (json.dumps(settings), json.dumps([str(word) for word in command]))
-        subprocess.run(
-            [*launcher, script, steady_bert, data, output, *words],
-            check=True,
-            capture_output=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
-    one, two = (
-        json.loads((tmp_path / name / "plain" / "results.json").read_text())
-        for name in ("one", "two")
-    )
-    assert one["batch_size"] == two["batch_size"] == 8
-    np.testing.assert_allclose(losses(one), losses(two), rtol=1e-4)
-    np.testing.assert_allclose(
-        norms(tmp_path / "one" / "plain"), norms(tmp_path / "two" / "plain"), rtol=1e-5, atol=1e-6
-    )
-    assert one["eval_samples"] == two["eval_samples"] == 24
-    assert one["value"] == two["value"]
-    a, b = (load_file(tmp_path / name / "adamw" / "model.safetensors") for name in ("one", "two"))
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
-    assert mpop.load(tmp_path / "two" / "adamw")
 
 
 def test_the_real_encoder_on_real_rows(tmp_path):

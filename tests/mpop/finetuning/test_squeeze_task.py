@@ -15,8 +15,10 @@ from mpop.finetuning.squeeze_task import squeeze_on_task
 
 def test_squeezing_a_task(data: Path, bert: Path, tmp_path: Path, capsys: Any) -> None:
     common = ["--task", "sst2", "--data-dir", str(data), "--max-length", "16"]
-    light, small = str(tmp_path / "light"), str(tmp_path / "small")
-    made = ["finetune", "--model", str(bert), "--method", "light", "--output", light]
+    full, light, small = (str(tmp_path / name) for name in ("full", "light", "small"))
+    few = ["--num-cores", "3", "--include", "*.query", "*.intermediate.dense", "pooler.dense"]
+    assert main(["compress", "--model", str(bert), "--output", full, *few]) == 0
+    made = ["finetune", "--model", full, "--method", "light", "--output", light]
     assert main([*made, *common, "--epochs", "1"]) == 0
     options = ["--max-drop", "0.5", "--max-rounds", "3", "--settle-steps", "4", "--window", "1"]
     command = ["squeeze", "--model", light, "--output", small, *common, *options, "--json"]
