@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mpo_kernels import reconstruct, round_cores
 from mpo_kernels.cores.fitting import weighted_spectrum
 from mpo_kernels.cores.gauge import bond_maps, carried
+from mpo_kernels.layers.embedding import MPOTiedLinear
 from mpop.compression.calibration import MEASURABLE, Batches, Calibration, Moments
 from mpop.models.light import count_parameters
 from mpop.models.matrices import MPO, check_own_cores, is_embedding, mpo_matrices, mpo_modules
@@ -417,8 +418,8 @@ def relative_squares(module: MPO, second_moment: Tensor | None = None) -> list[l
 
 
 def _fitting_moment(module: MPO, moments: Moments | None) -> Tensor | None:
-    """Of a linear layer's inputs; an embedding's table is too large to be fitted at every cut."""
-    if moments is None or is_embedding(module):
+    """Of a linear layer's inputs; a table's cores are too large to be fitted at every cut."""
+    if moments is None or is_embedding(module) or isinstance(module, MPOTiedLinear):
         return None
     return moments.fit + moments.judge
 

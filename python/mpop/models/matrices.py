@@ -172,6 +172,8 @@ def weight_of(dense: Dense) -> Tensor:
 
 def inputs_of(module: Dense | MPO) -> int:
     """The size of what a matrix maps: features, or the vocabulary."""
+    if isinstance(module, MPOTiedLinear):
+        return module.in_features  # its cores are a table's
     return module.shape.in_features if isinstance(module, MPO) else weight_of(module).shape[1]
 
 

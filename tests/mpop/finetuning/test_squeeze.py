@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -380,9 +381,12 @@ class TestSqueeze:
         for name, value in whole.state_dict().items():
             assert torch.equal(value, again.state_dict()[name]), name
 
-    def test_a_transformers_model_with_a_tied_head(self) -> None:
+    @pytest.mark.parametrize("is_tied", [True, False])
+    def test_a_transformers_model_with_a_tied_head(self, is_tied: bool) -> None:
         model = build("bert-mlm")
         mpop.compress(model, mpop.CompressionConfig(num_cores=3))
+        if not is_tied:  # any more
+            model.cls.predictions.decoder = copy.deepcopy(model.cls.predictions.decoder)
         mpop.freeze_central(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         batch = inputs(model)
@@ -394,14 +398,17 @@ class TestSqueeze:
 
         tuner = Settler(model, rows, collate, optimizer, batch_size=2, max_steps=2)
         report = squeeze(
-            model, evaluate=lambda: 1.0, finetune=tuner, max_drop=0.0, max_steps=3, step=0.1
+            model,
+            evaluate=lambda: 1.0,
+            finetune=tuner,
+            max_drop=0.0,
+            max_steps=3,
+            step=0.1,
+            calibration=None if is_tied else batches(),
         )
         assert report.parameters < 0.85 * report.parameters_before
-        modules = dict(mpo_modules(model))
-        assert (
-            model.cls.predictions.decoder.cores[0]
-            is modules["bert.embeddings.word_embeddings"].cores[0]
-        )
+        head, table = model.cls.predictions.decoder, model.bert.embeddings.word_embeddings
+        assert (head.cores[0] is table.cores[0]) == is_tied
         model(**batch)
 
     def test_with_calibration_what_the_output_does_not_notice_goes_first(
