@@ -298,7 +298,11 @@ def test_matrices_that_share_one_core_are_not_balanced() -> None:
     centre = first.query.central
     second.query.cores[centre] = first.query.cores[centre]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for change in (mpop.balance, lambda model: mpop.squeeze(model, lambda _: 0.0)):
+
+    def squeeze(model: hf.PreTrainedModel) -> None:
+        mpop.squeeze(model, evaluate=lambda: 0.0, finetune=lambda: None, max_drop=0.1)
+
+    for change in (mpop.balance, squeeze):
         with pytest.raises(ValueError, match=r"0\.attention.*query and .*1\.attention.* share"):
             change(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
