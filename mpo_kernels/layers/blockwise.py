@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -244,10 +245,11 @@ class BlockwiseLinear(BlockwiseLayer):
             return self._of(x, 1)
         check_input(x, self.in_features)
         auxiliary, kind = list(self.auxiliary), x.device.type
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        casts = torch.amp.is_autocast_available(kind)
+        if casts and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             # As autocast would above autograd, so that backward sees what forward saw.
             x, *auxiliary = (t.to(torch.get_autocast_dtype(kind)) for t in (x, *auxiliary))
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(kind, enabled=False) if casts else nullcontext():
             y = _Panels.apply(self, x, *auxiliary)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

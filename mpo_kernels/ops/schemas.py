@@ -30,7 +30,7 @@ LIBRARY.define(
 )
 
 
-def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+def _check_operands(x: Tensor, cores: list[Tensor], bias: Tensor | None) -> None:
     dtype, device = x.dtype, x.device
     for tensor in cores if bias is None else (*cores, bias):
         if tensor.dtype != dtype or tensor.device != device:
@@ -38,6 +38,10 @@ def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: i
                 f"expected cores and bias like x, {dtype} on {device}, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
+
+
+def _linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+    _check_operands(x, cores, bias)
     return computed(x, cores, bias, out_features)
 
 
@@ -50,12 +54,16 @@ def computed(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: 
     return y.view(*x.shape[:-1], out_features)
 
 
+def _check_devices(x: Tensor, tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.device != x.device:
+            raise TypeError(f"expected all on {x.device} like x, got a tensor on {tensor.device}")
+
+
 def _quantized_linear(
     x: Tensor, cores: list[Tensor], scales: list[Tensor], bias: Tensor | None, out_features: int
 ) -> Tensor:
-    for tensor in (*cores, *scales) if bias is None else (*cores, *scales, bias):
-        if tensor.device != x.device:
-            raise TypeError(f"expected all on {x.device} like x, got a tensor on {tensor.device}")
+    _check_devices(x, [*cores, *scales] if bias is None else [*cores, *scales, bias])
     check_cores(cores)
     if bias is not None and (bias.dtype != x.dtype or tuple(bias.shape) != (out_features,)):
         raise TypeError(
@@ -84,6 +92,15 @@ def _linear_backward(
     return wanted if dx is None else [dx.view(x.shape), *wanted]
 
 
+def _check_table(ids: Tensor, cores: list[Tensor]) -> None:
+    for core in cores:
+        if core.dtype != cores[0].dtype or core.device != ids.device:
+            raise TypeError(
+                f"expected cores of one dtype, {cores[0].dtype}, on {ids.device} like the ids, "
+                f"got {core.dtype} on {core.device}"
+            )
+
+
 def _check_ids(ids: Tensor, num_embeddings: int) -> None:
     if not ids.numel():
         return
@@ -97,12 +114,7 @@ def _check_ids(ids: Tensor, num_embeddings: int) -> None:
 
 
 def _embedding(ids: Tensor, cores: list[Tensor], num_embeddings: int, embedding_dim: int) -> Tensor:
-    for core in cores:
-        if core.dtype != cores[0].dtype or core.device != ids.device:
-            raise TypeError(
-                f"expected cores of one dtype, {cores[0].dtype}, on {ids.device} like the ids, "
-                f"got {core.dtype} on {core.device}"
-            )
+    _check_table(ids, cores)
     _check_ids(ids, num_embeddings)
     rows = backends.selected(cores[0]).embedding(ids.reshape(-1), cores, embedding_dim)
     return rows.view(*ids.shape, embedding_dim)
@@ -121,26 +133,42 @@ def _empty_like_wanted(tensors: list[Tensor], wanted: list[bool]) -> list[Tensor
     return [t.new_empty(t.shape) for t, need in zip(tensors, wanted, strict=True) if need]
 
 
+# Beside a tensor on meta an operator is not computed but described: the check is the same there.
+def _fake_linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out: int) -> Tensor:
+    _check_operands(x, cores, bias)
+    return x.new_empty(*x.shape[:-1], out)
+
+
+def _fake_quantized_linear(
+    x: Tensor, cores: list[Tensor], scales: list[Tensor], bias: Tensor | None, out: int
+) -> Tensor:
+    _check_devices(x, [*cores, *scales] if bias is None else [*cores, *scales, bias])
+    return x.new_empty(*x.shape[:-1], out)
+
+
+def _fake_linear_backward(
+    grad: Tensor, x: Tensor, cores: list[Tensor], need_x: bool, need_cores: list[bool]
+) -> list[Tensor]:
+    return _empty_like_wanted([x, *cores], [need_x, *need_cores])
+
+
+def _fake_embedding(ids: Tensor, cores: list[Tensor], rows: int, dim: int) -> Tensor:
+    _check_table(ids, cores)
+    return cores[0].new_empty(*ids.shape, dim)
+
+
+def _fake_embedding_backward(
+    grad: Tensor, ids: Tensor, cores: list[Tensor], need_cores: list[bool]
+) -> list[Tensor]:
+    return _empty_like_wanted(cores, need_cores)
+
+
 for name, implementation, fake in (
-    ("linear", _linear, lambda x, cores, bias, out: x.new_empty(*x.shape[:-1], out)),
-    (
-        "quantized_linear",
-        _quantized_linear,
-        lambda x, cores, scales, bias, out: x.new_empty(*x.shape[:-1], out),
-    ),
-    (
-        "linear_backward",
-        _linear_backward,
-        lambda grad, x, cores, need_x, need_cores: _empty_like_wanted(
-            [x, *cores], [need_x, *need_cores]
-        ),
-    ),
-    ("embedding", _embedding, lambda ids, cores, rows, dim: cores[0].new_empty(*ids.shape, dim)),
-    (
-        "embedding_backward",
-        _embedding_backward,
-        lambda grad, ids, cores, need_cores: _empty_like_wanted(cores, need_cores),
-    ),
+    ("linear", _linear, _fake_linear),
+    ("quantized_linear", _quantized_linear, _fake_quantized_linear),
+    ("linear_backward", _linear_backward, _fake_linear_backward),
+    ("embedding", _embedding, _fake_embedding),
+    ("embedding_backward", _embedding_backward, _fake_embedding_backward),
 ):
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mpo_kernels::{name}", fake, lib=LIBRARY)

@@ -213,6 +213,14 @@ def test_torch_fx_takes_a_layer_as_a_leaf(layer: nn.Module) -> None:
     assert set(dict(traced.named_parameters())) == {f"0.{k}" for k, _ in layer.named_parameters()}
 
 
+def test_what_is_on_another_device_is_not_taken_for_values(layer: nn.Module) -> None:
+    inputs = torch.randn(4, 11) if hasattr(layer, "in_features") else torch.randint(11, (4,))
+    with pytest.raises(TypeError, match="on meta"):
+        copy.deepcopy(layer).to("meta")(inputs)
+    with pytest.raises(TypeError, match="on meta"):
+        layer(inputs.to("meta"))
+
+
 def test_what_is_no_tensor(layer: nn.Module) -> None:
     with pytest.raises(TypeError, match="expected a tensor, got list"):
         layer([1.0] * 11)
