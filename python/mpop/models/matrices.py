@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -69,14 +70,16 @@ def sorted_matrices(model: PreTrainedModel) -> dict[Names, str | None]:
         words = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:  # a model without words, such as of images
         words = None
-    read = weights_read(model, [Conv1D.forward])
+    layers = [module_at(model, name) for name in held]
+    alike = [type(each).forward for each in layers if not is_embedding(each) and _is_alike(each)]
+    read = weights_read(model, alike)
 
     def reason(names: Names) -> str | None:
         modules = [module_at(model, name) for name in names]
         if isinstance(modules[0], nn.Embedding) and held[names[0]][0] is not words:
             return OTHER_EMBEDDINGS
         for module in modules:
-            if not _does_the_same(module):
+            if not _is_alike(module):
                 return f"of a class of its own, {type(module).__name__}"
             if module in read:
                 return f"read by {read[module]}"
@@ -86,11 +89,38 @@ def sorted_matrices(model: PreTrainedModel) -> dict[Names, str | None]:
     return {names: reason(names) for names in _shared(model, held)}
 
 
-def _does_the_same(module: nn.Module) -> bool:
+def _is_alike(module: nn.Module) -> bool:
     """Whether a module computes what its base class does, or, of an embedding, above that."""
-    return isinstance(module, nn.Embedding) or type(module).forward in (
-        kind.forward for kind in _KINDS
+    if isinstance(module, nn.Embedding) or type(module).forward in (k.forward for k in _KINDS):
+        return True
+    adds = vars(module).keys() - vars(nn.Linear(1, 1, device="meta")).keys()
+    if not isinstance(module, nn.Linear) or any(name != "_is_hf_initialized" for name in adds):
+        return False
+    cls: Any = type(module)
+    return _is_linear(cls, module.bias is not None)
+
+
+@cache
+def _is_linear(cls: Any, bias: bool) -> bool:
+    """Whether a subclass of `nn.Linear` without settings of its own is one by another name."""
+    x, weight = (
+        torch.linspace(-1, 1, 3 * n, dtype=torch.float32, device="cpu").view(n, 3).sin()
+        for n in (4, 2)
     )
+    twin = nn.Linear(3, 2, bias, device="meta", dtype=torch.float32)
+    twin.weight, twin.__class__ = nn.Parameter(weight), cls
+    if bias:
+        twin.bias = nn.Parameter(weight[:, 0].clone())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for dtype in (torch.float32, torch.bfloat16):
+                twin.to(dtype)
+                right = nn.functional.linear(x.to(dtype), twin.weight, twin.bias)
+                for mode in (False, True):
+                    torch.testing.assert_close(twin.train(mode)(x.to(dtype)), right)
+    except Exception:  # whatever a class may raise that computes something else
+        return False
+    return True
 
 
 def mpo_matrices(model: nn.Module) -> list[Names]:

@@ -174,6 +174,17 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, training=self.training))
+
+
+class Written(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
 class Named(nn.Linear):
     """Nothing but another name."""
 
@@ -182,11 +193,18 @@ def test_a_linear_of_its_own_class_is_taken_where_it_computes_the_same() -> None
     model = build("bert")
     attention = model.bert.encoder.layer[0].attention.self
     attention.query.__class__, attention.key.__class__ = Named, Scaled
-    right = logits(model)
+    other = model.bert.encoder.layer[1].attention.self
+    other.query.__class__, other.key.__class__, other.value.__class__ = Written, Noisy, Written
+    other.value.gain = 2.0  # which it might use another time
+    right, state = logits(model), torch.random.get_rng_state()
     report = mpop.compress(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert isinstance(attention.query, MPOLinear) and isinstance(attention.key, Scaled)
+    assert isinstance(other.query, MPOLinear)
+    assert type(other.key) is Noisy and type(other.value) is Written
     torch.testing.assert_close(logits(model), right, atol=1e-4, rtol=1e-4)
-    assert "of a class of its own, Scaled" in {part.reason for part in report.left}
+    stayed = {part.reason for part in report.left}
+    assert {f"of a class of its own, {name}" for name in ("Scaled", "Noisy", "Written")} <= stayed
 
 
 EMBEDDINGS = {
