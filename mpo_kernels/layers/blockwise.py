@@ -21,6 +21,7 @@ from mpo_kernels.layers.embedding import MPOEmbedding
 from mpo_kernels.layers.linear import MPOLinear
 from mpo_kernels.layers.module import MPOModule
 from mpo_kernels.layers.unformed import UnformedLayer
+from mpo_kernels.ops.autograd import writable
 from mpo_kernels.ops.functional import check_ids, check_input
 
 # Numbers that share a scale, and numbers of a panel.
@@ -85,7 +86,7 @@ class _Panels(torch.autograd.Function):
                 part = layer.operator(x, cores)
             y = part if y is None else y.add_(part)
         assert y is not None
-        return y
+        return writable(y)
 
     @staticmethod
     @once_differentiable

@@ -19,6 +19,11 @@ def _scatter(grads: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
     return [next(formed) if need else None for need in wanted]
 
 
+def writable(y: Tensor) -> Tensor:
+    """The result of a Function's forward, as no view: in place of one a model could not write."""
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
 # forward with a context of its own: a separate setup_context inspects signatures at every call.
 class _Linear(torch.autograd.Function):
     @staticmethod
@@ -27,7 +32,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, *cores)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.mpo_kernels.linear(x, cores, bias, out_features)
+            return writable(torch.ops.mpo_kernels.linear(x, cores, bias, out_features))
 
     @staticmethod
     @once_differentiable
@@ -50,7 +55,8 @@ class _Embedding(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(ids, *cores)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.mpo_kernels.embedding(ids, cores, num_embeddings, embedding_dim)
+            rows = torch.ops.mpo_kernels.embedding(ids, cores, num_embeddings, embedding_dim)
+            return writable(rows)
 
     @staticmethod
     @once_differentiable

@@ -201,6 +201,19 @@ def test_ids_outside_are_refused_wherever_a_table_refuses_them(outside, dtype):
             run(ids)
 
 
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_model_may_write_in_place_of_the_rows(blocks):
+    """CTRL scales its words so."""
+    layer, ids = MPOEmbedding(30, 6, MPOShape((5, 6), (2, 3), 4)), torch.tensor([[3, 29], [0, 3]])
+    layer = BlockwiseEmbedding(layer, 8) if blocks else layer
+    first = next(p for p in layer.parameters() if p.requires_grad)
+    (expected,) = torch.autograd.grad((layer(ids) * 2).square().sum(), first)
+    rows = layer(ids)
+    rows *= 2
+    rows.square().sum().backward()
+    torch.testing.assert_close(first.grad, expected)
+
+
 def test_bad_arguments_say_what_was_expected():
     shape = MPOShape((5, 6), (2, 3), 4)
     with pytest.raises(ValueError, match="expected a shape for 31 × 6"):

@@ -455,6 +455,21 @@ def test_rounding_keeps_the_parameters_and_they_still_train():
     assert all(not torch.equal(a, b) for a, b in zip(cut, layer.cores, strict=True))
 
 
+@pytest.mark.parametrize("lead", [(5,), (2, 3)])
+@pytest.mark.parametrize("kind", ["plain", "in bytes", "in blocks"])
+def test_a_model_may_write_in_place_of_the_output(kind, lead):
+    """Longformer scales its queries so."""
+    layer = MPOLinear(24, 30, MPOShape((2, 3, 4), (5, 3, 2), 4), bias=False)
+    kinds = {"in bytes": MPOLinear.quantized, "in blocks": lambda of: BlockwiseLinear(of, 4)}
+    layer = kinds.get(kind, lambda of: of)(layer)
+    x = torch.randn(*lead, 24, requires_grad=True)
+    (expected,) = torch.autograd.grad((layer(x) * 2).square().sum(), x)
+    y = layer(x)
+    y *= 2
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_copies_and_moves():
     layer = MPOLinear(24, 30, MPOShape((2, 3, 4), (5, 3, 2), 5))
     x = torch.randn(3, 24)

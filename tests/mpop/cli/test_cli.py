@@ -179,7 +179,7 @@ def test_matrices_are_decomposed_where_asked(command, bert, tmp_path, capsys, mo
     monkeypatch.setattr(BertModel, "to", lambda model, device: seen.append(device) or model)
     arguments = (command, "--model", bert)
     if command == "compress":
-        arguments += ("--output", tmp_path / "out", "--include", "*.query")
+        arguments += ("--output", tmp_path / "out", "--overwrite", "--include", "*.query")
     for device in ("cpu", "cuda", "cuda:1"):
         assert run(*arguments, "--device", device) == 0
     assert run(*arguments) == 0
