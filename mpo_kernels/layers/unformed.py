@@ -62,19 +62,7 @@ class UnformedWeight(Tensor):
 class _WithoutStorage(UnformedWeight):
     """As extensions written in C++ see it too; Dynamo cannot make one."""
 
-    def __new__(cls, size: Sequence[int], held: Sequence[Tensor], refusal: str) -> _WithoutStorage:
-        weight = Tensor._make_wrapper_subclass(
-            cls,
-            size,
-            dtype=held[0].dtype,
-            device=held[0].device,
-            requires_grad=any(tensor.requires_grad for tensor in held),
-        )
-        weight.refusal = refusal
-        return weight
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__()
+    layer: UnformedLayer
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -85,7 +73,8 @@ class _WithoutStorage(UnformedWeight):
     @classmethod
     def _refusal_in(cls, arguments: Any) -> str:
         weights = (each for each in tree_leaves(arguments) if isinstance(each, UnformedWeight))
-        return next(weights).refusal
+        weight: Any = next(weights)
+        return weight.layer._refusal()
 
 
 class UnformedLayer(nn.Module):
@@ -113,7 +102,16 @@ class UnformedLayer(nn.Module):
         size, held = self._unformed()
         if is_dynamo_compiling():
             return torch.empty(size, dtype=held[0].dtype, device="meta").as_subclass(UnformedWeight)
-        return _WithoutStorage(size, held, self._refusal())
+        # Not by its constructor: models ask in their forward.
+        weight = Tensor._make_wrapper_subclass(
+            _WithoutStorage,
+            size,
+            dtype=held[0].dtype,
+            device=held[0].device,
+            requires_grad=any(tensor.requires_grad for tensor in held),
+        )
+        weight.layer = self
+        return weight
 
     def _of(self, x: Any, trailing: int) -> Any:
         """The layer of what is no plain tensor; to torch.fx it is a leaf, as torch's own are."""
