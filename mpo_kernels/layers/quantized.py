@@ -77,7 +77,8 @@ class QuantizedMPOLinear(UnformedLayer):
         return [getattr(self, f"scale_{k}") for k in range(self.shape.num_cores - 1)]
 
     def _unformed(self) -> tuple[tuple[int, int], Sequence[Tensor]]:
-        return (self.out_features, self.in_features), self.cores
+        names = [f"{self._prefix}_core_{k}" for k in range(self.shape.num_cores)]
+        return (self.out_features, self.in_features), [getattr(self, name) for name in names]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {f"scale_{k}": scale.view(torch.int32) for k, scale in enumerate(self.scales)}

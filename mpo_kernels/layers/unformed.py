@@ -101,7 +101,8 @@ class UnformedLayer(nn.Module):
         """
         size, held = self._unformed()
         if is_dynamo_compiling():
-            return torch.empty(size, dtype=held[0].dtype, device="meta").as_subclass(UnformedWeight)
+            like = next((tensor for tensor in held if tensor.requires_grad), held[0])
+            return like.reshape(-1)[0].expand(size).as_subclass(UnformedWeight)
         # Not by its constructor: models ask in their forward.
         weight = Tensor._make_wrapper_subclass(
             _WithoutStorage,
@@ -117,6 +118,8 @@ class UnformedLayer(nn.Module):
         """The layer of what is no plain tensor; to torch.fx it is a leaf, as torch's own are."""
         if isinstance(x, Proxy):
             tracer: Any = x.tracer
+            if tracer.root is self:
+                raise TypeError("a layer is a leaf to torch.fx: trace a module that holds it")
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a tensor, got {type(x).__name__}")

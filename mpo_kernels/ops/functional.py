@@ -28,7 +28,7 @@ def checked_features(name: str, features: int | None, product: int) -> int:
 
 def check_input(x: Tensor, in_features: int) -> None:
     """Raise unless ``x`` is a floating-point tensor ``[..., in_features]``."""
-    if not x.is_floating_point():
+    if not x.is_floating_point() or x.itemsize < 2:  # nothing is computed in eight bits
         raise TypeError(f"expected a floating-point x, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"expected x [..., {in_features}], got {list(x.shape)}")
@@ -144,6 +144,12 @@ def mpo_embedding(
     outs = math.prod([core.shape[2] for core in cores])
     num_embeddings = checked_features("num_embeddings", num_embeddings, ins)
     embedding_dim = checked_features("embedding_dim", embedding_dim, outs)
+    if padding_idx is not None:
+        if not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(
+                f"expected padding_idx within {num_embeddings} rows, got {padding_idx}"
+            )
+        padding_idx %= num_embeddings
     if ids.is_nested:
         function = partial(
             mpo_embedding,

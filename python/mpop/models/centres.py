@@ -9,6 +9,7 @@ from torch import nn
 from mpo_kernels import MPOEmbedding
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
 from mpop.models.matrices import module_at, mpo_matrices, put
+from mpop.models.plain import check_own_values
 from mpop.models.subclasses import adopt
 
 
@@ -33,6 +34,7 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> CentreMemory:
     Raises:
         ValueError: other bits, a model without MPO modules, or NaN or Inf in a centre.
     """
+    check_own_values(model)
     matrices = [names for names in mpo_matrices(model) if len(names) == 1]
     if not matrices:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")

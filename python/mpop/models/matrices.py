@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeAlias
@@ -103,24 +104,32 @@ def _is_alike(module: nn.Module) -> bool:
 @cache
 def _is_linear(cls: Any, bias: bool) -> bool:
     """Whether a subclass of `nn.Linear` without settings of its own is one by another name."""
-    x, weight = (
-        torch.linspace(-1, 1, 3 * n, dtype=torch.float32, device="cpu").view(n, 3).sin()
-        for n in (4, 2)
-    )
-    twin = nn.Linear(3, 2, bias, device="meta", dtype=torch.float32)
-    twin.weight, twin.__class__ = nn.Parameter(weight), cls
-    if bias:
-        twin.bias = nn.Parameter(weight[:, 0].clone())
+
+    def numbers(*size: int) -> Tensor:
+        made = torch.linspace(-1, 1, math.prod(size), dtype=torch.float32, device="cpu")
+        return made.view(size).mul(9).sin()
+
+    def agrees(size: tuple[int, int], dtype: torch.dtype) -> bool:
+        twin = nn.Linear(*size, bias, device="meta", dtype=torch.float32)
+        twin.weight, twin.__class__ = nn.Parameter(numbers(*size[::-1])), cls
+        if bias:
+            twin.bias = nn.Parameter(numbers(size[1]))
+        twin.to(dtype)
+        for leading in ((), (4,), (2, 3), (1, 2, 2)):
+            for scale in (1e-3, 1.0, 1e3):
+                x = (scale * numbers(*leading, size[0])).to(dtype)
+                right = nn.functional.linear(x, twin.weight, twin.bias)
+                found = [twin.train(mode)(x) for mode in (False, True)]
+                if not all(y.dtype == dtype and torch.allclose(y, right) for y in found):
+                    return False
+        return True
+
     try:
         with torch.random.fork_rng(devices=[]):
-            for dtype in (torch.float32, torch.bfloat16):
-                twin.to(dtype)
-                right = nn.functional.linear(x.to(dtype), twin.weight, twin.bias)
-                for mode in (False, True):
-                    torch.testing.assert_close(twin.train(mode)(x.to(dtype)), right)
+            sizes, dtypes = ((3, 2), (8, 8), (32, 64)), (torch.float32, torch.float64)
+            return all(agrees(size, dtype) for size in sizes for dtype in dtypes)
     except Exception:  # whatever a class may raise that computes something else
         return False
-    return True
 
 
 def mpo_matrices(model: nn.Module) -> list[Names]:

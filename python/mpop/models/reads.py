@@ -42,7 +42,9 @@ def weights_read(model: nn.Module, leaves: Iterable[Any] = ()) -> dict[nn.Module
     """
     walk = _Walk(frozenset((*_LEAVES, *leaves)))
     for module in list(model.modules()):
-        walk.call(_function(type(module), "forward"), {"self": frozenset([module])}, type(module))
+        forward = _function(type(module), "forward")
+        if forward is not None:
+            walk.call(forward, {_own_name(forward): frozenset([module])}, type(module))
     return walk.read
 
 
@@ -68,6 +70,7 @@ class _Body(ast.NodeVisitor):
 
     def __init__(self, walk: _Walk, function: Any, cls: type | None, names: dict[str, Found]):
         self.walk, self.function, self.cls, self.names = walk, function, cls, names
+        self.own = names.get(_own_name(function), _NOTHING)
 
     # What an expression stands for.
 
@@ -110,7 +113,7 @@ class _Body(ast.NodeVisitor):
         if source is None or callee in self.walk.returning:
             return _NOTHING
         self.walk.returning.append(callee)
-        body = _Body(self.walk, callee, cls, {"self": own})
+        body = _Body(self.walk, callee, cls, {_own_name(callee): own})
         returns = [node.value for node in ast.walk(source) if isinstance(node, ast.Return)]
         found = _NOTHING.union(*(body.found(value) for value in returns))
         self.walk.returning.pop()
@@ -193,13 +196,13 @@ class _Body(ast.NodeVisitor):
             return None if inner is None else not inner
         settings: dict[str, Any] = {}
         for part in ast.walk(node):
-            if isinstance(part, ast.Name) and part.id != "self":
+            if isinstance(part, ast.Name) and part.id != _own_name(self.function):
                 return None
             if isinstance(part, ast.Call | ast.Subscript):
                 return None
-        if len(self.names.get("self", _NOTHING)) != 1:
+        if len(self.own) != 1:
             return None
-        settings["self"] = _Settings(*self.names["self"])
+        settings[_own_name(self.function)] = _Settings(*self.own)
         try:
             return bool(eval(compile(ast.Expression(node), "", "eval"), {}, settings))
         except (_Unknown, AttributeError, TypeError):
@@ -230,7 +233,7 @@ class _Body(ast.NodeVisitor):
         if isinstance(func, ast.Attribute):
             owner = func.value
             if isinstance(owner, ast.Call) and ast.unparse(owner) == "super()":
-                for module in self.names.get("self", _NOTHING):
+                for module in self.own:
                     yield _above(type(module), self.function, func.attr), None, frozenset([module])
                 return
             for module in self.found(owner):
@@ -272,6 +275,12 @@ class _Settings:
                 raise _Unknown(name)
             return _Settings(value)
         return value
+
+
+def _own_name(function: Any) -> str:
+    """What a method calls the module that it is of."""
+    names = inspect.unwrap(function).__code__.co_varnames
+    return names[0] if names else ""
 
 
 def _attribute(held: Found, name: str) -> Found:

@@ -201,6 +201,16 @@ def test_ids_outside_are_refused_wherever_a_table_refuses_them(outside, dtype):
             run(ids)
 
 
+def test_a_padding_index_counts_from_the_end():
+    layer = MPOEmbedding(30, 6, MPOShape((5, 6), (2, 3), 4))
+    sizes = {"num_embeddings": 30, "embedding_dim": 6}
+    rows = mpo_embedding(torch.tensor([29, 5]), list(layer.cores), padding_idx=-1, **sizes)
+    rows[0].sum().backward()
+    assert not any(core.grad.any() for core in layer.cores)
+    with pytest.raises(ValueError, match="padding_idx within 30 rows, got 30"):
+        mpo_embedding(torch.tensor([1]), list(layer.cores), padding_idx=30, **sizes)
+
+
 @pytest.mark.parametrize("blocks", [False, True])
 def test_a_model_may_write_in_place_of_the_rows(blocks):
     """CTRL scales its words so."""

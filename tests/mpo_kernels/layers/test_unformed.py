@@ -139,6 +139,29 @@ def test_compiled_code_may_ask_and_may_not_compute(fullgraph: bool) -> None:
         torch.compile(Reader(reads=True), fullgraph=fullgraph, backend="aot_eager")(x)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_code_is_told_what_eager_code_is(name: str) -> None:
+    layer = LAYERS[name]()
+
+    def told(x: Tensor) -> Tensor:
+        weight = layer.weight
+        is_here = weight.device.type == "cpu" and not weight.is_meta
+        answers = (is_here, weight.requires_grad, *weight.shape, weight.dtype.itemsize)
+        return x.to(weight.device) + sum(k * int(answer) for k, answer in enumerate(answers))
+
+    torch._dynamo.reset()
+    x = torch.zeros(3)
+    torch.testing.assert_close(torch.compile(told, backend="aot_eager")(x), told(x))
+
+
+def test_bytes_tell_that_they_are_bytes_and_eight_bits_are_refused() -> None:
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        layer = linear().quantized(dtype)
+        assert layer.weight.dtype == torch.int8
+        with pytest.raises(TypeError, match=r"floating-point x, got torch\.float8"):
+            layer(torch.randn(2, 11).to(torch.float8_e4m3fn))
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 class TestNested:
     @pytest.mark.parametrize("name", LINEARS)
@@ -211,6 +234,11 @@ def test_torch_fx_takes_a_layer_as_a_leaf(layer: nn.Module) -> None:
     assert [node.op for node in traced.graph.nodes].count("call_module") == 2
     torch.testing.assert_close(traced(inputs), layer(inputs).relu())
     assert set(dict(traced.named_parameters())) == {f"0.{k}" for k, _ in layer.named_parameters()}
+
+
+def test_a_layer_is_not_traced_by_itself() -> None:
+    with pytest.raises(TypeError, match=r"a leaf to torch\.fx: trace a module that holds it"):
+        torch.fx.symbolic_trace(linear())
 
 
 def test_what_is_on_another_device_is_not_taken_for_values(layer: nn.Module) -> None:

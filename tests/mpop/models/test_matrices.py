@@ -95,11 +95,24 @@ class Block(nn.Module):
 
 
 class Inner(nn.Module):
-    def forward(self, x: Tensor, table: nn.Module) -> Tensor:
-        return x @ table.weight
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_another_name = nn.Linear(4, 4)
+
+    def forward(me, x: Tensor, table: nn.Module) -> Tensor:
+        return x @ table.weight + me.by_another_name.weight
 
 
-READ = {"straight", "passed", "looked_up", "returned_", "aliased", "branch", "given"}
+READ = {
+    "inner.by_another_name",
+    "straight",
+    "passed",
+    "looked_up",
+    "returned_",
+    "aliased",
+    "branch",
+    "given",
+}
 LISTED = {f"listed.{k}" for k in range(3)}
 
 
@@ -179,6 +192,21 @@ class Noisy(nn.Linear):
         return super().forward(F.dropout(x, training=self.training))
 
 
+class Clamped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-5, 5)
+
+
+class OfSequences(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 if x.dim() < 3 else 2)
+
+
+class Large(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if self.weight.shape[0] > 3 else x)
+
+
 class Written(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = x @ self.weight.T
@@ -196,6 +224,9 @@ def test_a_linear_of_its_own_class_is_taken_where_it_computes_the_same() -> None
     other = model.bert.encoder.layer[1].attention.self
     other.query.__class__, other.key.__class__, other.value.__class__ = Written, Noisy, Written
     other.value.gain = 2.0  # which it might use another time
+    for layer, cls in zip(model.bert.encoder.layer, (Clamped, OfSequences), strict=True):
+        layer.output.dense.__class__ = cls
+    model.bert.encoder.layer[0].intermediate.dense.__class__ = Large
     right, state = logits(model), torch.random.get_rng_state()
     report = mpop.compress(model)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -204,7 +235,8 @@ def test_a_linear_of_its_own_class_is_taken_where_it_computes_the_same() -> None
     assert type(other.key) is Noisy and type(other.value) is Written
     torch.testing.assert_close(logits(model), right, atol=1e-4, rtol=1e-4)
     stayed = {part.reason for part in report.left}
-    assert {f"of a class of its own, {name}" for name in ("Scaled", "Noisy", "Written")} <= stayed
+    names = ("Scaled", "Noisy", "Written", "Clamped", "OfSequences", "Large")
+    assert {f"of a class of its own, {name}" for name in names} <= stayed
 
 
 EMBEDDINGS = {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import dispatch_model
 from tiny_models import build, inputs, logits
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import mpop
@@ -189,3 +190,39 @@ def test_layers_stay_on_the_devices_that_accelerate_gave_them(name: str) -> None
         for key, device in devices.items():
             assert model.get_submodule(key)._hf_hook.execution_device == device, key
         assert getattr(model.get_output_embeddings(), "bias", None) is bias
+
+
+class Doubled(nn.Module):
+    def forward(self, core: Tensor) -> Tensor:
+        return 2 * core
+
+
+def _pruned(model: nn.Module, layer: nn.Module) -> None:
+    prune.l1_unstructured(layer.cores, "2", 0.5)
+
+
+def _parametrised(model: nn.Module, layer: nn.Module) -> None:
+    nn.utils.parametrize.register_parametrization(layer.cores, "2", Doubled())
+
+
+def _replaced(model: nn.Module, layer: nn.Module) -> None:
+    forward = layer.forward
+    layer.forward = lambda x: 3 * forward(x)
+
+
+@pytest.mark.parametrize("put_on", [_pruned, _parametrised, _replaced])
+def test_what_is_put_on_layers_of_cores_is_not_lost(put_on, tmp_path: Path) -> None:
+    model = build("bert")
+    mpop.compress(model)
+    put_on(model, model.bert.encoder.layer[0].attention.self.query)
+    right = logits(model)
+    for change in (
+        mpop.balance,
+        mpop.merge,
+        mpop.quantize_centres,
+        lambda model: mpop.save(model, tmp_path / "m"),
+        lambda model: model.save_pretrained(tmp_path / "n"),
+    ):
+        with pytest.raises(ValueError, match=r"self\.query: expected a plain MPOLinear, got one"):
+            change(model)
+    torch.testing.assert_close(logits(model), right, rtol=0, atol=0)
