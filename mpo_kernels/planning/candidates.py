@@ -2,8 +2,9 @@
 
 A candidate first merges contiguous groups of cores into parts. A *chain* applies the parts to x
 one after the other, from the left or from the right; *panels* multiply them into a few columns of
-W at a time, which one GEMM uses. The cost of each is a list of GEMMs and of bytes moved; the
-plan is a pure function of the core shapes, the row bucket, the dtype and the device's figures.
+W at a time, which one GEMM uses, or for gradients a few rows. The cost of each is a list of GEMMs
+and of bytes moved; the plan is a pure function of the core shapes, the row bucket, the dtype, the
+device's figures and whether panels have a kernel that permutes nothing.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ from mpo_kernels.planning.plan import (
 from mpo_kernels.planning.work import Work, folds, merge_work, time_of
 
 
-def plan_library(call: Call, figures: DeviceFigures) -> Plan:
-    """The fastest predicted contraction by library products, on a device of these figures."""
-    return _plan(call.bucketed, figures)
+def plan_library(call: Call, figures: DeviceFigures, digits: bool = False) -> Plan:
+    """The fastest predicted contraction by library products, on a device of these figures.
+
+    With ``digits`` the small products of panels take operands that lie as chains of digits.
+    """
+    return _plan(call.bucketed, figures, digits)
 
 
 @lru_cache(maxsize=4096)
-def _plan(call: Call, figures: DeviceFigures) -> Plan:
-    candidates = list(_candidates(call, figures))
+def _plan(call: Call, figures: DeviceFigures, digits: bool) -> Plan:
+    candidates = list(_candidates(call, figures, digits))
     # Only a matrix that no split can keep below half of W, such as one column, is formed whole.
     candidates = [plan for plan in candidates if plan.block] or [
         replace(plan, block=1) for plan in candidates
@@ -61,7 +65,7 @@ def chain_steps(parts: CoreShapes, order: str) -> list[Step]:
     return steps
 
 
-def _candidates(call: Call, figures: DeviceFigures) -> Iterator[Plan]:
+def _candidates(call: Call, figures: DeviceFigures, digits: bool) -> Iterator[Plan]:
     shapes, rows, itemsize, gradients = call.shapes, call.rows, call.dtype.itemsize, call.gradients
     n = len(shapes)
     dense = math.prod(s[1] for s in shapes) * math.prod(s[2] for s in shapes)
@@ -83,7 +87,10 @@ def _candidates(call: Call, figures: DeviceFigures) -> Iterator[Plan]:
         steps: Sequence[Step] = (),
         fixed: Sequence[Work] = (),
     ) -> Plan:
-        fixed = [*merge_work(shapes, split, itemsize, gradients), *fixed]
+        merging = merge_work(shapes, split, itemsize, gradients)
+        if digits and algorithm == "panels":
+            merging = [w for w in merging if w.macs]
+        fixed = [*merging, *fixed]
         work = [x_y_cores, *fixed, *work]
         macs, moved = sum(w.macs for w in work), sum(w.bytes for w in work)
         return Plan(
@@ -117,8 +124,9 @@ def _candidates(call: Call, figures: DeviceFigures) -> Iterator[Plan]:
                     block = 0  # a copy as large as W
                 yield priced("chain", order, split, block, work, steps)
             if len(parts) > 1:
-                block, work, fixed = _panels_work(parts, call, figures, needs)
-                yield priced("panels", "left", split, block, work, fixed=fixed)
+                for order in ("columns", "rows") if gradients and digits else ("columns",):
+                    block, work, fixed = _panels_work(parts, call, figures, needs, order, digits)
+                    yield priced("panels", order, split, block, work, fixed=fixed)
 
 
 def _part_needs(gradients: Gradients | None, split: tuple[int, ...], n: int) -> list[bool]:
@@ -168,39 +176,45 @@ def _chain_work(
 
 
 def _panels_work(
-    parts: CoreShapes, call: Call, figures: DeviceFigures, needs: Sequence[bool]
+    parts: CoreShapes,
+    call: Call,
+    figures: DeviceFigures,
+    needs: Sequence[bool],
+    order: str,
+    digits: bool,
 ) -> tuple[int, list[Work], list[Work]]:
     """Panels at a time, what they do to rows, and what forms them and takes them apart."""
     rows, itemsize, gradients = call.rows, call.dtype.itemsize, call.gradients
-    leading, features = parts[0][2], math.prod(p[1] for p in parts)
-    whole = features * math.prod(p[2] for p in parts)
-    # Elements of each product for one j of the first part: A_p, A_p · B, …, the panel.
+    ins, outs = math.prod(p[1] for p in parts), math.prod(p[2] for p in parts)
+    leading, whole = parts[0][1 if order == "rows" else 2], ins * outs
+    # Elements of each product for one j (or i) of the first part: A_p, A_p · B, …, the panel.
     sizes = [math.prod(merged_shape(parts[: k + 1])) // leading for k in range(len(parts))]
     block = min(leading, min(whole // 2, figures.panel_bytes // itemsize) // max(sizes))
-    # One j is the floor, as long as it stays within half of W.
+    # One is the floor, as long as it stays within half of W.
     block = max(block, int(2 * max(sizes) <= whole))
     panels = -(-leading // max(block, 1))
     # Averaged over the panels, the last of which may be narrower.
     sizes = [size * leading // panels for size in sizes]
-    columns = sizes[-1] // features
+    height, width = (sizes[-1] // outs, outs) if order == "rows" else (ins, sizes[-1] // ins)
 
     def product(m: int, n: int, k: int) -> Work:
         return Work(m, n, k, count=panels)
 
-    permuted = Work(bytes=2 * sizes[-1] * itemsize * panels, count=panels)
+    permuted = [] if digits else [Work(bytes=2 * sizes[-1] * itemsize * panels, count=panels)]
     fixed = [
         product(sizes[k - 1] // parts[k][0], math.prod(parts[k][1:]), parts[k][0])
         for k in range(1, len(parts))
     ]
-    fixed.append(permuted)
+    fixed += permuted
     if gradients is None:
-        return block, [product(rows, columns, features)], fixed
+        return block, [product(rows, width, height)], fixed
     work = []
     if gradients.x:
-        moved = 2 * rows * features * itemsize * panels
-        work += [product(rows, features, columns), Work(bytes=moved, count=0)]
+        work.append(product(rows, height, width))
+        if order == "columns":
+            work.append(Work(bytes=2 * rows * ins * itemsize * panels, count=0))
     if any(needs):
-        work += [product(features, columns, rows), permuted]
+        work += [product(height, width, rows), *permuted]
     for k in range(len(parts) - 1, 0, -1):
         if needs[k]:
             fixed.append(product(parts[k][0], math.prod(parts[k][1:]), sizes[k - 1] // parts[k][0]))

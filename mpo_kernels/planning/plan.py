@@ -91,11 +91,12 @@ class Plan:
     Attributes:
         algorithm: ``"chain"`` or ``"panels"`` of the library's products, ``"fused"`` (the chain in
             one kernel) or ``"implicit"`` (a GEMM that makes its weight) where there are kernels.
-        order: ``"left"`` or ``"right"``: from which end the parts are taken; panels: from the left.
+        order: ``"left"`` or ``"right"``: from which end a chain takes the parts; ``"columns"`` or
+            ``"rows"``: of W, that a panel holds.
         split: where the cores are cut into merged parts, n = 5: (2, 3) is T1T2 | T3 | T4T5.
         rows: the row bucket planned for, a power of two.
-        block: rows at a time (chain) or j of the first part at a time (panels); 0 where one is too
-            many.
+        block: rows at a time (chain), or j (columns) or i (rows) of the first part at a time
+            (panels); 0 where one is too many.
         macs: multiply-adds of the whole call.
         fixed_macs: those of them that do not depend on rows: merging cores, forming panels.
         bytes: bytes of x, y and cores, and of what passes through memory between.
@@ -126,14 +127,14 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"{'algorithm':<10} {'order':<6} {'split':<12} {'block':>6} {'MMAC':>10} {'MB':>8} "
+            f"{'algorithm':<10} {'order':<7} {'split':<12} {'block':>6} {'MMAC':>10} {'MB':>8} "
             f"{'predicted':>12} {'measured':>12}   rows ≤ {self.rows}"
         ]
         for plan in self.candidates[:8]:
             mark = "  <- chosen" if plan == self else ""
             truth = "–" if plan.measured_us is None else f"{plan.measured_us:.0f} µs"
             lines.append(
-                f"{plan.algorithm:<10} {plan.order:<6} {plan.split!s:<12} {plan.block:>6} "
+                f"{plan.algorithm:<10} {plan.order:<7} {plan.split!s:<12} {plan.block:>6} "
                 f"{plan.macs / 1e6:>10.2f} {plan.bytes / 1e6:>8.2f} "
                 f"{plan.predicted_us:>9.0f} µs {truth:>12}{mark}"
             )

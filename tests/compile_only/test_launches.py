@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import mpo_kernels as mk
 from mpo_kernels import MPOShape
-from mpo_kernels.backends.triton import device
+from mpo_kernels.backends.triton import device, panels, product
+from mpo_kernels.backends.triton import launch as launching
 from mpo_kernels.backends.triton.backend import TritonBackend
 from mpo_kernels.backends.triton.launch import precision
-from mpo_kernels.planning.plan import Gradients
+from mpo_kernels.planning.plan import Gradients, Plan
 from mpo_kernels.testing import random_cores
 
 
@@ -106,3 +109,53 @@ def test_tf32_only_where_torch_allows_it() -> None:
         assert precision(torch.float32) == "tf32" and precision(torch.bfloat16) == "ieee"
     finally:
         matmul.fp32_precision = before
+
+
+@dataclass
+class Launches(TorchDispatchMode):
+    """What a device would be asked to run, and the largest tensor that is made."""
+
+    count: int = 0
+    largest: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("empty", "new_empty", "empty_like", "zeros", "new_zeros", "mm"):
+            self.largest = max(self.largest, result.numel())
+        views = ("view", "slice", "select", "t", "detach")
+        made = func.is_view or name in (*views, "empty", "new_empty", "empty_like")
+        self.count += not made and result.numel() > 0
+        return result
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    counted = Launches()
+
+    def count(*_: Any) -> None:
+        counted.count += 1
+
+    monkeypatch.setattr(product, "launch", count)
+    monkeypatch.setattr(launching, "launch", count)
+    return counted
+
+
+def test_launches_and_memory_of_the_exact_five_cores(launches: Launches) -> None:
+    shape, rows = MPOShape((3, 4, 4, 4, 4), (4, 4, 8, 6, 4), (12, 192, 384, 16)), 16
+    cores = random_cores(shape, torch.float16)
+    x, dy = (torch.randn(rows, size).half() for size in (768, 3072))
+    y, bias = torch.empty_like(dy), torch.randn(3072).half()
+    forward = Plan("panels", "columns", (2, 3), rows, 8, 0, 0, 0.0)
+    backward = Plan("panels", "rows", (2, 3), rows, 6, 0, 0, 0.0)
+    with launches:
+        panels.forward(x, cores, bias, y, forward)
+    assert launches.count == 7
+    with launches:
+        panels.backward(dy, x, cores, Gradients(True, (True, True, False, True, True)), backward)
+    # One more sums the bias's gradient.
+    assert launches.count + 1 <= 28
+    assert launches.largest <= 768 * 3072 // 2

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpo_kernels.backends.torch.backend import TorchBackend
 from mpo_kernels.backends.torch.merging import merge, unmerge
-from mpo_kernels.backends.triton import tuning
+from mpo_kernels.backends.triton import panels, tuning
 from mpo_kernels.backends.triton.chain import chain
 from mpo_kernels.backends.triton.chain_backward import chain_gradient
 from mpo_kernels.backends.triton.device import limits
@@ -39,6 +39,10 @@ class TritonBackend(TorchBackend):
     def contract(
         self, plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, out_features: int
     ) -> Tensor:
+        if plan.algorithm == "panels" and x.dtype in panels.DTYPES:
+            y = x.new_empty(x.shape[0], out_features)
+            panels.forward(x, cores, bias, y, plan)
+            return y
         if not plan.launches:
             return super().contract(plan, x, cores, bias, out_features)
         bias = None if bias is None else bias.contiguous()
@@ -47,6 +51,8 @@ class TritonBackend(TorchBackend):
     def contract_backward(
         self, plan: Plan, grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients
     ) -> tuple[Tensor | None, list[Tensor | None]]:
+        if plan.algorithm == "panels" and x.dtype in panels.DTYPES:
+            return panels.backward(grad, x, cores, gradients, plan)
         if not plan.launches:
             return super().contract_backward(plan, grad, x, cores, gradients)
         left, right = _factors(merge(cores, plan.split))

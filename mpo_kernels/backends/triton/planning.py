@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from mpo_kernels.backends.triton import tuning
+from mpo_kernels.backends.triton import panels, tuning
 from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts, ceil_div
 from mpo_kernels.planning.candidates import plan_library
 from mpo_kernels.planning.figures import DeviceFigures
@@ -75,7 +75,7 @@ def plan_fused(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
 @lru_cache(maxsize=4096)
 def _plan(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
     shapes, rows, dtype, gradients = call.shapes, call.rows, call.dtype, call.gradients
-    plans = list(plan_library(call, figures).candidates)
+    plans = list(plan_library(call, figures, digits=dtype in panels.DTYPES).candidates)
     for k in range(1, len(shapes)):
         if parts := merged_parts(shapes, (k,)):
             needs = _results(gradients, k)

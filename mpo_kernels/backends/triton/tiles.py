@@ -136,6 +136,17 @@ class GatherTile(NamedTuple):
     num_stages: int
 
 
+class ProductTile(NamedTuple):
+    """Sizes of a program's block of m, n and k; `splits` share k out."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
 def power_of_two(n: int) -> int:
     """The smallest one that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
@@ -438,3 +449,29 @@ def gather_tiles(
         if cost.fits(tile.num_warps, limits, itemsize):
             priced.append((cost.seconds, tile))
     return tuple(sorted(priced))
+
+
+def product_tile(
+    m: int, n: int, k: int, itemsize: int, limits: Limits, most_splits: int = 1
+) -> ProductTile:
+    """The tile of a product: smaller, or k shared out, until all multiprocessors have work."""
+    m_block, n_block = (min(128, max(16, power_of_two(size))) for size in (m, n))
+    k_block = min(64 if itemsize == 2 else 32, max(16, power_of_two(k)))
+
+    def programs() -> int:
+        return ceil_div(m, m_block) * ceil_div(n, n_block)
+
+    if m_block == 128 == n_block and programs() >= 4 * limits.multiprocessors and itemsize == 2:
+        n_block = 256
+    splits = 1
+    if most_splits > 1:
+        # A share has a few steps, so that its loads overlap.
+        shares = min(ceil_div(k, 4 * k_block), ceil_div(limits.multiprocessors, programs()))
+        splits = max(1, min(most_splits, shares))
+    while splits == 1 and programs() < limits.multiprocessors and max(m_block, n_block) > 32:
+        if m_block >= n_block:
+            m_block //= 2
+        else:
+            n_block //= 2
+    warps = 8 if m_block * n_block >= 2**14 else 4
+    return ProductTile(m_block, n_block, k_block, splits, warps, 3 if itemsize == 2 else 2)
