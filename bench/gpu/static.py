@@ -39,9 +39,9 @@ def regressions(
         for kernel in sorted(rows.keys() & before.keys()):
             old, new = before[kernel], rows[kernel]
             worse += [
-                f"{name} {kernel}: {field} {old[field]} -> {new[field]}"
+                f"{name} {kernel}: {field} {old.get(field, 0)} -> {new[field]}"
                 for field in limits
-                if new[field] > old[field]
+                if new.get(field, 0) > old.get(field, 0)
             ]
             worse += [
                 f"{name} {kernel}: no {kind} any more"

@@ -22,10 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.gpu.static import RESULTS, cuobjdump, finish, regressions
-from mpo_kernels.backends.triton.chain import chain_kernel
-from mpo_kernels.backends.triton.chain_backward import chain_gradient_kernel
+from mpo_kernels.backends.triton.chain import chain_gradient_kernel, chain_kernel
 from mpo_kernels.backends.triton.gather import gather_gradient_kernel, gather_kernel
-from mpo_kernels.backends.triton.implicit import implicit_kernel
+from mpo_kernels.backends.triton.panels import gemm_task, merging_task, panel_tasks, parting_tasks
+from mpo_kernels.backends.triton.product import Task, product_kernel
 from mpo_kernels.backends.triton.tiles import LIMITS, Chain, Limits, Strides, TwoParts
 from mpo_kernels.backends.triton.tuning import TILES
 
@@ -37,8 +37,6 @@ BALANCED = Chain(64, 64, 64, 64, 64, 4096, 4096, False)
 LOW_RANK = Chain(4096, 1, 1, 4096, 128, 4096, 4096, True)
 PAPER = Chain(12, 16, 64, 192, 32, 768, 3072, False)
 ODD = Chain(48, 20, 6, 12, 5, 280, 239, True)
-SQUARE = TwoParts(64, 64, 64, 64, 64, 4096, 4096)
-PAPER_PARTS = TwoParts(12, 16, 64, 192, 96, 768, 3072)
 TABLE = TwoParts(200, 32, 153, 24, 64, 30522, 768)
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -67,10 +65,34 @@ CASES = [
     *(Case("chain_gradient", p, 4096, BF16) for p in (SKEWED, BALANCED, LOW_RANK, PAPER, ODD)),
     Case("chain_gradient", SKEWED, 16, BF16),
     Case("chain_gradient", SKEWED, 4096, FP32),
-    *(Case("implicit", p, rows, BF16) for p in (SQUARE, PAPER_PARTS) for rows in (16, 4096)),
-    Case("implicit", SQUARE, 4096, FP32),
     *(Case(k, TABLE, 4096, dtype) for k in ("gather", "gather_gradient") for dtype in (BF16, FP32)),
 ]
+
+
+# The exact five cores of 768 -> 3072 in halves, and two parts of 4096 -> 4096.
+FIVE = ((1, 12, 16, 192), (192, 4, 8, 384), (384, 16, 24, 1))
+T4, T5 = (384, 4, 6, 16), (16, 4, 4, 1)
+PAIR = ((1, 64, 64, 64), (64, 64, 64, 1))
+
+
+def products(limits: Limits) -> dict[str, tuple[Task, str]]:
+    """Products of digits as panels run them, and which of A, B and C are in fp32."""
+    columns, rows = panel_tasks(FIVE, 8, False, 2, limits), panel_tasks(FIVE, 6, True, 2, limits)
+    of_left, of_core = parting_tasks(T4, T5, 8, 2, limits, 768 * 3072 // 2)
+    pair = panel_tasks(PAIR, 32, False, 2, limits)
+    return {
+        "T4 T5": (merging_task(T4, T5, 2, limits), ""),
+        "A B": (columns.lefts[0], ""),
+        "W, columns": (columns.form, ""),
+        "W, rows": (rows.form, ""),
+        "dC": (rows.of_part[1], "c"),
+        "dW Cᵀ": (rows.flows[1], ""),
+        "dA": (rows.flows[0], "c"),
+        "dT4": (of_left, "ac"),
+        "dT5": (of_core, "bc"),
+        "x W": (gemm_task(768, 1536, (768, 1536, 3072), 4096, 2, limits), ""),
+        "W of two parts": (pair.form, ""),
+    }
 
 
 def arguments(case: Case) -> tuple[Any, list[tuple[str, Any]]]:
@@ -80,9 +102,6 @@ def arguments(case: Case) -> tuple[Any, list[tuple[str, Any]]]:
     if case.kernel == "chain":
         names = ("p_x", "p_first", "p_second", "p_bias", "p_y")
         return chain_kernel, [*((name, pointer) for name in names), *row]
-    if case.kernel == "implicit":
-        names = ("p_x", "p_left", "p_right", "p_bias", "p_y")
-        return implicit_kernel, [*((name, pointer) for name in names), *row]
     if case.kernel == "chain_gradient":
         pointers = [("p_x", pointer), ("p_dy", pointer), ("p_first", pointer), ("p_out", "*fp32")]
         strides = [("stride_xm", "i64"), ("stride_xk", 1), ("stride_dym", "i64"), ("stride_dyk", 1)]
@@ -124,6 +143,15 @@ def compiled(case: Case, limits: Limits) -> tuple[Any, Any]:
     if case.kernel == "gather_gradient":
         constants["OF_LEFT"] = True
     return tile, build(kernel, given, constants, limits, tile)
+
+
+def compiled_product(task: Task, fp32: str, limits: Limits) -> Any:
+    """A product alone in its launch, in bf16 but for the operands named in ``fp32``."""
+    pointers = [(f"p_{x}", "*fp32" if x in fp32 else "*bf16") for x in "abc"]
+    pointers.insert(2, ("p_bias", "*bf16" if task.product.m == 0 else None))
+    given = [*pointers, ("rows", "i32"), ("first", "i32"), *((f"q_{x}", None) for x in "abc")]
+    constants = {"P": task.product, "T": task.tile, "Q": None, "U": None, "ADD": False}
+    return build(product_kernel, given, constants | {"PRECISION": "ieee"}, limits, task.tile)
 
 
 def build(
@@ -168,6 +196,9 @@ def figures(built: Any) -> dict[str, int]:
         )
         kinds = {"mfma": "v_mfma_\\w+"}
     found = {"registers": registers, "spilled": spilled, "shared": built.metadata.shared}
+    if "cubin" in built.asm:
+        # Loads from and stores to memory of less than 128 bits a thread.
+        found["narrow"] = len(re.findall(r"\b(?:LDG|LDGSTS|STG)\.(?!\S*\b128\b)", assembly))
     counts = {name: len(re.findall(rf"\b{code}\b", assembly)) for name, code in kinds.items()}
     return found | {name: count for name, count in counts.items() if count}
 
@@ -180,14 +211,21 @@ def _cuobjdump(cubin: bytes) -> tuple[str, str]:
         return cuobjdump(file.name, "--dump-resource-usage"), cuobjdump(file.name, "-sass")
 
 
-def faults(case: Case, tile: Any, found: dict[str, int], limits: Limits) -> list[str]:
-    """What a shipped default must not do: spill, pass the memory, miss the matrix instructions."""
+def faults(dtype: torch.dtype, rows: int, found: dict[str, int], limits: Limits) -> list[str]:
+    """What a shipped default must not do: spill, pass the memory, miss the matrix instructions.
+
+    Args:
+        dtype: of the operands.
+        rows: of the smaller of a tile's products.
+        found: see :func:`figures`.
+        limits: of the architecture.
+    """
     wrong = []
     if found["spilled"]:
         wrong.append(f"spills {found['spilled']} bytes")
     if found["shared"] > limits.shared_memory:
         wrong.append(f"{found['shared']} bytes of shared memory, there are {limits.shared_memory}")
-    if limits.name == "sm_90" and case.dtype.itemsize == 2 and _matrix_rows(case, tile) >= 64:
+    if limits.name == "sm_90" and dtype.itemsize == 2 and rows >= 64:
         wrong += [] if "wgmma" in found else ["no wgmma"]
         wrong += ["mma beside wgmma"] if "mma" in found else []
     return wrong
@@ -199,8 +237,6 @@ def _matrix_rows(case: Case, tile: Any) -> int:
         return tile.block_b * min(tile.group_in, tile.group_out)
     if case.kernel == "chain_gradient":
         return min(tile.block_b * tile.group_in, tile.block_n)
-    if case.kernel == "implicit":
-        return min(tile.block_b, tile.left_in * tile.left_out)
     return tile.block_left
 
 
@@ -214,16 +250,22 @@ def report(architectures: list[str]) -> tuple[dict[str, Any], list[str]]:
             tile, built = compiled(case, LIMITS[name])
             found = figures(built)
             rows[name][case.name] = {"tile": list(tile), **found}
-            wrong += [
-                f"{name} {case.name}: {fault}" for fault in faults(case, tile, found, LIMITS[name])
-            ]
-        print(f"{name}: {len(CASES)} kernels compiled", file=sys.stderr)
+            found_wrong = faults(case.dtype, _matrix_rows(case, tile), found, LIMITS[name])
+            wrong += [f"{name} {case.name}: {fault}" for fault in found_wrong]
+        for title, (task, fp32) in products(LIMITS[name]).items():
+            found = figures(compiled_product(task, fp32, LIMITS[name]))
+            rows[name][f"product {title}"] = {"tile": list(task.tile), **found}
+            dtype = FP32 if "a" in fp32 or "b" in fp32 else BF16
+            found_wrong = faults(dtype, task.tile.block_m, found, LIMITS[name])
+            wrong += [f"{name} product {title}: {fault}" for fault in found_wrong]
+        print(f"{name}: {len(rows[name])} kernels compiled", file=sys.stderr)
     return {"triton": triton.__version__, "architectures": rows}, wrong
 
 
 def regressed(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What got worse since the committed report; by another compiler, what lacks instructions."""
-    limits = ("registers", "spilled", "shared") if committed["triton"] == now["triton"] else ()
+    measures = "registers", "spilled", "shared", "narrow"
+    limits = measures if committed["triton"] == now["triton"] else ()
     return regressions(committed, now, limits, ("mfma", "mma", "tcgen05", "wgmma"))
 
 

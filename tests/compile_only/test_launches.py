@@ -140,6 +140,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
         counted.count += 1
 
     monkeypatch.setattr(product, "launch", count)
+    monkeypatch.setattr(product, "interpreted", lambda: True)  # nothing is compiled
     monkeypatch.setattr(launching, "launch", count)
     return counted
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
 from bench.gpu import triton_static
 from mpo_kernels.backends.triton.tiles import LIMITS, chain_tiles, power_of_two
-from mpo_kernels.backends.triton.tuning import TILES
 
 OLDEST = Path(sys.prefix) / "triton-oldest"
 
@@ -58,13 +59,23 @@ def test_a_regression_is_seen() -> None:
 
 
 def test_spills_and_missing_matrix_instructions_are_faults() -> None:
-    case, limits = triton_static.CASES[2], LIMITS["sm_90"]
-    _, tile = TILES[case.kernel](case.problem, case.rows, 2, limits)[0]
-    fine = {"registers": 200, "spilled": 0, "shared": 1000, "wgmma": 4}
-    assert triton_static.faults(case, tile, fine, limits) == []
-    assert triton_static.faults(case, tile, fine | {"spilled": 8}, limits) == ["spills 8 bytes"]
-    bad = {"registers": 200, "spilled": 0, "shared": 1 << 20, "mma": 4}
-    assert len(triton_static.faults(case, tile, bad, limits)) == 3
+    def faults(rows: int = 64, **found: int) -> list[str]:
+        found = {"spilled": 0, "shared": 1000} | found
+        return triton_static.faults(torch.bfloat16, rows, found, LIMITS["sm_90"])
+
+    assert faults(wgmma=4) == []
+    assert faults(wgmma=4, spilled=8) == ["spills 8 bytes"]
+    assert len(faults(mma=4, shared=1 << 20)) == 3
+    assert faults(32, mma=4) == []
+
+
+def test_products_of_digits_move_wide() -> None:
+    """On Hopper, 128 bits a thread to and from memory."""
+    report = json.loads(triton_static.REPORT.read_text(encoding="utf-8"))
+    rows = report["architectures"]["sm_90"]
+    for name in ("A B", "W, columns", "W, rows", "dC", "dW Cᵀ", "dA", "W of two parts"):
+        row = rows[f"product {name}"]
+        assert row["narrow"] == 0 and row["wgmma"], name
 
 
 @pytest.mark.parametrize("gradient", [False, True])

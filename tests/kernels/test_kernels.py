@@ -11,11 +11,9 @@ from guards import Guards
 from torch import Tensor
 
 from mpo_kernels.backends.triton import tiles
-from mpo_kernels.backends.triton.chain import chain
-from mpo_kernels.backends.triton.chain_backward import chain_gradient
+from mpo_kernels.backends.triton.chain import chain, chain_gradient
 from mpo_kernels.backends.triton.device import interpreted
 from mpo_kernels.backends.triton.gather import gather, gather_gradient
-from mpo_kernels.backends.triton.implicit import implicit
 from mpo_kernels.backends.triton.launch import launch, sum_splits
 from mpo_kernels.backends.triton.tiles import LIMITS, Chain, TwoParts, power_of_two
 from mpo_kernels.testing import relative_error
@@ -136,13 +134,6 @@ def test_gradient_of_the_part_taken_second(draw: Draw, first: str) -> None:
     of_a, of_b = d.weight_gradient(d.x.double().t() @ d.dy.double())
     assert got.dtype == torch.float32
     d.check(got, of_b if first == "left" else of_a)
-
-
-def test_implicit_weight(draw: Draw) -> None:
-    d = draw
-    p = TwoParts(*d.a.shape[:2], *d.b.shape[:2], d.rank, d.in_features, d.out_features)
-    y = implicit(d.x, d.a, d.b, d.bias, p, d.tile(tiles.implicit_tiles, p))
-    d.check(y, d.x.double() @ d.weight() + d.bias.double())
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])

@@ -10,12 +10,10 @@ from torch import Tensor
 from mpo_kernels.backends.torch.backend import TorchBackend
 from mpo_kernels.backends.torch.merging import merge, unmerge
 from mpo_kernels.backends.triton import panels, tuning
-from mpo_kernels.backends.triton.chain import chain
-from mpo_kernels.backends.triton.chain_backward import chain_gradient
+from mpo_kernels.backends.triton.chain import chain, chain_gradient
 from mpo_kernels.backends.triton.device import limits
 from mpo_kernels.backends.triton.gather import gather, gather_gradient
-from mpo_kernels.backends.triton.implicit import implicit
-from mpo_kernels.backends.triton.planning import plan_fused, two_parts
+from mpo_kernels.backends.triton.planning import plan_fused
 from mpo_kernels.backends.triton.tiles import GatherTile, TwoParts
 from mpo_kernels.planning.figures import device_figures
 from mpo_kernels.planning.plan import (
@@ -103,8 +101,6 @@ def _product(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, launch
     """y from x or, with in and out exchanged, dx from dy."""
     if launch.result == "dx":
         left, right = left.transpose(0, 1), right.transpose(0, 1)
-    if isinstance(launch.problem, TwoParts):
-        return implicit(x, left, right, bias, launch.problem, launch.tile)
     first, second = (left, right) if launch.first == "left" else (right, left)
     return chain(x, first, second, bias, launch.problem, launch.tile)
 
@@ -125,7 +121,8 @@ def _table(
     tokens: int, parts: Sequence[Tensor], embedding_dim: int, kernel: str
 ) -> tuple[TwoParts, GatherTile]:
     (left, right), like = shapes_of(parts), parts[0]
-    problem = two_parts(left, right, (left[1] * right[1], embedding_dim))
+    features = left[1] * right[1], embedding_dim
+    problem = TwoParts(*left[1:3], *right[1:3], left[3], *features)
     best = tuning.best(kernel, problem, row_bucket(tokens), like.dtype, limits(like.device))
     if best is None:
         raise RuntimeError(f"no tile of {kernel} fits {like.device}: {problem}")

@@ -24,24 +24,22 @@ from torch import Tensor
 from mpo_kernels.backends.torch.merging import add_product
 from mpo_kernels.backends.triton.device import limits
 from mpo_kernels.backends.triton.launch import sum_splits
-from mpo_kernels.backends.triton.product import Job, Product, product_of, run, run_rows
-from mpo_kernels.backends.triton.tiles import Limits, ProductTile, product_tile
+from mpo_kernels.backends.triton.product import Job, Product, Task, product_of, run, run_rows
+from mpo_kernels.backends.triton.tiles import Limits, product_tile
 from mpo_kernels.planning.plan import CoreShape, Gradients, Plan, groups, shapes_of
 
 # In fp32 the library's products have the device's rate, and the kernel has not.
 DTYPES = (torch.float16, torch.bfloat16)
 
-Task = tuple[Product, ProductTile]
-
 
 def _task(p: Product, itemsize: int, limits: Limits, most: int = 0) -> Task:
     """With k shared out where its sums may take ``most`` elements."""
-    return p, product_tile(p.m, p.n, p.k, itemsize, limits, most // p.share)
+    return Task(p, product_tile(p.m, p.n, p.k, itemsize, limits, most // p.share))
 
 
 def _empty(task: Task, like: Tensor) -> Tensor:
     """For sums of a product: ``[splits, m · n]`` in fp32."""
-    return like.new_empty(task[1].splits, task[0].m * task[0].n, dtype=torch.float32)
+    return like.new_empty(task.tile.splits, task.product.share, dtype=torch.float32)
 
 
 # --- Cores to parts, and gradients of parts to those of cores ---
@@ -53,7 +51,7 @@ def _merged_sizes(a: CoreShape, b: CoreShape) -> dict[str, int]:
 
 
 @lru_cache(maxsize=1024)
-def _merging(a: CoreShape, b: CoreShape, itemsize: int, limits: Limits) -> Task:
+def merging_task(a: CoreShape, b: CoreShape, itemsize: int, limits: Limits) -> Task:
     sizes = dict(zip(["d", "i", "j", "r"], a, strict=True)) | dict(
         zip(["u", "v", "s"], b[1:], strict=True)
     )
@@ -61,7 +59,7 @@ def _merging(a: CoreShape, b: CoreShape, itemsize: int, limits: Limits) -> Task:
 
 
 @lru_cache(maxsize=1024)
-def _taking_apart(
+def parting_tasks(
     a: CoreShape, b: CoreShape, shares: int, itemsize: int, limits: Limits, most: int
 ) -> tuple[Task, Task]:
     """The gradients of what was merged, from ``[shares, d, i, u, j, v, s]``."""
@@ -91,11 +89,11 @@ def merge(cores: Sequence[Tensor], split: Sequence[int]) -> list[list[Tensor]]:
             if depth < b - a:
                 left, core = parts[-1], cores[a + depth].contiguous()
                 (d, i, j, _), (_, u, v, s) = left.shape, core.shape
-                task = _merging(
+                task = merging_task(
                     tuple(left.shape), tuple(core.shape), left.element_size(), device_limits
                 )
                 parts.append(left.new_empty(d, i * u, j * v, s))
-                jobs.append(Job(*task, left, core, parts[-1]))
+                jobs.append(Job(task, left, core, parts[-1]))
         _run_pairs(jobs)
     return merged
 
@@ -114,7 +112,7 @@ def unmerge(
     shared: list[tuple[int, Tensor]] = []
 
     def target(k: int, task: Task) -> Tensor:
-        if task[1].splits > 1:
+        if task.tile.splits > 1:
             shared.append((k, _empty(task, cores[k])))
             return shared[-1][1]
         grads[k] = grad = cores[k].new_empty(cores[k].shape)
@@ -134,16 +132,16 @@ def unmerge(
         for first, last, total in pending:
             left, core = parts[first][last - first - 1], cores[last].contiguous()
             shapes = tuple(left.shape), tuple(core.shape)
-            of_left, of_core = _taking_apart(
+            of_left, of_core = parting_tasks(
                 *shapes, total.shape[0], core.element_size(), device_limits, most
             )
             if needs[last]:
-                jobs.append(Job(*of_core, left, total, target(last, of_core)))
+                jobs.append(Job(of_core, left, total, target(last, of_core)))
             if last - first == 1 and needs[first]:
-                jobs.append(Job(*of_left, total, core, target(first, of_left)))
+                jobs.append(Job(of_left, total, core, target(first, of_left)))
             elif last - first > 1 and any(needs[first:last]):
                 rest.append((first, last - 1, _empty(of_left, core)))
-                jobs.append(Job(*of_left, total, core, rest[-1][2]))
+                jobs.append(Job(of_left, total, core, rest[-1][2]))
         _run_pairs(jobs)
         pending = rest
     for k, total in shared:
@@ -154,7 +152,7 @@ def unmerge(
 # --- Panels ---
 
 
-class _Panel(NamedTuple):
+class Panel(NamedTuple):
     """The products of a panel of one size."""
 
     lefts: tuple[Task, ...]  # X_k of X_{k-1}
@@ -164,9 +162,10 @@ class _Panel(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _panel(
+def panel_tasks(
     shapes: tuple[CoreShape, ...], block: int, by_rows: bool, itemsize: int, limits: Limits
-) -> _Panel:
+) -> Panel:
+    """For parts of these shapes, ``block`` of the first one's j (or i) a panel."""
     n = len(shapes)
     names = [f"r{k - 1} i{k} j{k} r{k}" for k in range(n)]
     sizes = {
@@ -192,7 +191,7 @@ def _panel(
     def flow(k: int) -> str:
         return panel if k == n - 1 else x[k]
 
-    return _Panel(
+    return Panel(
         tuple(task(x[k - 1], parts[k], x[k], slice_of("a", k - 1)) for k in range(1, n - 1)),
         task(x[n - 2], parts[n - 1], panel, slice_of("a", n - 2)),
         tuple(task(x[k - 1], flow(k), parts[k], slice_of("a", k - 1), most) for k in range(1, n)),
@@ -211,13 +210,13 @@ def _blocks(size: int, block: int, width: int, features: int) -> Iterator[tuple[
             yield slice(start, stop), slice(start * width, min(stop * width, features))
 
 
-def _form(parts: Sequence[Tensor], first: Tensor, panel: _Panel, w: Tensor) -> list[Tensor]:
+def _form(parts: Sequence[Tensor], first: Tensor, panel: Panel, w: Tensor) -> list[Tensor]:
     """Write the panel into ``w``; the X_k."""
     products = [first]
     for task, part in zip(panel.lefts, parts[1:-1], strict=True):
-        products.append(first.new_empty(task[0].m, task[0].n))
-        run(Job(*task, products[-2], part, products[-1]))
-    run(Job(*panel.form, products[-1], parts[-1], w))
+        products.append(first.new_empty(task.product.m, task.product.n))
+        run(Job(task, products[-2], part, products[-1]))
+    run(Job(panel.form, products[-1], parts[-1], w))
     return products
 
 
@@ -231,26 +230,27 @@ def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, 
     w = x.new_empty(ins * plan.block * width)
     for block, columns in _blocks(shapes[0][2], plan.block, width, y.shape[1]):
         count, true = block.stop - block.start, columns.stop - columns.start
-        panel = _panel(shapes, count, False, x.element_size(), device_limits)
+        panel = panel_tasks(shapes, count, False, x.element_size(), device_limits)
         _form(parts, parts[0][0, :, block], panel, w)
         formed = w[: ins * count * width].view(ins, -1)[: x.shape[1], :true]
         if bias is None:
             torch.mm(x, formed, out=y[:, columns])
         else:
             strides = x.stride(0), formed.stride(0), y.stride(0)
-            task = _gemm(x.shape[1], true, strides, x.shape[0], x.element_size(), device_limits)
-            run_rows(Job(*task, x, formed, y[:, columns]), bias[columns])
+            task = gemm_task(x.shape[1], true, strides, plan.rows, x.element_size(), device_limits)
+            run_rows(Job(task, x, formed, y[:, columns]), bias[columns])
 
 
-def _gemm(
+@lru_cache(maxsize=1024)
+def gemm_task(
     k: int, n: int, strides: tuple[int, int, int], rows: int, itemsize: int, limits: Limits
 ) -> Task:
-    """``y [rows, n] = x [rows, k] · W [k, n]``, each with a stride of its rows."""
+    """``y [rows, n] = x [rows, k] · W [k, n]``, each with a stride of its rows; of a row bucket."""
     of_x, of_w, of_y = strides
     product = Product(
         0, n, k, 0, ((1,), (n,), (k,)), (((of_x,), (of_y,)), ((1,), (1,)), ((1,), (of_w,)))
     )
-    return product, product_tile(rows, n, k, itemsize, limits)
+    return Task(product, product_tile(rows, n, k, itemsize, limits))
 
 
 def backward(
@@ -269,7 +269,7 @@ def backward(
     dx = x.new_empty(x.shape) if gradients.x and by_rows else None
     for block, true in _blocks(size, plan.block, width, features):
         count = block.stop - block.start
-        panel = _panel(shapes, count, by_rows, x.element_size(), device_limits)
+        panel = panel_tasks(shapes, count, by_rows, x.element_size(), device_limits)
         of_block = (slice(None), block) if by_rows else (slice(None), slice(None), block)
         products = _form(parts, parts[0][of_block][0], panel, w)
         height = count * width if by_rows else ins
@@ -296,7 +296,7 @@ def _project(
     flow: Tensor,
     parts: Sequence[Tensor],
     products: Sequence[Tensor],
-    panel: _Panel,
+    panel: Panel,
     of_block: tuple[slice, ...],
     needs: Sequence[bool],
     sums: dict[int, Tensor],
@@ -308,19 +308,20 @@ def _project(
         if needs[k]:
             if not again:
                 sums[k] = _empty(of_part, flow)
-            jobs.append(Job(*of_part, products[k - 1], flow, sums[k]))
+            jobs.append(Job(of_part, products[k - 1], flow, sums[k]))
         if any(needs[:k]):
             if k > 1:
-                below = flow.new_empty(of_flow[0].m, of_flow[0].n)
+                below = flow.new_empty(of_flow.product.m, of_flow.product.n)
             else:
                 if 0 not in sums:
                     # What is all padding is never written.
-                    shape = of_flow[1].splits, *parts[0].shape
+                    shape = of_flow.tile.splits, *parts[0].shape
                     sums[0] = flow.new_zeros(shape, dtype=torch.float32)
-                splits = min(of_flow[1].splits, len(sums[0]))
-                of_flow = of_flow[0], of_flow[1]._replace(splits=splits)
+                splits = min(of_flow.tile.splits, len(sums[0]))
+                if splits < of_flow.tile.splits:  # a last panel that is narrower
+                    of_flow = Task(of_flow.product, of_flow.tile._replace(splits=splits))
                 below = sums[0][(slice(None), *of_block)]
-            jobs.append(Job(*of_flow, flow, parts[k], below))
+            jobs.append(Job(of_flow, flow, parts[k], below))
             flow = below
         if jobs:
             run(*jobs, add=again)

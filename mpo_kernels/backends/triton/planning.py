@@ -1,14 +1,13 @@
-"""Candidates of this back end beside the library's own: the fused chain and the implicit weight."""
+"""Candidates of this back end beside the library's own: the fused chain."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 from mpo_kernels.backends.triton import panels, tuning
-from mpo_kernels.backends.triton.tiles import Chain, Limits, TwoParts, ceil_div
+from mpo_kernels.backends.triton.tiles import Chain, Limits
 from mpo_kernels.planning.candidates import plan_library
 from mpo_kernels.planning.figures import DeviceFigures
 from mpo_kernels.planning.plan import (
@@ -56,17 +55,6 @@ def exchanged_chain(p: Chain) -> Chain:
     )
 
 
-def two_parts(
-    left: CoreShape, right: CoreShape, features: tuple[int, int], exchange: bool = False
-) -> TwoParts:
-    """The implicit weight's problem; with in and out exchanged it gives dx."""
-    _, left_in, left_out, rank = left
-    _, right_in, right_out, _ = right
-    if exchange:
-        return TwoParts(left_out, left_in, right_out, right_in, rank, *reversed(features))
-    return TwoParts(left_in, left_out, right_in, right_out, rank, *features)
-
-
 def plan_fused(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
     """The fastest of the library's plans and the kernels' own, on a device of these figures."""
     return _plan(call.bucketed, figures, limits)
@@ -79,7 +67,7 @@ def _plan(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
     for k in range(1, len(shapes)):
         if parts := merged_parts(shapes, (k,)):
             needs = _results(gradients, k)
-            for algorithm, choices in _choices(parts[0], parts[1], call, limits, needs):
+            if choices := _choices(parts[0], parts[1], call, limits, needs):
                 merging = merge_work(shapes, (k,), dtype.itemsize, gradients)
                 fixed = sum(w.macs for w in merging)
                 kernels = sum(choice.seconds + figures.launch_seconds for choice in choices)
@@ -88,7 +76,7 @@ def _plan(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
                 first = choices[0].launch
                 plans.append(
                     Plan(
-                        algorithm=algorithm,
+                        algorithm="fused",
                         order=first.first,
                         split=(k,),
                         rows=rows,
@@ -123,8 +111,8 @@ class _Choice(NamedTuple):
 
 def _choices(
     left: CoreShape, right: CoreShape, call: Call, limits: Limits, results: list[str]
-) -> Iterator[tuple[str, list[_Choice]]]:
-    """The kernels' ways to form all the results: their names, and a launch for each result."""
+) -> list[_Choice]:
+    """A launch for each result, or none at all where one has no tile that fits."""
     features, rows, dtype = call.features, call.rows, call.dtype
     fused = []
     for result in results:
@@ -138,12 +126,4 @@ def _choices(
                 launch = Launch(result, first, best.tile, p)
                 ways.append(_Choice(best.seconds, best.measured, macs, launch))
         fused += [min(ways)] if ways else []
-    if len(fused) == len(results):
-        yield "fused", fused
-    if results in (["y"], ["dx"]):
-        parts = two_parts(left, right, features, exchange=results == ["dx"])
-        if best := tuning.best("implicit", parts, rows, dtype, limits):
-            dense = math.prod(parts[:4])
-            macs = dense * (rows + ceil_div(rows, best.tile.block_b) * parts.rank)
-            launch = Launch(results[0], "left", best.tile, parts)
-            yield "implicit", [_Choice(best.seconds, best.measured, macs, launch)]
+    return fused if len(fused) == len(results) else []

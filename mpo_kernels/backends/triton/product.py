@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mpo_kernels.backends.triton.device import interpreted
 from mpo_kernels.backends.triton.launch import launch, precision
 from mpo_kernels.backends.triton.tiles import ProductTile, ceil_div
 
@@ -160,11 +161,25 @@ def product_kernel(
         product(q_a, q_b, None, q_c, rows, pid - first, Q, U, False, PRECISION)
 
 
-class Job(NamedTuple):
-    """A product and its operands; `c` is ``[splits, …]`` in fp32 where the tile shares k out."""
+class Task:
+    """A product with its tile, and what was compiled for it: triton's search takes the host longer
+    than the launch."""
 
-    product: Product
-    tile: ProductTile
+    __slots__ = ("_compiled", "product", "tile")
+
+    def __init__(self, product: Product, tile: ProductTile) -> None:
+        self.product, self.tile = product, tile
+        self._compiled: dict[Any, Any] = {}
+
+    def programs(self, rows: int) -> int:
+        p, t = self.product, self.tile
+        return ceil_div(p.m or rows, t.block_m) * ceil_div(p.n, t.block_n) * t.splits
+
+
+class Job(NamedTuple):
+    """A task and its operands; `c` is ``[splits, …]`` in fp32 where the tile shares k out."""
+
+    task: Task
     a: Tensor
     b: Tensor
     c: Tensor
@@ -181,29 +196,34 @@ def run_rows(job: Job, bias: Tensor | None) -> None:
 
 
 def _run(job: Job, other: Job | None, bias: Tensor | None, rows: int, add: bool) -> None:
-    first = _programs(job, rows)
-    tile = job.tile
-    if other is not None and other.tile.num_warps > tile.num_warps:
-        tile = tile._replace(num_warps=other.tile.num_warps)
-    launch(
-        product_kernel,
-        (first + (_programs(other, rows) if other else 0),),
-        tile,
-        job.a,
-        job.b,
-        bias,
-        job.c,
-        rows,
-        first,
-        *(other[2:] if other else (None, None, None)),
-        job.product,
-        job.tile,
-        *(other[:2] if other else (None, None)),
-        add,
-        precision(torch.float32 if job.a.dtype != job.b.dtype else job.a.dtype),
+    task, a, b, c = job
+    second, *operands = other or (None, None, None, None)
+    first = programs = task.programs(rows)
+    tile, mixed = task.tile, a.dtype != b.dtype
+    if second is not None:
+        programs += second.programs(0)
+        if second.tile.num_warps > tile.num_warps:
+            tile = tile._replace(num_warps=second.tile.num_warps)
+    arguments = (
+        *(a, b, bias, c, rows, first),
+        *operands,
+        *(task.product, task.tile),
+        *((None, None) if second is None else (second.product, second.tile)),
+        *(add, precision(torch.float32 if mixed else a.dtype)),
     )
-
-
-def _programs(job: Job, rows: int) -> int:
-    p, t = job.product, job.tile
-    return ceil_div(p.m or rows, t.block_m) * ceil_div(p.n, t.block_n) * t.splits
+    tensors = [t for t in (a, b, c, bias, *operands) if t is not None]
+    pointers, types = 0, [second, add, bias is None]
+    for tensor in tensors:
+        pointers |= tensor.data_ptr()
+        types.append(tensor.dtype)
+    key = (*types, a.device, arguments[-1])
+    compiled = task._compiled.get(key)
+    here = not a.is_cuda or a.get_device() == torch.cuda.current_device()
+    if compiled is not None and here and pointers % 16 == 0:
+        compiled[programs, 1, 1](*arguments)
+        return
+    launch(product_kernel, (programs,), tile, *arguments)
+    if here and pointers % 16 == 0 and not interpreted():
+        task._compiled[key] = product_kernel.warmup(
+            *arguments, grid=(1,), num_warps=tile.num_warps, num_stages=tile.num_stages
+        )

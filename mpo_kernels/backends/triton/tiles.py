@@ -112,19 +112,6 @@ class TwoParts(NamedTuple):
     out_features: int
 
 
-class ImplicitTile(NamedTuple):
-    """A tile of W is ``[left_in · right_in, left_out · right_out]``, made from `block_d` of D."""
-
-    block_b: int
-    left_in: int
-    right_in: int
-    left_out: int
-    right_out: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-
 class GatherTile(NamedTuple):
     """j of either part and D of a program; `block_b` ids in turn where gradients are summed."""
 
@@ -364,62 +351,6 @@ def chain_tiles(
     return tuple(sorted(priced)[:64])
 
 
-def _implicit_cost(
-    problem: TwoParts, tile: ImplicitTile, rows: int, itemsize: int, limits: Limits
-) -> Cost:
-    p, t = problem, tile
-    m_w, n_w = t.left_in * t.left_out, t.right_in * t.right_out
-    k, n = t.left_in * t.right_in, t.left_out * t.right_out
-    d_loop = ceil_div(p.rank, t.block_d)
-    parts = (m_w + n_w) * t.block_d * itemsize
-    shared = t.num_stages * (parts + t.block_b * k * itemsize) + k * n * itemsize
-    steps = ceil_div(p.left_in, t.left_in) * ceil_div(p.right_in, t.right_in)
-    seconds = _seconds(
-        limits,
-        itemsize,
-        programs=ceil_div(rows, t.block_b)
-        * ceil_div(p.left_out, t.left_out)
-        * ceil_div(p.right_out, t.right_out),
-        steps=steps,
-        loads=d_loop,
-        products=[(m_w, n_w, d_loop * t.block_d), (t.block_b, n, k)],
-        step_bytes=d_loop * parts
-        + t.block_b * k * itemsize * _run_waste(min(t.right_in, p.right_in), itemsize),
-        end_bytes=t.block_b * n * itemsize * _run_waste(min(t.right_out, p.right_out), itemsize),
-        shared_memory=shared,
-    )
-    return Cost(t.block_b * n + m_w * n_w, shared, seconds)
-
-
-@lru_cache(maxsize=4096)
-def implicit_tiles(
-    problem: TwoParts, rows: int, itemsize: int, limits: Limits
-) -> tuple[tuple[float, ImplicitTile], ...]:
-    """As :func:`chain_tiles`, for the GEMM whose weight is made on chip."""
-    p, priced = problem, []
-    b_sizes, d_sizes = _sizes(16, 256, rows), _sizes(16, 64, p.rank)
-    # Padding of right_in and left_out is enough to fill a matrix instruction in every direction.
-    left_ins, right_ins = _sizes(1, 64, p.left_in), _sizes(1, 64, max(16, p.right_in))
-    left_outs, right_outs = _sizes(1, 64, max(16, p.left_out)), _sizes(1, 64, p.right_out)
-    for left_in, right_in in product(left_ins, right_ins):
-        if not 16 <= left_in * right_in <= 128:
-            continue
-        for left_out, right_out in product(left_outs, right_outs):
-            n = left_out * right_out
-            if not 16 <= n <= 256 or left_in * left_out < 16 or right_in * right_out < 16:
-                continue
-            for b, d in product(b_sizes, d_sizes):
-                warps = 8 if max(b, left_in * right_in) * n >= 2**14 else 4
-                stages = 2 if itemsize == 4 else 3
-                tile = ImplicitTile(b, left_in, right_in, left_out, right_out, d, warps, stages)
-                cost = _implicit_cost(p, tile, rows, itemsize, limits)
-                if cost.fits(tile.num_warps, limits, itemsize):
-                    priced.append((cost.seconds, tile))
-    # Of equals the one with fewer steps along D, where its operands take few registers.
-    sign = -1 if itemsize == 2 else 1
-    return tuple(sorted(priced, key=lambda c: (c[0], sign * c[1].block_d, c[1]))[:64])
-
-
 @lru_cache(maxsize=4096)
 def gather_tiles(
     problem: TwoParts, rows: int, itemsize: int, limits: Limits, gradient: bool = False
@@ -456,7 +387,7 @@ def product_tile(
 ) -> ProductTile:
     """The tile of a product: smaller, or k shared out, until all multiprocessors have work."""
     m_block, n_block = (min(128, max(16, power_of_two(size))) for size in (m, n))
-    k_block = min(64 if itemsize == 2 else 32, max(16, power_of_two(k)))
+    k_block = min(64 if itemsize == 2 else 16, max(16, power_of_two(k)))
 
     def programs() -> int:
         return ceil_div(m, m_block) * ceil_div(n, n_block)

@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 TILES: dict[str, Callable[..., tuple[tuple[float, Any], ...]]] = {
     "chain": tiles.chain_tiles,
     "chain_gradient": partial(tiles.chain_tiles, gradient=True),
-    "implicit": tiles.implicit_tiles,
     "gather": tiles.gather_tiles,
     "gather_gradient": partial(tiles.gather_tiles, gradient=True),
 }
@@ -122,10 +121,8 @@ def runner(
     kernel: str, problem: Any, rows: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Any], Any]:
     """A call of ``kernel`` on fresh random operands, for a tile."""
-    from mpo_kernels.backends.triton.chain import chain
-    from mpo_kernels.backends.triton.chain_backward import chain_gradient
+    from mpo_kernels.backends.triton.chain import chain, chain_gradient
     from mpo_kernels.backends.triton.gather import gather, gather_gradient
-    from mpo_kernels.backends.triton.implicit import implicit
 
     # A generator of its own: tuning must not change what the caller draws next.
     generator = torch.Generator(device).manual_seed(0)
@@ -141,8 +138,6 @@ def runner(
         return lambda tile: chain(x, a, b, None, p, tile)
     if kernel == "chain_gradient":
         return lambda tile: chain_gradient(x, y, a, p, tile)
-    if kernel == "implicit":
-        return lambda tile: implicit(x, a, b, None, p, tile)
     ids = torch.randint(
         p.in_features, (rows,), dtype=torch.int64, device=device, generator=generator
     )
