@@ -397,7 +397,7 @@ def product_tile(
     splits = 1
     if most_splits > 1:
         # A share has a few steps, so that its loads overlap.
-        shares = min(ceil_div(k, 4 * k_block), ceil_div(limits.multiprocessors, programs()))
+        shares = min(ceil_div(k, 4 * k_block), limits.multiprocessors // programs())
         splits = max(1, min(most_splits, shares))
     while splits == 1 and programs() < limits.multiprocessors and max(m_block, n_block) > 32:
         if m_block >= n_block:
