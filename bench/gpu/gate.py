@@ -39,7 +39,7 @@ BUILD, TESTS, SANITIZER, DECODER, DECODE, REPORT = 120, 150, 120, 20, 65, 10
 # Kernels are compiled on the host, so as many tests at once as are worth their start.
 WORKERS = min(8, os.cpu_count() or 1)
 # A few kernels of every kind: under the sanitizer a call takes seconds.
-SANITIZED = "test_kernels.py and (bfloat16-3 or bfloat16-7)"
+SANITIZED = "test_kernels.py and (bfloat16-3 or bfloat16-7) or test_panels and bfloat16"
 SANITIZED_CUDA = "test_clusters or (test_chain and balanced) or test_bytes"
 # What asks nothing of a device, and would build what the emulated one needs.
 HOST_ONLY = "test_every_schedule_covers_its_problem_once"

@@ -11,12 +11,12 @@ import triton
 
 import mpo_kernels as mk
 from mpo_kernels import MPOShape
-from mpo_kernels.backends.triton import tiles
+from mpo_kernels.backends.triton import panels, tiles
 from mpo_kernels.backends.triton.backend import TritonBackend
 from mpo_kernels.backends.triton.chain import chain, chain_gradient
 from mpo_kernels.backends.triton.gather import gather
 from mpo_kernels.backends.triton.tiles import Chain, TwoParts
-from mpo_kernels.planning.plan import Gradients
+from mpo_kernels.planning.plan import Gradients, Plan
 from mpo_kernels.testing import random_cores, relative_error
 
 BF16 = torch.bfloat16
@@ -64,6 +64,9 @@ def test_offsets_past_2_to_the_31(tall: torch.Tensor) -> None:
     s = torch.einsum("bsf,fjd->bsjd", tall[-5:].double().view(5, 8, 8), a.double())
     of_second = torch.einsum("bsjd,bnj->snd", s, dy[-5:].double().view(5, 4, 4))
     assert relative_error(chain_gradient(tall, dy, a, p, tile), of_second) < 1e-2
+    cores, bias = (b[None], a.permute(2, 0, 1)[..., None]), torch.zeros_like(y[0])
+    panels.forward(tall, cores, bias, y, Plan("panels", "columns", (1,), rows, 2, 0, 0, 0.0))
+    assert relative_error(y[-5:], last) < 1e-2
 
 
 def test_an_embedding_of_more_than_2_to_the_31_elements() -> None:

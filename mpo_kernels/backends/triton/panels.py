@@ -227,6 +227,7 @@ def forward(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, y: Tensor, 
     ins, outs = (math.prod(shape[k] for shape in shapes) for k in (1, 2))
     width = outs // shapes[0][2]
     x = x if x.stride(1) == 1 else x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     w = x.new_empty(ins * plan.block * width)
     for block, columns in _blocks(shapes[0][2], plan.block, width, y.shape[1]):
         count, true = block.stop - block.start, columns.stop - columns.start

@@ -1,0 +1,69 @@
+"""What the planner expects of the cases that the gate times: `python -m bench.gpu.predicted`.
+
+Written before a device has run them, so that the run can refute it. Captured in a graph: the host's
+time is left out. Dense is predicted by the same figures.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import torch
+
+from bench.gpu.static import RESULTS
+from bench.layer.cases import GPU, Case, select
+from mpo_kernels.backends.triton.planning import plan_fused
+from mpo_kernels.backends.triton.tiles import LIMITS
+from mpo_kernels.planning.figures import default_figures
+from mpo_kernels.planning.plan import Call, Gradients
+from mpo_kernels.planning.work import Work, time_of
+
+FIGURES = replace(default_figures("cuda", torch.bfloat16, 1), host_seconds=0.0)
+
+
+def predicted(case: Case, name: str) -> tuple[str, float, float]:
+    """What is chosen for a pass of a case, and microseconds of it and of dense's."""
+    shape, rows = case.shape, case.rows
+    ins, outs = shape.in_features, shape.out_features
+    call = Call(shape.core_shapes, (ins, outs), rows, torch.bfloat16)
+    trained = tuple(k != shape.central or name != "light" for k in range(shape.num_cores))
+    calls = [call]
+    dense = [Work(rows, outs, ins)]
+    if name != "forward":
+        calls.append(call._replace(gradients=Gradients(True, trained)))
+        dense += [Work(rows, ins, outs), Work(ins, outs, rows)]
+    plans = [plan_fused(c, FIGURES, LIMITS["sm_90"]) for c in calls]
+    chosen = ", ".join(f"{plan.algorithm} ({plan.order})" for plan in plans)
+    return chosen, sum(plan.predicted_us for plan in plans), 1e6 * time_of(dense, FIGURES)
+
+
+def table() -> str:
+    """Of every timed case, as Markdown."""
+    lines = [
+        "# Predicted, not measured",
+        "",
+        "`python -m bench.gpu.predicted`: an H200, bf16, microseconds captured in a graph.",
+        "",
+        "| case | pass | chosen | ours | dense | ÷ |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for case, name in select(blocks=GPU):
+        chosen, ours, dense = predicted(case, name)
+        ratio = ours / dense
+        lines.append(
+            f"| {case.name} | {name} | {chosen} | {ours:.0f} | {dense:.0f} | {ratio:.2f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def main() -> int:
+    """Write the table; returns the exit code."""
+    path = RESULTS / "predicted.md"
+    path.write_text(table(), encoding="utf-8")
+    print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
