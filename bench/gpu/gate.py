@@ -2,9 +2,9 @@
 
 `gate.json` says what each step gave and on which device, driver, versions, commit and kernel
 sources; `times.json` and `times.md` are the bench's, `decode.json` and `decode.md` its part for few
-rows, `decoder.json` is of a decoder block. Where the checks of triton's or csrc's kernels pass, the
-package notes that these sources were validated (`--accept gate.json` notes it in another checkout
-of them).
+rows, `decoder.json` is of a decoder block, `train_step.json` of an encoder's training step. Where
+the checks of triton's or csrc's kernels pass, the package notes that these sources were validated
+(`--accept gate.json` notes it in another checkout of them).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bench.results import text_of
 from mpo_kernels.backends import validation
 
 # Seconds of each step; the last timing has what is left of the whole.
-BUILD, TESTS, SANITIZER, DECODER, DECODE, REPORT = 120, 150, 120, 20, 65, 10
+BUILD, TESTS, SANITIZER, DECODER, DECODE, TRAIN, REPORT = 120, 150, 120, 20, 65, 80, 10
 # Kernels are compiled on the host, so as many tests at once as are worth their start.
 WORKERS = min(8, os.cpu_count() or 1)
 # A few kernels of every kind: under the sanitizer a call takes seconds.
@@ -150,6 +150,10 @@ def gate(folder: Path, budget: float) -> int:
         validation.add(kernels, found["conditions"], found["sources"][kernels])
     block = [sys.executable, "-m", "bench.gpu.decoder", "--output"]
     run("decoder", [*block, str(folder / "decoder.json")], DECODER)
+
+    # Compiling each model would take all the time there is.
+    train = [sys.executable, "-m", "bench.train_step", "--modes", "captured", "eager", "--output"]
+    run("train_step", [*train, str(folder / "train_step.json")], TRAIN)
 
     def measure(name: str, limit: float, *options: str) -> None:
         """Part of the bench, and its report."""
