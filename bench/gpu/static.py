@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import struct
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,47 @@ import triton
 from bench.results import text_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
+INSTRUCTION = 16  # bytes, from sm_70
 
 
 def cuobjdump(binary: str | Path, *flags: str) -> str:
     """What the tool that comes with triton prints of a library or cubin."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, *flags, binary], capture_output=True, text=True, check=True)
+    return _printed("cuobjdump", *flags, binary)
+
+
+def _printed(tool: str, *arguments: str | Path) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+def instructions(cubins: Sequence[bytes], architecture: str) -> list[str]:
+    """The SASS of each cubin, a line for each instruction: what is compiled for ``sm_90a``, say.
+
+    All go by one call of nvdisasm: its start takes longer than a kernel.
+    """
+    codes = [_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        kind = architecture.replace("sm_", "SM")
+        printed = _printed("nvdisasm", "--no-dataflow", "--binary", kind, file.name)
+    lines = iter(re.findall(r"^ +/\*[0-9a-f]+\*/ (.*)$", printed, re.MULTILINE))
+    found = ["\n".join(islice(lines, len(code) // INSTRUCTION)) for code in codes]
+    assert next(lines, None) is None and all(found), "expected a line for each instruction"
+    return found
+
+
+def _code(cubin: bytes) -> bytes:
+    """The executable sections of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count = struct.unpack_from("<HH", cubin, 58)
+    code = b""
+    for k in range(count):
+        kind, flags, _, start, length = struct.unpack_from("<IQQQQ", cubin, table + k * size + 4)
+        if kind == 1 and flags & 4:  # SHT_PROGBITS, SHF_EXECINSTR
+            code += cubin[start : start + length]
+    return code
 
 
 def regressions(

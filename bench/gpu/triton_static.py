@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.gpu.static import RESULTS, cuobjdump, finish, regressions
+from bench.gpu.static import RESULTS, cuobjdump, finish, instructions, regressions
 from mpo_kernels.backends.triton.chain import chain_gradient_kernel, chain_kernel
 from mpo_kernels.backends.triton.gather import gather_gradient_kernel, gather_kernel
 from mpo_kernels.backends.triton.panels import gemm_task, merging_task, panel_tasks, parting_tasks
@@ -182,14 +182,16 @@ def target(limits: Limits) -> GPUTarget:
     return GPUTarget("hip", limits.name, limits.warp)
 
 
-def figures(built: Any) -> dict[str, int]:
+def figures(built: Any, assembly: str) -> dict[str, int]:
     """Registers a thread, bytes spilled, bytes of shared memory, matrix instructions by kind."""
     if "cubin" in built.asm:
-        usage, assembly = _cuobjdump(built.asm["cubin"])
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(built.asm["cubin"])
+            file.flush()
+            usage = cuobjdump(file.name, "--dump-resource-usage")
         registers, spilled = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
         kinds = {"wgmma": "HGMMA", "tcgen05": "UTC[HQ]MMA", "mma": "HMMA"}
     else:
-        assembly = built.asm["amdgcn"]
         registers, spilled = (
             int(re.findall(rf"\.vgpr_{field}:\s+(\d+)", assembly)[0])
             for field in ("count", "spill_count")
@@ -203,12 +205,12 @@ def figures(built: Any) -> dict[str, int]:
     return found | {name: count for name, count in counts.items() if count}
 
 
-def _cuobjdump(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and SASS."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return cuobjdump(file.name, "--dump-resource-usage"), cuobjdump(file.name, "-sass")
+def assemblies(built: list[Any]) -> list[str]:
+    """What the device runs of each, all compiled for one architecture."""
+    if "cubin" not in built[0].asm:
+        return [one.asm["amdgcn"] for one in built]
+    architecture = re.findall(r"\.target (sm_\w+)", built[0].asm["ptx"])[0]
+    return instructions([one.asm["cubin"] for one in built], architecture)
 
 
 def faults(dtype: torch.dtype, rows: int, found: dict[str, int], limits: Limits) -> list[str]:
@@ -245,19 +247,21 @@ def report(architectures: list[str]) -> tuple[dict[str, Any], list[str]]:
     rows: dict[str, Any] = {}
     wrong = []
     for name in architectures:
-        rows[name] = {}
+        limits = LIMITS[name]
+        made = []  # title, tile, what is compiled, the operands' dtype, rows of the smaller product
         for case in CASES:
-            tile, built = compiled(case, LIMITS[name])
-            found = figures(built)
-            rows[name][case.name] = {"tile": list(tile), **found}
-            found_wrong = faults(case.dtype, _matrix_rows(case, tile), found, LIMITS[name])
-            wrong += [f"{name} {case.name}: {fault}" for fault in found_wrong]
-        for title, (task, fp32) in products(LIMITS[name]).items():
-            found = figures(compiled_product(task, fp32, LIMITS[name]))
-            rows[name][f"product {title}"] = {"tile": list(task.tile), **found}
+            tile, built = compiled(case, limits)
+            made.append((case.name, tile, built, case.dtype, _matrix_rows(case, tile)))
+        for title, (task, fp32) in products(limits).items():
+            built = compiled_product(task, fp32, limits)
             dtype = FP32 if "a" in fp32 or "b" in fp32 else BF16
-            found_wrong = faults(dtype, task.tile.block_m, found, LIMITS[name])
-            wrong += [f"{name} product {title}: {fault}" for fault in found_wrong]
+            made.append((f"product {title}", task.tile, built, dtype, task.tile.block_m))
+        rows[name] = {}
+        texts = assemblies([built for _, _, built, _, _ in made])
+        for (title, tile, built, dtype, least), text in zip(made, texts, strict=True):
+            found = figures(built, text)
+            rows[name][title] = {"tile": list(tile), **found}
+            wrong += [f"{name} {title}: {fault}" for fault in faults(dtype, least, found, limits)]
         print(f"{name}: {len(rows[name])} kernels compiled", file=sys.stderr)
     return {"triton": triton.__version__, "architectures": rows}, wrong
 
