@@ -89,7 +89,7 @@ def _candidates(call: Call, figures: DeviceFigures, digits: bool) -> Iterator[Pl
     ) -> Plan:
         merging = merge_work(shapes, split, itemsize, gradients)
         if digits and algorithm == "panels":
-            merging = [w for w in merging if w.macs]
+            merging = [w for w in merging if w.macs]  # no copies
         fixed = [*merging, *fixed]
         work = [x_y_cores, *fixed, *work]
         macs, moved = sum(w.macs for w in work), sum(w.bytes for w in work)

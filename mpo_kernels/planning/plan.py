@@ -89,8 +89,8 @@ class Plan:
     """A contraction for one shape and row bucket, and what was weighed against it.
 
     Attributes:
-        algorithm: ``"chain"`` or ``"panels"`` of the library's products, ``"fused"`` (the chain in
-            one kernel) where there are kernels.
+        algorithm: ``"chain"`` or ``"panels"`` of the library's products, the small ones of panels
+            by a kernel where there is one, or ``"fused"`` (the chain in one kernel).
         order: ``"left"`` or ``"right"``: from which end a chain takes the parts; ``"columns"`` or
             ``"rows"``: of W, that a panel holds.
         split: where the cores are cut into merged parts, n = 5: (2, 3) is T1T2 | T3 | T4T5.

@@ -37,6 +37,12 @@ def _task(p: Product, itemsize: int, limits: Limits, most: int = 0) -> Task:
     return Task(p, product_tile(p.m, p.n, p.k, itemsize, limits, most // p.share))
 
 
+@lru_cache(maxsize=1024)
+def _shared_out(task: Task, splits: int) -> Task:
+    """A last panel is narrower, and k would be shared out further than there is room for."""
+    return Task(task.product, task.tile._replace(splits=splits))
+
+
 def _empty(task: Task, like: Tensor) -> Tensor:
     """For sums of a product: ``[splits, m · n]`` in fp32."""
     return like.new_empty(task.tile.splits, task.product.share, dtype=torch.float32)
@@ -52,9 +58,8 @@ def _merged_sizes(a: CoreShape, b: CoreShape) -> dict[str, int]:
 
 @lru_cache(maxsize=1024)
 def merging_task(a: CoreShape, b: CoreShape, itemsize: int, limits: Limits) -> Task:
-    sizes = dict(zip(["d", "i", "j", "r"], a, strict=True)) | dict(
-        zip(["u", "v", "s"], b[1:], strict=True)
-    )
+    """Of two neighbouring cores."""
+    sizes = _merged_sizes(a, b)
     return _task(product_of("d i j r", "r u v s", "d i u j v s", sizes), itemsize, limits)
 
 
@@ -63,10 +68,7 @@ def parting_tasks(
     a: CoreShape, b: CoreShape, shares: int, itemsize: int, limits: Limits, most: int
 ) -> tuple[Task, Task]:
     """The gradients of what was merged, from ``[shares, d, i, u, j, v, s]``."""
-    sizes = dict(zip(["d", "i", "j", "r"], a, strict=True)) | dict(
-        zip(["u", "v", "s"], b[1:], strict=True)
-    )
-    sizes["z"] = shares
+    sizes = _merged_sizes(a, b) | {"z": shares}
     merged = "z d i u j v s"
     return (
         _task(product_of(merged, "r u v s", "d i j r", sizes), 4, limits, most),
@@ -318,9 +320,7 @@ def _project(
                     # What is all padding is never written.
                     shape = of_flow.tile.splits, *parts[0].shape
                     sums[0] = flow.new_zeros(shape, dtype=torch.float32)
-                splits = min(of_flow.tile.splits, len(sums[0]))
-                if splits < of_flow.tile.splits:  # a last panel that is narrower
-                    of_flow = Task(of_flow.product, of_flow.tile._replace(splits=splits))
+                of_flow = _shared_out(of_flow, min(of_flow.tile.splits, len(sums[0])))
                 below = sums[0][(slice(None), *of_block)]
             jobs.append(Job(of_flow, flow, parts[k], below))
             flow = below

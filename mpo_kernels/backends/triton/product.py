@@ -162,8 +162,10 @@ def product_kernel(
 
 
 class Task:
-    """A product with its tile, and what was compiled for it: triton's search takes the host longer
-    than the launch."""
+    """A product with its tile, and what was compiled for it.
+
+    Triton's own search for that takes the host longer than the launch.
+    """
 
     __slots__ = ("_compiled", "product", "tile")
 
