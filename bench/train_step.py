@@ -22,6 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import mpop
 from bench import facts
+from bench.layer.measure import captured
 from bench.results import Record, Results
 from mpo_kernels import MPOLinear, MPOShape
 from mpop.benchmark import median_seconds
@@ -91,8 +92,7 @@ def measure(
         "labels": torch.zeros(size[0], dtype=torch.int64, device=device),
     }
     parameters = [p for p in model.parameters() if p.requires_grad]
-    captured = mode == "captured"
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, capturable=captured)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, capturable=mode == "captured")
     run = torch.compile(model) if mode == "compiled" else model
 
     def step() -> None:
@@ -103,10 +103,12 @@ def measure(
         optimizer.step()
 
     call: Callable[[], Any] = step
-    if captured:
-        call = _captured(step)
-    call()
-    launches = _launches(call) if device.type == "cuda" and not captured else None
+    step()
+    launches = _launches(step) if device.type == "cuda" and mode != "captured" else None
+    if mode == "captured":
+        if (graph := captured(step)) is None:
+            raise RuntimeError("a step cannot be captured in a graph")
+        call = graph.replay
     reset_peak_memory(device)
     seconds = median_seconds(call, device, REPEATS)
     return {
@@ -117,19 +119,6 @@ def measure(
         "launches": launches,
         **peak_memory(device),
     }
-
-
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def _launches(step: Callable[[], None]) -> int:

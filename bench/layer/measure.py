@@ -98,7 +98,7 @@ def _interleave_replays(
 ) -> dict[Key, Timing]:
     # Larger than any second-level cache: writing it leaves nothing of the call's operands there.
     flush = torch.empty(2**28, dtype=torch.uint8, device=device)
-    graphs = {key: _captured(call) for key, call in calls.items()}
+    graphs = {key: captured(call) for key, call in calls.items()}
 
     def sample(key: Key) -> float:
         graph = graphs[key]
@@ -114,7 +114,7 @@ def _interleave_replays(
     return {key: replace(timing, captured=graphs[key] is not None) for key, timing in timed.items()}
 
 
-def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
+def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
     """The call in a CUDA graph; None where it cannot be in one (it waits for the device)."""
     graph, before, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
     try:
