@@ -79,6 +79,8 @@ CASES = [
     Case(TWO, (1,), 2, "columns", padding=(3, 13)),
     Case(TWO, (1,), 3, "rows", frozen=(0,), padding=(12, 2)),
     Case(TWO, (1,), 3, "rows", frozen=(0, 1)),
+    # The last panel has half as many programs, and k would be shared out twice as far.
+    Case(MPOShape((20, 9), (10, 11), 6), (1,), 7, "columns"),
 ]
 
 
