@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.static import RESULTS, cuobjdump, finish, regressions
+from bench.gpu.static import RESULTS, code_of, cuobjdump, finish, instructions, regressions
 
 REPORT = RESULTS / "cuda_static.json"
 ELEMENTS = {"7Float16": "float16", "8BFloat16": "bfloat16"}
@@ -46,15 +46,17 @@ def report(library: Path) -> dict[str, Any]:
             registers, stack, _, local = map(int, found.groups())
             row = {"registers": registers, "stack": stack + local}
             rows.setdefault(architecture, {})[name] = row
-    row = dict.fromkeys(KINDS.values(), 0)
-    for line in cuobjdump(library, "-sass").splitlines():
-        if found := re.search(r"arch = (sm_\w+)", line):
-            architecture = found[1]
-        elif found := re.search(r"Function : (\S*chain_kernel\S*)", line):
-            row = rows[architecture][_name(found[1])]
-            row.update(dict.fromkeys(KINDS.values(), 0))
-        elif found := OF_INTEREST.search(line):
-            row[KINDS[found[0]]] += 1
+    with tempfile.TemporaryDirectory() as folder:
+        cuobjdump(library.resolve(), "--extract-elf", "all", cwd=Path(folder))
+        for file in Path(folder).iterdir():
+            (architecture,) = re.findall(r"\.(sm_\w+)\.cubin", file.name)
+            codes = code_of(file.read_bytes())
+            texts = instructions(list(codes.values()), architecture)
+            for function, text in zip(codes, texts, strict=True):
+                row = rows[architecture][_name(function)]
+                row.update(dict.fromkeys(KINDS.values(), 0))
+                for found in OF_INTEREST.findall(text):
+                    row[KINDS[found]] += 1
     ptx = re.findall(r"\.(sm_\w+)\.ptx", cuobjdump(library, "--list-ptx"))
     return {"architectures": rows, "ptx": sorted(ptx)}
 

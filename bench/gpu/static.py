@@ -20,44 +20,43 @@ RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 INSTRUCTION = 16  # bytes, from sm_70
 
 
-def cuobjdump(binary: str | Path, *flags: str) -> str:
+def cuobjdump(binary: str | Path, *flags: str, cwd: Path | None = None) -> str:
     """What the tool that comes with triton prints of a library or cubin."""
-    return _printed("cuobjdump", *flags, binary)
+    return _printed("cuobjdump", *flags, binary, cwd=cwd)
 
 
-def _printed(tool: str, *arguments: str | Path) -> str:
+def _printed(tool: str, *arguments: str | Path, cwd: Path | None = None) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=True, cwd=cwd)
     return done.stdout
 
 
-def instructions(cubins: Sequence[bytes], architecture: str) -> list[str]:
-    """The SASS of each cubin, a line for each instruction: what is compiled for ``sm_90a``, say.
+def instructions(codes: Sequence[bytes], architecture: str) -> list[str]:
+    """The SASS of the code of kernels for ``sm_90a``, say: a line for each instruction.
 
     All go by one call of nvdisasm: its start takes longer than a kernel.
     """
-    codes = [_code(cubin) for cubin in cubins]
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(codes))
         file.flush()
-        kind = architecture.replace("sm_", "SM")
-        printed = _printed("nvdisasm", "--no-dataflow", "--binary", kind, file.name)
+        printed = _printed("nvdisasm", "--binary", architecture.replace("sm_", "SM"), file.name)
     lines = iter(re.findall(r"^ +/\*[0-9a-f]+\*/ (.*)$", printed, re.MULTILINE))
     found = ["\n".join(islice(lines, len(code) // INSTRUCTION)) for code in codes]
     assert next(lines, None) is None and all(found), "expected a line for each instruction"
     return found
 
 
-def _code(cubin: bytes) -> bytes:
-    """The executable sections of a 64-bit ELF file."""
+def code_of(cubin: bytes) -> dict[str, bytes]:
+    """The executable sections of a 64-bit ELF file by name: ``.text.`` and a kernel's."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, count = struct.unpack_from("<HH", cubin, 58)
-    code = b""
-    for k in range(count):
-        kind, flags, _, start, length = struct.unpack_from("<IQQQQ", cubin, table + k * size + 4)
-        if kind == 1 and flags & 4:  # SHT_PROGBITS, SHF_EXECINSTR
-            code += cubin[start : start + length]
-    return code
+    size, count, of_names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + k * size) for k in range(count)]
+    names = headers[of_names][4]
+    return {
+        cubin[names + name : cubin.index(b"\0", names + name)].decode(): cubin[at : at + length]
+        for name, kind, flags, _, at, length in headers
+        if kind == 1 and flags & 4  # SHT_PROGBITS, SHF_EXECINSTR
+    }
 
 
 def regressions(

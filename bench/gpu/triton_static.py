@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.gpu.static import RESULTS, cuobjdump, finish, instructions, regressions
+from bench.gpu.static import RESULTS, code_of, cuobjdump, finish, instructions, regressions
 from mpo_kernels.backends.triton.chain import chain_gradient_kernel, chain_kernel
 from mpo_kernels.backends.triton.gather import gather_gradient_kernel, gather_kernel
 from mpo_kernels.backends.triton.panels import gemm_task, merging_task, panel_tasks, parting_tasks
@@ -210,7 +210,8 @@ def assemblies(built: list[Any]) -> list[str]:
     if "cubin" not in built[0].asm:
         return [one.asm["amdgcn"] for one in built]
     architecture = re.findall(r"\.target (sm_\w+)", built[0].asm["ptx"])[0]
-    return instructions([one.asm["cubin"] for one in built], architecture)
+    codes = [b"".join(code_of(one.asm["cubin"]).values()) for one in built]
+    return instructions(codes, architecture)
 
 
 def faults(dtype: torch.dtype, rows: int, found: dict[str, int], limits: Limits) -> list[str]:
