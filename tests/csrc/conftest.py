@@ -45,9 +45,9 @@ def build() -> Path:
 
 
 def imported(folder: Path, name: str) -> ModuleType:
-    """An extension of that name that CMake built."""
+    """What CMake built in a file of that name: the package's extension, by its own name."""
     (path,) = folder.glob(f"{name}*.so")
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location("_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

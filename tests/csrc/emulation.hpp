@@ -4,6 +4,7 @@
 // between, a barrier that not every thread reaches.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -43,7 +44,7 @@ class Machine {
         block_threads_(static_cast<size_t>(threads)),
         shared_bytes_(static_cast<size_t>((shared_bytes + 15) / 16 * 16)),
         shared_(shared_bytes_ * static_cast<size_t>(cluster) / 16),
-        touched_(shared_bytes_ * static_cast<size_t>(cluster)),
+        touched_(shared_bytes_ * static_cast<size_t>(cluster) / kElement),
         epochs_(static_cast<size_t>(cluster)),
         used_in_(static_cast<size_t>(cluster)),
         threads_(block_threads_ * static_cast<size_t>(cluster)),
@@ -58,7 +59,7 @@ class Machine {
   void run(int x, int y, const std::function<void()>& body) {
     first_x_ = x, block_y_ = y, body_ = &body, fault_.clear();
     // What a block finds in shared memory is not a number in any format.
-    std::memset(base(), 0xff, touched_.size());
+    std::memset(base(), 0xff, total());
     std::fill(touched_.begin(), touched_.end(), Touch{});
     cluster_epoch_ = 0;
     std::fill(epochs_.begin(), epochs_.end(), 0);
@@ -68,7 +69,8 @@ class Machine {
       getcontext(&t.context);
       t.context.uc_stack.ss_sp = t.stack.data();
       t.context.uc_stack.ss_size = t.stack.size();
-      t.context.uc_link = &scheduler_;
+      t.context.uc_link = nullptr;
+      t.begun = false;
       t.state = State::kReady;
       makecontext(&t.context, reinterpret_cast<void (*)()>(&Machine::enter), 0);
     }
@@ -132,19 +134,18 @@ class Machine {
 
   bool is_shared(const void* pointer) {
     const char* at = static_cast<const char*>(pointer);
-    return at >= base() && at < base() + touched_.size();
+    return at >= base() && at < base() + total();
   }
 
   void check_shared(const void* pointer, size_t bytes, bool write) {
     const size_t begin = static_cast<size_t>(static_cast<const char*>(pointer) - base());
-    if (!is_shared(pointer) || begin + bytes > touched_.size())
-      return fault("outside shared memory");
+    if (!is_shared(pointer) || begin + bytes > total()) return fault("outside shared memory");
     if (reinterpret_cast<uintptr_t>(pointer) % (bytes < 16 ? bytes : 16) != 0) {
       return fault("misaligned access to shared memory");
     }
     const int owner = static_cast<int>(begin / shared_bytes_);
-    for (size_t i = begin; i < begin + bytes; ++i) {
-      Touch& t = touched_[i];
+    for (size_t i = begin; i < begin + bytes; i += kElement) {
+      Touch& t = touched_[i / kElement];
       bool ordered = before(t.written, owner);
       if (write) ordered = ordered && before(t.read, owner) && before(t.read_remotely, owner);
       if (!ordered) return fault("two threads at one place with no barrier between");
@@ -158,12 +159,15 @@ class Machine {
   enum class State { kReady, kBarrier, kClusterBarrier, kProduct, kDone };
 
   struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // where it begins
+    jmp_buf place;       // where it goes on
+    bool begun = false;
     std::vector<char> stack;
     State state = State::kDone;
   };
 
   static constexpr int kNobody = -1, kSeveral = -2;
+  static constexpr size_t kElement = 2;  // bytes: every access is of whole ones
 
   // Who came, and after how many barriers of the block whose memory it is, and of the cluster.
   struct Visit {
@@ -186,6 +190,7 @@ class Machine {
 
   // Aligned as shared memory is.
   char* base() { return shared_.data()->bytes; }
+  size_t total() const { return kElement * touched_.size(); }
 
   static void enter() {
     Machine& m = *current_machine();
@@ -193,13 +198,22 @@ class Machine {
     if (m.used_in_[static_cast<size_t>(m.rank())] == m.cluster_epoch_) {
       m.fault("done, with no barrier after another block used its memory");
     }
-    m.threads_[static_cast<size_t>(m.current_)].state = State::kDone;
+    m.wait(State::kDone);
   }
 
   void wait(State state) {
     Thread& t = threads_[static_cast<size_t>(current_)];
     t.state = state;
-    swapcontext(&t.context, &scheduler_);
+    if (_setjmp(t.place) == 0) _longjmp(scheduler_, 1);
+  }
+
+  // Runs the current thread until it waits. Jumps, unlike contexts, call no system.
+  void resume() {
+    Thread& t = threads_[static_cast<size_t>(current_)];
+    if (_setjmp(scheduler_) != 0) return;
+    if (t.begun) _longjmp(t.place, 1);
+    t.begun = true;
+    setcontext(&t.context);
   }
 
   // Runs every warp that can go on, then opens what all have reached; false when the block is done.
@@ -217,7 +231,7 @@ class Machine {
           if (threads_[index].state != State::kReady) continue;
           here = ran = true;
           current_ = static_cast<int>(index);
-          swapcontext(&scheduler_, &threads_[index].context);
+          resume();
         }
         if (all(first, 32, State::kProduct)) {
           multiply(first);
@@ -296,7 +310,7 @@ class Machine {
   std::vector<Thread> threads_;
   std::vector<Product> pending_;
   float (*unpack_)(uint32_t) = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   const std::function<void()>* body_ = nullptr;
   std::string fault_;
   int current_ = 0, cluster_epoch_ = 0, first_x_ = 0, block_y_ = 0;

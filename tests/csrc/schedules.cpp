@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <set>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "emulation.hpp"
@@ -56,6 +55,16 @@ void check_vectors(const Case& c, const Level& l, bool first) {
   }
 }
 
+// The pairs that the numbers below n are taken apart into, each once.
+std::vector<std::pair<int, int>> digits(int n, int shift) {
+  std::vector<std::pair<int, int>> pairs;
+  pairs.reserve(static_cast<size_t>(n));
+  for (int i = 0; i < n; ++i) pairs.emplace_back(i >> shift, i - (i >> shift << shift));
+  std::sort(pairs.begin(), pairs.end());
+  pairs.erase(std::unique(pairs.begin(), pairs.end()), pairs.end());
+  return pairs;
+}
+
 void check_level(const Case& c, const Schedule& s, int level) {
   const Level& l = s.levels[level];
   const int last = s.parts - 1;
@@ -70,21 +79,13 @@ void check_level(const Case& c, const Schedule& s, int level) {
   }
   if (level > 0) require(c, power_of_two(l.in.block), "a digit of n that is no power of two");
   // m and k of a block, as the kernel takes them apart, are all pairs once.
-  std::set<std::pair<int, int>> pairs;
-  for (int m = 0; m < l.m_tile; ++m) {
-    const int major = m >> l.m_shift;
-    pairs.emplace(major, m - (major << l.m_shift));
-  }
+  std::vector<std::pair<int, int>> pairs = digits(l.m_tile, l.m_shift);
   const int minors = l.to_minor ? l.to.block : l.out.block;
   require(c, static_cast<int>(pairs.size()) == l.out.block * l.to.block, "m is not one-to-one");
-  require(c, pairs.rbegin()->second < minors, "m's minor index is past its block");
+  require(c, pairs.back().second < minors, "m's minor index is past its block");
   require(c, l.m_tile % 8 == 0, "a thread's m cross the block");
   if (level > 0) {
-    pairs.clear();
-    for (int k = 0; k < l.depth; ++k) {
-      const int major = k >> l.k_shift;
-      pairs.emplace(major, k - (major << l.k_shift));
-    }
+    pairs = digits(l.depth, l.k_shift);
     require(c, static_cast<int>(pairs.size()) == l.in.block * l.from.block, "k is not one-to-one");
     require(c, l.chunk == l.depth, "a state that is not whole");
   } else {
