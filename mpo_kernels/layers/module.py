@@ -91,7 +91,8 @@ class MPOModule(UnformedLayer):
         shape = self.shape
         each = (variance / math.prod(shape.ranks)) ** (0.5 / shape.num_cores)
         for core in self.cores:
-            nn.init.normal_(core, std=each)
+            if not core.is_meta:  # which would take a millisecond to change nothing
+                nn.init.normal_(core, std=each)
 
     def freeze_central(self) -> None:
         """Train only the auxiliary cores (and the bias): no gradient of the centre is computed."""
