@@ -18,6 +18,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from mpo_kernels import MPOEmbedding, MPOLinear, QuantizedMPOLinear
+from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLinear
+
 # What an expression stands for: modules, or functions bound to them.
 Found: TypeAlias = frozenset[Any]
 _NOTHING: Found = frozenset()
@@ -30,8 +33,14 @@ _QUESTIONS = {
 }
 _ASKING = {"isinstance", "hasattr", "id", "type", "len"}
 _ITERATING = {"enumerate", "zip", "reversed", "iter", "list", "tuple", "next", "sorted"}
-# Torch's own layers, whose forward is what an MPO layer does instead.
-_LEAVES = (nn.Linear.forward, nn.Embedding.forward)
+# Torch's own layers, and those that take their place: a forward of theirs reads no other's weight.
+_LEAVES = tuple(
+    layer.forward
+    for layer in (
+        *(nn.Linear, MPOLinear, QuantizedMPOLinear, BlockwiseLinear),
+        *(nn.Embedding, MPOEmbedding, BlockwiseEmbedding),
+    )
+)
 
 
 def weights_read(model: nn.Module, leaves: Iterable[Any] = ()) -> dict[nn.Module, str]:
@@ -72,6 +81,10 @@ class _Body(ast.NodeVisitor):
         self.walk, self.function, self.cls, self.names = walk, function, cls, names
         self.own = names.get(_own_name(function), _NOTHING)
 
+    def generic_visit(self, node: ast.AST) -> None:
+        for part in _parts(node):
+            self.visit(part)
+
     # What an expression stands for.
 
     def found(self, node: ast.AST | None) -> Found:
@@ -109,13 +122,12 @@ class _Body(ast.NodeVisitor):
 
     def _returned(self, callee: Any, cls: type | None, own: Found) -> Found:
         """Modules that a method gives, as `get_input_embeddings` does."""
-        source = _source(callee) if own and callee not in self.walk.leaves else None
-        if source is None or callee in self.walk.returning:
+        values = _returns(callee) if own and callee not in self.walk.leaves else ()
+        if not values or callee in self.walk.returning:
             return _NOTHING
         self.walk.returning.append(callee)
         body = _Body(self.walk, callee, cls, {_own_name(callee): own})
-        returns = [node.value for node in ast.walk(source) if isinstance(node, ast.Return)]
-        found = _NOTHING.union(*(body.found(value) for value in returns))
+        found = _NOTHING.union(*(body.found(value) for value in values))
         self.walk.returning.pop()
         return found
 
@@ -232,7 +244,7 @@ class _Body(ast.NodeVisitor):
             return
         if isinstance(func, ast.Attribute):
             owner = func.value
-            if isinstance(owner, ast.Call) and ast.unparse(owner) == "super()":
+            if isinstance(owner, ast.Call) and _is_super(owner):
                 for module in self.own:
                     yield _above(type(module), self.function, func.attr), None, frozenset([module])
                 return
@@ -323,6 +335,11 @@ def _codes(cls: type) -> list[Any]:
     return [inspect.unwrap(function).__code__ for function in functions]
 
 
+def _is_super(call: ast.Call) -> bool:
+    is_bare = not call.args and not call.keywords
+    return is_bare and isinstance(call.func, ast.Name) and call.func.id == "super"
+
+
 @cache
 def _source(function: Any) -> ast.AST | None:
     """The tree of a function's definition; None where there is no source."""
@@ -333,3 +350,21 @@ def _source(function: Any) -> ast.AST | None:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return None
+
+
+@cache
+def _returns(function: Any) -> tuple[ast.expr, ...]:
+    """What a function returns, and those inside it."""
+    source = _source(function)
+    nodes = () if source is None else ast.walk(source)
+    return tuple(node.value for node in nodes if isinstance(node, ast.Return) and node.value)
+
+
+# Without parts that could stand for anything.
+_PLAIN = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Constant)
+
+
+@cache
+def _parts(node: ast.AST) -> list[ast.AST]:
+    """The children of a node of a source, which is kept, that there is something to find in."""
+    return [part for part in ast.iter_child_nodes(node) if not isinstance(part, _PLAIN)]
