@@ -72,18 +72,28 @@ def _frozen_embeddings(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def matched_lora(model: PreTrainedModel) -> tuple[list[str], int]:
-    """The encoder's linear layers, and LoRA's rank on them that trains as many as light does."""
+def _frozen_words(model: PreTrainedModel) -> PreTrainedModel:
+    model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
+def matched_lora(model: PreTrainedModel, share: float | None = None) -> tuple[list[str], int]:
+    """The encoder's linear layers, and LoRA's rank on them that trains as many as light does.
+
+    Args:
+        share: of light fine-tuning; None for the exact chain of five balanced cores.
+    """
     matrices = [names[0] for names in dense_matrices(model.base_model)]
     linears = {name: module_at(model.base_model, name) for name in matrices}
     linears = {name: found for name, found in linears.items() if isinstance(found, nn.Linear)}
-    light = sum(light_parameters(linear) for linear in linears.values())
-    return list(linears), round(light / sum(sum(found.weight.shape) for found in linears.values()))
+    light = sum(light_parameters(linear, share) for linear in linears.values())
+    of_rank = sum(sum(found.weight.shape) for found in linears.values())
+    return list(linears), max(1, round(light / of_rank))
 
 
-def _lora(model: PreTrainedModel) -> Any:
+def _lora(model: PreTrainedModel, share: float | None = None) -> Any:
     """As many trained parameters as light fine-tuning of the encoder's full-rank MPOs has."""
-    linears, rank = matched_lora(model)
+    linears, rank = matched_lora(model, share)
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=rank,
@@ -93,9 +103,9 @@ def _lora(model: PreTrainedModel) -> Any:
     return get_peft_model(model, config)
 
 
-def light_parameters(linear: nn.Linear) -> int:
-    """Auxiliary entries of its exact decomposition into five balanced factors."""
-    shape = MatrixConfig().shape(linear.in_features, linear.out_features)
+def light_parameters(linear: nn.Linear, share: float | None = None) -> int:
+    """Auxiliary entries of its exact decomposition, into five balanced factors without a share."""
+    shape = MatrixConfig(share=share).shape(linear.in_features, linear.out_features)
     with torch.device("meta"):
         layer = MPOLinear(linear.in_features, linear.out_features, shape, bias=False)
     return sum(core.numel() for k, core in enumerate(layer.cores) if k != layer.central)
@@ -108,8 +118,10 @@ def _biases(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _compress(model: PreTrainedModel, batches: Any, **options: Any) -> None:
-    mpop.compress(model, mpop.CompressionConfig(embeddings=False, **options), batches)
+def _compress(
+    model: PreTrainedModel, batches: Any, embeddings: bool = False, **options: Any
+) -> None:
+    mpop.compress(model, mpop.CompressionConfig(embeddings=embeddings, **options), batches)
 
 
 def _low_rank(model: PreTrainedModel, batches: Any, kept: float = KEPT) -> None:
@@ -129,8 +141,8 @@ def _chosen(model: PreTrainedModel, batches: Any, kept: float = KEPT) -> None:
     _compress(model, batches, compression=kept, factors="auto")
 
 
-def _exact(model: PreTrainedModel, _: Any) -> None:
-    _compress(model, None)
+def _exact(model: PreTrainedModel, _: Any, **options: Any) -> None:
+    _compress(model, None, **options)
     mpop.balance(model)
 
 
@@ -142,10 +154,35 @@ def _svd(model: PreTrainedModel, _: Any) -> None:
     _low_rank(model, None)
 
 
+def _light(share: float) -> Method:
+    return Method(
+        f"light fine-tuning of a share of {share:.1%}, two factors at full rank, the embeddings "
+        "dense and frozen",
+        "light",
+        partial(_exact, share=share),
+        prepare=_frozen_embeddings,
+    )
+
+
+def _lora_beside(share: float) -> Method:
+    return Method(
+        f"LoRA on the same matrices, as many trained as by a share of {share:.1%}",
+        "dense",
+        prepare=partial(_lora, share=share),
+    )
+
+
+# How light light fine-tuning can be.
+SHARES = {"10": 0.1, "5": 0.05, "2.5": 0.025, "1": 0.01, "0.5": 0.005}
+
 METHODS = {
     "dense": Method("ordinary fine-tuning", "dense"),
     "full": Method("MPOP_full: full rank, every tensor trained"),
-    "light": Method("MPOP_full+LFA: full rank, centres frozen", "light"),
+    "light": Method(
+        "MPOP_full+LFA: five factors at full rank, centres frozen",
+        "light",
+        partial(_exact, embeddings=True),
+    ),
     "light-encoder": Method(
         "the same with the embeddings dense and frozen", "light", _exact, prepare=_frozen_embeddings
     ),
@@ -200,6 +237,19 @@ METHODS = {
         calibrates=True,
         prepare=_frozen_embeddings,
         squeezes=True,
+    ),
+    **{f"light-{name}": _light(share) for name, share in SHARES.items()},
+    **{f"lora-{name}": _lora_beside(share) for name, share in SHARES.items()},
+    "light-10-tables": Method(
+        "a share of 10 % with the vocabulary in a centre, and all other embeddings trained",
+        "light",
+        partial(_exact, share=0.1, embeddings=True),
+    ),
+    "light-10-words": Method(
+        "a share of 10 % with the word embeddings dense and frozen, all others trained",
+        "light",
+        partial(_exact, share=0.1),
+        prepare=_frozen_words,
     ),
 }
 # Methods that are cut alike.

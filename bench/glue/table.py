@@ -27,7 +27,7 @@ import torch
 
 from bench import facts
 from bench.glue.encoder import say
-from bench.glue.methods import METHODS
+from bench.glue.methods import METHODS, SHARES
 from bench.glue.report import figure, markdown, tasks_figure, trace
 from bench.results import text_of
 from mpop.data.glue import TASKS, get_task
@@ -46,6 +46,11 @@ GRID = {
     "svd-late": [2.5e-5, 1e-4],
     "dir": [1e-4],
     "dir-late": [2.5e-5, 1e-4],
+    # The fewer are trained, the larger their steps.
+    **{f"light-{name}": [1e-4, 2e-4, 4e-4] for name in ("10", "10-words", "10-tables", "5")},
+    **{f"light-{name}": [2e-4, 4e-4, 8e-4] for name in ("2.5", "1")},
+    "light-0.5": [4e-4, 8e-4, 1.6e-3],
+    **{f"lora-{name}": [1e-3, 2e-3, 4e-3] for name in SHARES},
 }
 # Training rows of a model that is made for its times alone.
 _FEW = 320

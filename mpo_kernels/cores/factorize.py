@@ -106,3 +106,39 @@ def paper_factors(
         balanced_factors(in_features, num_cores),
         balanced_factors(out_features, num_cores)[::-1],
     )
+
+
+def end_factors(
+    features: int, others: int, share: float, tensor_parallel: int = 1
+) -> tuple[int, int]:
+    """``(d, rest)``: d digits of ``features`` whose d × d entries are about ``share`` of the whole.
+
+    See :meth:`mpo_kernels.MPOShape.light`; ``d · rest`` is ``features``, or at most 5 % more.
+
+    Args:
+        features, others: of the side that is factored, and of the other one.
+        share: of ``features · others``.
+        tensor_parallel: divides d, and nothing is padded then.
+
+    Raises:
+        ValueError: sizes that ``tensor_parallel`` does not divide.
+    """
+    if features % tensor_parallel or others % tensor_parallel:
+        raise ValueError(
+            f"expected sizes that tensor_parallel = {tensor_parallel} divides, "
+            f"got {features} and {others}"
+        )
+    entries = features * others
+
+    def allowed(digits: int, rest: int) -> bool:
+        if tensor_parallel > 1 and (digits * rest > features or digits % tensor_parallel):
+            return False
+        return digits * rest <= (1 + _MAX_PADDING) * features and digits * digits <= entries
+
+    def cost(pair: tuple[int, int]) -> float:
+        digits, rest = pair
+        return abs(math.log(digits * digits / (share * entries))) + (digits * rest > features)
+
+    # A rest gives the fewest digits that cover the features; those of two small ones may be alike.
+    pairs = ((-(-features // rest), rest) for rest in range(1, features // 2 + 1))
+    return min(filter(lambda pair: allowed(*pair), pairs), key=cost, default=(1, features))

@@ -163,7 +163,8 @@ def _chain_work(
             m, n, k, per_block = per_block * n, m, k, 1
         work.append(Work(m, n, k, per_block, count=blocks, bytes=moved))
 
-    for step in steps[:-1] if gradients else steps:
+    asked = [index for index, step in enumerate(steps) if needs[step.part]]
+    for step in steps[: max(asked, default=0)] if gradients else steps:
         product(step.m, step.n, step.k, step.batch)
     if gradients:
         for index, step in enumerate(reversed(steps)):

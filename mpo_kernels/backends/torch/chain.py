@@ -43,8 +43,13 @@ def _ready(
     ]
 
 
-def _apply(matrix: Tensor, state: Tensor, n: int, out: Tensor | None = None) -> Tensor:
-    """``A [m, k] × state [batch, k, n] -> [batch, m, n]``, each in any shape that holds it."""
+def _apply(
+    matrix: Tensor, state: Tensor, n: int, out: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """``A [m, k] × state [batch, k, n] -> [batch, m, n]``, each in any shape that holds it.
+
+    ``rows`` are the state's by :func:`_rows`, where they are there already.
+    """
     m, k = matrix.shape
     if n == 1:
         out = None if out is None else out.view(-1, m)
@@ -56,7 +61,8 @@ def _apply(matrix: Tensor, state: Tensor, n: int, out: Tensor | None = None) -> 
         return torch.mm(matrix, state.view(k, n), out=out)
     out = None if out is None else out.view(batch, m, n)
     if folds(n, matrix.nbytes):
-        folded = (_rows(state, k, n) @ matrix.t()).view(batch, n, m).transpose(1, 2)
+        rows = _rows(state, k, n) if rows is None else rows
+        folded = (rows @ matrix.t()).view(batch, n, m).transpose(1, 2)
         return folded.contiguous() if out is None else out.copy_(folded)
     return torch.bmm(matrix.expand(batch, m, k), state, out=out)
 
@@ -129,29 +135,32 @@ def backward(
     sums: list[Tensor | None] = [None] * len(parts)
     features, out_features = steps[0].takes, steps[-1].gives
     limit, size = features * out_features // 2, min(plan.block, x.shape[0])
-    turned = _ready([matrix.t() for matrix in matrices], steps, size, limit)
-    matrices = _ready(matrices[:-1], steps[:-1], size, limit)
     # Products below the first one that anything is asked of are not formed.
-    last = 0 if gradients.x else min(i for i, step in enumerate(steps) if needs[step.part])
+    asked = [i for i, step in enumerate(steps) if needs[step.part]]
+    last = 0 if gradients.x else min(asked)
+    # Nor are states behind the last one that a gradient is made of.
+    before_asked = max(asked, default=0)
+    turned = _ready([matrix.t() for matrix in matrices], steps, size, limit)
+    matrices = _ready(matrices[:before_asked], steps[:before_asked], size, limit)
     dx = x.new_empty(x.shape) if gradients.x else None
     for start in range(0, x.shape[0], plan.block):
         rows = slice(start, start + plan.block)
         states = [_padded(x[rows], features)]
-        for step, matrix in zip(steps[:-1], matrices, strict=True):
+        for step, matrix in zip(steps[:before_asked], matrices, strict=True):
             states.append(_apply(matrix, states[-1], step.n))
         flow = _padded(grad[rows], out_features)
         for index in range(len(steps) - 1, last - 1, -1):
-            step = steps[index]
+            step, after = steps[index], None
             if needs[step.part]:
                 before, after = _rows(states[index], step.k, step.n), _rows(flow, step.m, step.n)
                 pair = (before.t(), after) if left else (after.t(), before)
                 sums[step.part] = add_product(sums[step.part], *pair)
             if index > last:
-                flow = _apply(turned[index], flow, step.n)
+                flow = _apply(turned[index], flow, step.n, rows=after)
         if dx is not None and x.shape[1] == features:
-            _apply(turned[0], flow, steps[0].n, dx[rows])
+            _apply(turned[0], flow, steps[0].n, dx[rows], after)
         elif dx is not None:
-            product = _apply(turned[0], flow, steps[0].n)
+            product = _apply(turned[0], flow, steps[0].n, rows=after)
             dx[rows] = product.view(-1, features)[:, : x.shape[1]]
     for k, total in enumerate(sums):
         if total is not None:

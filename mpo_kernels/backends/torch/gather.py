@@ -1,13 +1,16 @@
 """Rows of a table by the digits of their ids: distinct prefixes share their products.
 
 The chain is read from whichever end costs less; mirrored, ids and columns have their digits
-reversed.
+reversed. As long as there is one prefix the next core is selected from; one that no digit belongs
+to is a product of all prefixes. A frozen table in the first core is thus never read but for its
+rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +94,8 @@ def backward(
         states, levels = _states(distinct[block], cores)
         flow = of_rows[block].to(grad.dtype)
         for k in range(len(cores) - 1, first - 1, -1):
-            flow = _step_backward(flow, states[k], cores[k], levels[k], sums[k], k > first)
+            state = states[k - 1] if k else None
+            flow = _step_backward(flow, state, cores[k], levels[k], sums[k], k > first)
     grads = [
         None if total is None else total.to(core.dtype)
         for total, core in zip(sums, cores, strict=True)
@@ -111,10 +115,12 @@ def _ways(count: int, cores: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """Multiply-adds core by core of ``count`` distinct ids, from the first digit and the last."""
 
     def macs(shapes: Sequence[Sequence[int]]) -> list[int]:
-        each, prefixes, columns = [], 1, 1
+        each: list[int] = []
+        prefixes, columns = 1, 1
         for d, i, j, r in shapes:
             prefixes *= i
-            each.append(min(count, prefixes) * columns * d * j * r)
+            # The first core is selected from, not multiplied.
+            each.append(min(count, prefixes) * columns * d * j * r if each else 0)
             columns *= j
         return each
 
@@ -169,30 +175,53 @@ def _id_blocks(distinct: Tensor, cores: Sequence[Tensor]) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _states(
-    ids: Tensor, cores: Sequence[Tensor]
-) -> tuple[list[Tensor], list[list[tuple[int, Tensor, Tensor]]]]:
+class _Level(NamedTuple):
+    """Prefixes whose last digits are selected at once: the children, each of a parent before."""
+
+    digits: Tensor  # one of each child, or one of them all
+    children: Tensor | slice
+    parents: Tensor | slice
+
+
+_ALL = slice(None)
+
+
+def _states(ids: Tensor, cores: Sequence[Tensor]) -> tuple[list[Tensor], list[list[_Level]]]:
     """Products of the leading cores for each distinct prefix of the digits of sorted ids.
 
     Returns:
-        states: state k is ``[prefixes of k digits, ∏ j done, D_k]``.
-        levels: for each core, (digit, its prefixes, their parents) wherever the digit occurs.
+        states: state k is ``[prefixes of k + 1 digits, ∏ j done, D_{k+1}]``.
+        levels: for each core a single one where no digit is chosen, or all have one parent; else
+            one wherever a digit occurs.
     """
-    states, levels = [cores[0].new_ones(1, 1, 1)], []
+    states: list[Tensor] = []
+    levels = []
     rest = math.prod(core.shape[1] for core in cores)
     prefixes = ids.new_zeros(1)
     for core in cores:
-        _, i, j, r = core.shape
+        d, i, j, r = core.shape
         rest //= i
-        longer = torch.unique_consecutive(ids // rest)
-        parents = torch.searchsorted(prefixes, longer // i)
-        digits, level = longer % i, []
-        state = core.new_empty(len(longer), states[-1].shape[1] * j, r)
-        for digit in digits.unique().tolist():
-            children = (digits == digit).nonzero().view(-1)
-            level.append((digit, children, parents[children]))
-            product = torch.matmul(states[-1][level[-1][2]], core[:, digit].reshape(-1, j * r))
-            state[children] = product.view(len(children), -1, r)
+        longer = torch.unique_consecutive(ids // rest) if i > 1 else prefixes
+        digits = longer % i
+        if len(prefixes) == 1:
+            level = [_Level(digits, _ALL, _ALL)]
+            chosen = core.index_select(1, digits)  # [D, n, j, r]
+            if states:
+                product = states[-1][0] @ chosen.reshape(d, -1)
+                chosen = product.view(-1, len(digits), j, r)
+            state = chosen.transpose(0, 1).reshape(len(digits), -1, r)
+        elif i == 1:
+            level = [_Level(digits[:1], _ALL, _ALL)]
+            state = (states[-1] @ core.reshape(d, j * r)).view(len(longer), -1, r)
+        else:
+            level, parents = [], torch.searchsorted(prefixes, longer // i)
+            state = core.new_empty(len(longer), states[-1].shape[1] * j, r)
+            for digit in digits.unique().split(1):
+                children = (digits == digit).nonzero().view(-1)
+                level.append(_Level(digit, children, parents[children]))
+                matrix = core.index_select(1, digit).reshape(d, j * r)
+                product = states[-1][parents[children]] @ matrix
+                state[children] = product.view(len(children), -1, r)
         states.append(state)
         levels.append(level)
         prefixes = longer
@@ -201,22 +230,37 @@ def _states(
 
 def _step_backward(
     flow: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     core: Tensor,
-    level: Sequence[tuple[int, Tensor, Tensor]],
+    levels: Sequence[_Level],
     total: Tensor | None,
     pass_on: bool,
 ) -> Tensor:
-    """Add one core's gradient to ``total``; the gradient of the state before it."""
+    """Add one core's gradient to ``total``; the gradient of the state before it.
+
+    Args:
+        flow: gradient of the state after it.
+        state: the one before it, None before the first core, whose gradient is the flow itself.
+    """
     d, _, j, r = core.shape
-    before = torch.zeros_like(state) if pass_on else state
-    for digit, children, parents in level:
-        of_product = flow[children].view(len(children) * state.shape[1], j * r)
+    if state is None:
         if total is not None:
-            total[:, digit] += (state[parents].view(-1, d).t() @ of_product).view(d, j, r)
+            total.index_add_(1, levels[0].digits, flow.view(1, -1, j, r).to(total))
+        return flow
+    before = torch.zeros_like(state) if pass_on else state
+    for digits, children, parents in levels:
+        of_product, n = flow[children], len(digits)
+        if n > 1:  # of one parent: [J, (n j r)]
+            of_product = of_product.view(n, -1, j * r).transpose(0, 1)
+        of_product = of_product.reshape(-1, n * j * r)
+        if total is not None:
+            product = state[parents].reshape(-1, d).t() @ of_product
+            total.index_add_(1, digits, product.view(d, n, j, r).to(total))
         if pass_on:
-            of_state = (of_product @ core[:, digit].reshape(d, j * r).t()).view(
-                len(children), -1, d
-            )
-            before.index_add_(0, parents, of_state)
+            product = of_product @ core.index_select(1, digits).reshape(d, -1).t()
+            product = product.view(-1, *state.shape[1:])
+            if isinstance(parents, Tensor):
+                before.index_add_(0, parents, product)
+            else:
+                before = product
     return before

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpop.cli.options import command, positive_float, positive_int, task
+from mpop.cli.options import command, positive_float, positive_int, share, task
 
 OBJECTIVES = ("parameters", "memory", "latency")
 
@@ -34,6 +34,13 @@ def add(commands: Any) -> None:
         type=positive_float,
         metavar="R",
         help="keep this fraction of each matrix's parameters",
+    )
+    budget.add_argument(
+        "--share",
+        type=share,
+        metavar="S",
+        help="for light fine-tuning: two tensors a matrix at full rank, of which the trained one "
+        "holds about this fraction of its parameters",
     )
     parser.add_argument(
         "--include", nargs="+", metavar="PATTERN", help="compress only modules of these names"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpop.cli.options import command, metrics_table, positive_float
+from mpop.cli.options import command, metrics_table, positive_float, share
 
 
 def add(commands: Any) -> None:
@@ -18,6 +18,13 @@ def add(commands: Any) -> None:
         default="dense",
         help="dense: ordinary fine-tuning; full: compress at full rank, train every tensor; "
         "light: the same with the central tensors frozen (dense)",
+    )
+    parser.number(
+        "--share",
+        None,
+        "trained parameters of each matrix of a light run, as a fraction of the dense ones (0.1)",
+        share,
+        "S",
     )
     parser.add_argument(
         "--centre-bits",
@@ -51,9 +58,14 @@ def add(commands: Any) -> None:
     )
 
 
-def run(model: str, **options: Any) -> tuple[dict[str, Any], str]:
+def run(model: str, share: float | None, **options: Any) -> tuple[dict[str, Any], str]:
     """What to print as JSON, and for a person."""
     from mpop.finetuning.task import finetune
+    from mpop.models.config import CompressionConfig
 
+    if share is not None:
+        if options["method"] != "light":
+            raise ValueError(f"--share: expected --method light, got {options['method']}")
+        options["config"] = CompressionConfig(share=share)
     result = finetune(model, **options)
     return result, metrics_table(result)

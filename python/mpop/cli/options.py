@@ -35,6 +35,13 @@ def positive_float(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
 
 
+def share(text: str) -> float:
+    """Above 0, at most 1."""
+    if 0 < (value := _finite(text)) <= 1:
+        return value
+    raise argparse.ArgumentTypeError(f"expected a number above 0, at most 1, got {text!r}")
+
+
 def fall(text: str) -> float:
     """At least 0, and finite."""
     if (value := _finite(text)) >= 0:

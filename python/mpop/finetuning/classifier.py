@@ -13,7 +13,7 @@ from mpop.checkpoints.opening import from_pretrained, is_compressed
 from mpop.compression.compress import compress
 from mpop.data.glue import Task
 from mpop.models.config import CompressionConfig
-from mpop.models.light import balance, freeze_central
+from mpop.models.light import SHARE, balance, freeze_central
 
 
 def load_for_training(
@@ -39,6 +39,8 @@ def load_for_training(
         options["label2id"] = {name: i for i, name in enumerate(task.labels)}
     model, _ = _load_classifier(source, **options)
     if method != "dense" and not compressed:
+        if config is None:
+            config = CompressionConfig(share=SHARE if method == "light" else None)
         compress(model, config)
         if method == "light":
             balance(model)

@@ -86,7 +86,8 @@ def finetune(
         data_dir: A folder in GLUE's own layout; without it the hub is used.
         eval_split: `"dev"`, or `"train-holdout"`: a tenth of the training rows (at most 1000),
             fixed and not trained on, for choosing settings without looking at dev.
-        config: How to compress; by default at full rank, which changes no output.
+        config: How to compress; by default at full rank, which changes no output, and for a light
+            run with the `share` of `mpop.models.light.SHARE`.
         epochs: Passes over the training rows.
         batch_size: Rows per device and step.
         learning_rate: Peak rate of ordinary parameters: biases, norms, embeddings, head; by

@@ -16,7 +16,8 @@ from mpo_kernels.layers.cost import LayerCost
 
 FORMAT_VERSION = 1
 KINDS = ("linear", "conv1d", "embedding")
-_BUDGETS = ("ranks", "rel_error", "compression")
+# What says how much of a matrix is kept, or trained.
+_BUDGETS = ("ranks", "rel_error", "compression", "share")
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:
@@ -43,13 +44,15 @@ class MatrixConfig:
 
     Raises:
         TypeError, ValueError: a value of the wrong type or range, more than one of `ranks`,
-            `rel_error` and `compression`, or only one of `in_factors` and `out_factors`.
+            `rel_error`, `compression` and `share`, a share of explicit factors, or only one of
+            `in_factors` and `out_factors`.
     """
 
     num_cores: int = 5
     ranks: int | tuple[int, ...] | None = None
     rel_error: float | None = None
     compression: float | None = None
+    share: float | None = None
     in_factors: tuple[int, ...] | None = None
     out_factors: tuple[int, ...] | None = None
 
@@ -62,7 +65,7 @@ class MatrixConfig:
             _check_ints("ranks", (self.ranks,))
         elif self.ranks is not None:
             self.ranks = _check_ints("ranks", self.ranks)
-        for name in ("rel_error", "compression"):
+        for name in ("rel_error", "compression", "share"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, float) and not _is_int(value):
                 raise TypeError(f"{name}: expected a number, got {value!r}")
@@ -70,6 +73,8 @@ class MatrixConfig:
             raise ValueError(f"rel_error: expected 0 <= rel_error < 1, got {self.rel_error}")
         if self.compression is not None and not 0 < self.compression <= 1:
             raise ValueError(f"compression: expected 0 < compression <= 1, got {self.compression}")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"share: expected 0 < share <= 1, got {self.share}")
         given = [name for name in _BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"expected at most one of {', '.join(_BUDGETS)}, got {given}")
@@ -79,16 +84,31 @@ class MatrixConfig:
                 f"got {self.in_factors} and {self.out_factors}"
             )
         if self.in_factors is not None:
+            if self.share is not None:
+                raise ValueError("expected a share, which chooses factors, or explicit ones")
             self.in_factors = _check_ints("in_factors", self.in_factors)
             self.out_factors = _check_ints("out_factors", self.out_factors)
 
-    def shape(self, in_features: int, out_features: int, tensor_parallel: int = 1) -> MPOShape:
-        """The MPO of a matrix of this size; explicit factors go before `num_cores`.
+    def shape(
+        self, in_features: int, out_features: int, tensor_parallel: int = 1, is_table: bool = False
+    ) -> MPOShape:
+        """The MPO of a matrix of this size; explicit factors and a share go before `num_cores`.
+
+        Args:
+            is_table: whether it is an embedding's, whose rows a share leaves whole.
 
         Raises:
             ValueError: factors or ranks that do not fit the size, or that `tensor_parallel` does
                 not divide.
         """
+        if self.share is not None:
+            return MPOShape.light(
+                in_features,
+                out_features,
+                self.share,
+                is_table=is_table,
+                tensor_parallel=tensor_parallel,
+            )
         if self.in_factors is None or self.out_factors is None:
             return MPOShape.balanced(
                 in_features, out_features, self.num_cores, self.ranks, tensor_parallel
@@ -120,14 +140,18 @@ class CompressionConfig:
         ranks: cap on every bond (int), or exactly these bonds (num_cores − 1 ints).
         rel_error: bound on each matrix's relative Frobenius error, in [0, 1).
         compression: parameters to keep of each matrix, as a fraction of the dense ones, at most 1.
-            At most one of the three; none of them keeps the full rank, which is exact.
+        share: trained parameters of each matrix in light fine-tuning, as a fraction of the dense
+            ones, in (0, 1]: two cores at full rank, whose auxiliary one holds about so many; see
+            `mpo_kernels.MPOShape.light`. `num_cores` is not used then.
+            At most one of the four; a share, or none of them, keeps the full rank, which is exact.
         include: patterns of the matrices to compress. None: every Linear and Conv1D of the base
             model, and the word embeddings; heads outside it only where a pattern names them.
         exclude: patterns of the matrices to leave dense.
         embeddings: whether word embeddings, and an output head tied to them, are compressed.
         overrides: `{pattern: {...}}` with other `num_cores`, `ranks`, `rel_error`, `compression`,
-            or explicit `in_factors` and `out_factors`. A later pattern goes before an earlier
-            one; naming any of ranks, rel_error, compression replaces all three.
+            `share`, or explicit `in_factors` and `out_factors`. A later pattern goes before an
+            earlier one; naming any of ranks, rel_error, compression and share replaces all four,
+            and explicit factors replace a share.
         factors: `"balanced"`: `num_cores` even factors for each matrix, as in the paper. `"auto"`:
             for each the member of the family that loses least, or none where dense is worth it,
             under one budget: `compression` is of all the matrices together, and `num_cores` is
@@ -147,6 +171,7 @@ class CompressionConfig:
     ranks: int | tuple[int, ...] | None = None
     rel_error: float | None = None
     compression: float | None = None
+    share: float | None = None
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     embeddings: bool = True
@@ -169,8 +194,8 @@ class CompressionConfig:
                 )
         elif (self.objective, self.rows) != ("parameters", 1):
             raise ValueError(f"objective {self.objective!r}: expected factors 'auto'")
-        budgets = (getattr(self, name) for name in _BUDGETS)
-        self.ranks = MatrixConfig(self.num_cores, *budgets).ranks
+        budgets = {name: getattr(self, name) for name in _BUDGETS}
+        self.ranks = MatrixConfig(self.num_cores, **budgets).ranks
         if self.include is not None:
             self.include = self._patterns("include", self.include)
         self.exclude = self._patterns("exclude", self.exclude)
@@ -210,6 +235,8 @@ class CompressionConfig:
             if matches(pattern, names):
                 if not override.keys().isdisjoint(_BUDGETS):
                     settings.update(dict.fromkeys(_BUDGETS))
+                if "in_factors" in override:
+                    settings["share"] = None
                 settings.update(override)
         return MatrixConfig(**settings)
 

@@ -11,6 +11,9 @@ from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpop.models.matrices import MPO, check_own_cores, mpo_modules
 from mpop.models.plain import check_unwrapped
 
+# Of each matrix, what is trained unless a configuration says otherwise (docs/method.md, How light).
+SHARE = 0.1
+
 
 class ParameterCount(NamedTuple):
     """The paper's #Pr and #To; a parameter that several modules share counts once."""

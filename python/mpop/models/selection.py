@@ -124,9 +124,10 @@ def devices_of(model: PreTrainedModel, names: Names, config: CompressionConfig) 
 def _plan_matrix(
     model: PreTrainedModel, names: Names, config: MatrixConfig, devices: int
 ) -> MatrixPlan:
-    out_features, in_features = weight_of(module_at(model, names[0])).shape
+    module = module_at(model, names[0])
+    out_features, in_features = weight_of(module).shape
     try:
-        shape = config.shape(in_features, out_features, devices)
+        shape = config.shape(in_features, out_features, devices, is_embedding(module))
     except ValueError as error:
         raise ValueError(f"{names[0]}: {error}") from error
     return MatrixPlan(names, config, shape)

@@ -70,7 +70,7 @@ def test_each_distinct_row_is_formed_once_and_no_other(monkeypatch):
 
 
 def test_the_chain_is_read_from_the_cheaper_end():
-    cheap_first = [torch.randn(1, 5, 1, 2), torch.randn(2, 6, 40, 1)]
+    cheap_first = [torch.randn(1, 5, 1, 2), torch.randn(2, 6, 4, 3), torch.randn(3, 7, 10, 1)]
     assert not gather._mirror_pays(30, cheap_first)
     assert gather._mirror_pays(30, gather._mirror_cores(cheap_first))
     table = MPOEmbedding(30522, 384, MPOShape.balanced(30522, 384), device="meta")

@@ -21,6 +21,7 @@ from mpop.finetuning.rows import load_data
 from mpop.finetuning.task import evaluate, finetune
 from mpop.finetuning.trainer import MPOTrainer, peak_memory
 from mpop.integrations.peft import LightConfig
+from mpop.models.light import SHARE
 
 KEYS = {
     *("task", "metric", "value", "metrics", "trainable_parameters", "total_parameters"),
@@ -88,7 +89,7 @@ def test_peak_memory_of_a_process_is_at_least_what_it_holds(light):
 def test_light_freezes_the_central_tensors_to_the_bit(light, bert, data, tmp_path):
     output, _ = light
     start = AutoModelForSequenceClassification.from_pretrained(bert)
-    mpop.compress(start, mpop.CompressionConfig())
+    mpop.compress(start, mpop.CompressionConfig(share=SHARE))
     mpop.balance(start)
     before, after = start.state_dict(), weights(output)
     central = central_names(output)
