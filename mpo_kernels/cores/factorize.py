@@ -133,7 +133,7 @@ def end_factors(
     def allowed(digits: int, rest: int) -> bool:
         if tensor_parallel > 1 and (digits * rest > features or digits % tensor_parallel):
             return False
-        return digits * rest <= (1 + _MAX_PADDING) * features and digits * digits <= entries
+        return digits * rest <= (1 + _MAX_PADDING) * features and digits * digits < entries
 
     def cost(pair: tuple[int, int]) -> float:
         digits, rest = pair

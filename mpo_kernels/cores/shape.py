@@ -165,7 +165,7 @@ class MPOShape:
         The auxiliary core is a d × d matrix at one end, over the d most significant digits of the
         input: in ``(d, in_features / d)``, out ``(1, out_features)``, bond d. The centre holds the
         rest, as many entries as the matrix has. Of the divisors of ``in_features``, with
-        ``d ≥ 2`` and ``d² ≤ in_features · out_features``, d is the one whose
+        ``d ≥ 2`` and ``d² < in_features · out_features``, d is the one whose
         ``d² / (in_features · out_features)`` is nearest to ``share`` in ratio; up to 5 % of padding
         is allowed where that brings it nearer by a factor e.
 
@@ -175,21 +175,21 @@ class MPOShape:
 
         Args:
             in_features, out_features: of the matrix; rows and their length where it is a table.
-            share: trained entries over those of the matrix, in (0, 1].
+            share: trained entries over those of the matrix, above 0 and below 1.
             is_table: an embedding's: the centre has the whole vocabulary and the auxiliary core the
                 d least significant digits of a row, in ``(in_features, 1)``, out
                 ``(out_features / d, d)``: a row is picked, then multiplied.
             tensor_parallel: divides d, without padding; see :meth:`splits`.
 
         Raises:
-            ValueError: a share outside (0, 1], or sizes that ``tensor_parallel`` does not divide.
+            ValueError: a share out of range, or sizes that ``tensor_parallel`` does not divide.
         """
         sizes = {"in_features": in_features, "out_features": out_features}
         _positive_ints(
             "in_features, out_features, tensor_parallel", (*sizes.values(), tensor_parallel)
         )
-        if not 0 < share <= 1:
-            raise ValueError(f"expected 0 < share <= 1, got {share}")
+        if not 0 < share < 1:
+            raise ValueError(f"expected 0 < share < 1, got {share}")
         if is_table:
             minor, rest = end_factors(out_features, in_features, share)
             return cls((in_features, 1), (rest, minor), **sizes)

@@ -36,10 +36,10 @@ def positive_float(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """Above 0, at most 1."""
-    if 0 < (value := _finite(text)) <= 1:
+    """Above 0 and below 1."""
+    if 0 < (value := _finite(text)) < 1:
         return value
-    raise argparse.ArgumentTypeError(f"expected a number above 0, at most 1, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a number above 0 and below 1, got {text!r}")
 
 
 def fall(text: str) -> float:

@@ -73,8 +73,8 @@ class MatrixConfig:
             raise ValueError(f"rel_error: expected 0 <= rel_error < 1, got {self.rel_error}")
         if self.compression is not None and not 0 < self.compression <= 1:
             raise ValueError(f"compression: expected 0 < compression <= 1, got {self.compression}")
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError(f"share: expected 0 < share <= 1, got {self.share}")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"share: expected 0 < share < 1, got {self.share}")
         given = [name for name in _BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"expected at most one of {', '.join(_BUDGETS)}, got {given}")
@@ -141,8 +141,8 @@ class CompressionConfig:
         rel_error: bound on each matrix's relative Frobenius error, in [0, 1).
         compression: parameters to keep of each matrix, as a fraction of the dense ones, at most 1.
         share: trained parameters of each matrix in light fine-tuning, as a fraction of the dense
-            ones, in (0, 1]: two cores at full rank, whose auxiliary one holds about so many; see
-            `mpo_kernels.MPOShape.light`. `num_cores` is not used then.
+            ones, above 0 and below 1: two cores at full rank, whose auxiliary one holds about so
+            many; see `mpo_kernels.MPOShape.light`. `num_cores` is not used then.
             At most one of the four; a share, or none of them, keeps the full rank, which is exact.
         include: patterns of the matrices to compress. None: every Linear and Conv1D of the base
             model, and the word embeddings; heads outside it only where a pattern names them.

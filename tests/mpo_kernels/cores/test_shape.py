@@ -2,10 +2,11 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_kernels import MPOShape
+from mpo_kernels import MPOShape, decompose, mpo_embedding, mpo_linear
 from mpo_kernels.cores.factorize import PAPER_FACTORS, balanced_factors
 
 PAPER_BONDS = {
@@ -115,3 +116,50 @@ def test_bad_shapes_say_what_was_expected(arguments, options, error, says):
 def test_from_dict_refuses_other_keys():
     with pytest.raises(ValueError, match="expected an MPO shape"):
         MPOShape.from_dict({"in_factors": [2], "out_factors": [2]})
+
+
+@pytest.mark.parametrize("sizes", [(384, 1536), (1536, 384), (30, 6), (1009, 24), (97, 101)])
+@pytest.mark.parametrize("is_table", [False, True])
+def test_a_share_chooses_the_nearest_exact_factors(sizes, is_table):
+    ins, outs = sizes
+    for share in (0.2, 0.05, 0.01):
+        shape = MPOShape.light(ins, outs, share, is_table=is_table)
+        (digits,) = shape.ranks
+        # The centre is the core that frees itself of the digits, and is no smaller than W.
+        assert shape.ranks == shape.full_ranks and shape.central == 1 - is_table
+        assert math.prod(shape.core_shapes[1 - shape.central]) == digits**2
+        assert math.prod(shape.core_shapes[shape.central]) >= ins * outs
+        factored, features = (shape.out_factors, outs) if is_table else (shape.in_factors, ins)
+        assert features <= math.prod(factored) <= 1.05 * features
+
+        def far(d, entries=share * ins * outs):
+            return abs(math.log(d * d / entries))
+
+        divisors = [d for d in range(2, features + 1) if features % d == 0 and d * d < ins * outs]
+        assert far(digits) <= min(map(far, divisors), default=math.inf)
+
+
+@pytest.mark.parametrize(("ins", "outs", "share"), [(30, 6, 0.1), (101, 24, 0.02), (7, 3, 0.5)])
+@pytest.mark.parametrize("is_table", [False, True])
+def test_a_share_is_exact(ins, outs, share, is_table):
+    weight = torch.randn(outs, ins, dtype=torch.float64)
+    shape = MPOShape.light(ins, outs, share, is_table=is_table)
+    cores = decompose(weight, shape).cores
+    ids, x = torch.randint(ins, (9,)), torch.randn(5, ins, dtype=torch.float64)
+    sizes = {"num_embeddings": ins, "embedding_dim": outs}
+    torch.testing.assert_close(mpo_embedding(ids, cores, **sizes), weight.t()[ids])
+    y = mpo_linear(x, cores, in_features=ins, out_features=outs)
+    torch.testing.assert_close(y, x @ weight.t())
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, float("nan")])
+def test_a_share_out_of_range(share):
+    with pytest.raises(ValueError, match="expected 0 < share < 1"):
+        MPOShape.light(8, 8, share)
+
+
+def test_a_share_for_several_devices():
+    shape = MPOShape.light(384, 1536, 0.01, tensor_parallel=8)
+    assert shape.splits(8) and shape.in_factors == (64, 6)
+    with pytest.raises(ValueError, match="tensor_parallel = 5 divides"):
+        MPOShape.light(384, 1536, 0.01, tensor_parallel=5)

@@ -367,3 +367,22 @@ def test_a_checkpoint_with_nan_is_one_line(command, compressed, tmp_path, capsys
 @pytest.mark.parametrize("model", ["/nonexistent/model", "a/b/c"])
 def test_a_folder_that_is_not_there_is_called_that(model, capsys):
     assert "there is no such folder" in fails(capsys, "inspect", "--model", model)
+
+
+def test_a_share_of_trained_parameters(bert, fast, data, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run("compress", "--model", bert, "--output", output, "--share", 0.05, "--json") == 0
+    rows = last_json(capsys.readouterr().out)["rows"]
+    query = next(row for row in rows if row["name"] == QUERY)
+    assert query["shape"]["in_factors"] == [8, 4] and query["rel_error"] < 1e-5
+    tune = ("finetune", "--model", bert, "--task", "rte", "--output", tmp_path / "tuned", *fast)
+    trained = []
+    for share in (0.01, 0.25):
+        assert run(*tune, "--method", "light", "--share", share, "--json") == 0
+        trained.append(last_json(capsys.readouterr().out)["trainable_parameters"])
+    assert trained[0] < trained[1]
+    assert run(*tune, "--share", 0.1) == 2
+    assert "--share: expected --method light" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        run(*tune, "--method", "light", "--share", 1)
+    assert "expected a number above 0 and below 1" in capsys.readouterr().err

@@ -66,7 +66,8 @@ def losses(result):
 
 def central_names(folder):
     modules = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
-    return {f"{name}.cores.{len(entry['in_factors']) // 2}" for name, entry in modules.items()}
+    specs = mpop.MPOConfig(modules).specs()
+    return {f"{name}.cores.{spec.shape.central}" for name, spec in specs.items()}
 
 
 def test_result_and_files(light):

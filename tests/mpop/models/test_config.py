@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+import mpo_kernels
 import mpop
 
 
@@ -25,7 +26,16 @@ import mpop
         ({"compression": 0}, ValueError, "0 < compression <= 1, got 0"),
         ({"compression": 50}, ValueError, "0 < compression <= 1, got 50"),
         ({"compression": True}, TypeError, "compression.*number"),
+        ({"share": 0}, ValueError, "0 < share < 1, got 0"),
+        ({"share": 1.0}, ValueError, "0 < share < 1, got 1.0"),
+        ({"share": "0.1"}, TypeError, "share.*number"),
         ({"ranks": 4, "compression": 0.5}, ValueError, "at most one"),
+        ({"share": 0.1, "compression": 0.5}, ValueError, "at most one"),
+        (
+            {"overrides": {"*": {"share": 0.1, "in_factors": (2, 2), "out_factors": (2, 2)}}},
+            ValueError,
+            "chooses factors",
+        ),
         ({"tensor_parallel": 0}, ValueError, "tensor_parallel.*at least 1"),
         ({"tensor_parallel": 2.0}, ValueError, "tensor_parallel.*integers"),
         ({"include": "*.query"}, TypeError, "include.*sequence of patterns"),
@@ -41,3 +51,13 @@ import mpop
 def test_bad_configurations(options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         mpop.CompressionConfig(**options)
+
+
+def test_explicit_factors_go_before_a_share() -> None:
+    override = {"*.key": {"in_factors": (2, 3), "out_factors": (3, 2)}, "*.value": {"ranks": 2}}
+    config = mpop.CompressionConfig(share=0.1, overrides=override)
+    assert config.for_matrix(["a.query"]).share == 0.1
+    assert config.for_matrix(["a.key"]).shape(6, 6).in_factors == (2, 3)
+    assert config.for_matrix(["a.value"]).shape(32, 32) == mpo_kernels.MPOShape.balanced(
+        *(32, 32), ranks=2
+    )
