@@ -33,6 +33,7 @@ from mpop.finetuning.rows import encoded, fitting, load_data, padding_tokenizer
 from mpop.finetuning.task import finetune
 from mpop.finetuning.trainer import Collator
 from mpop.models.config import MatrixConfig
+from mpop.models.light import SHARE
 from mpop.models.matrices import module_at
 
 _BATCH = 32
@@ -106,13 +107,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         energy = gradient.square().sum()
         drawn = torch.empty(rank, weight.shape[1]).double().uniform_(-1, 1)
         rows_of_a = torch.linalg.qr(drawn.T).Q
-        shape = MatrixConfig().shape(weight.shape[1], weight.shape[0])
+        sizes = weight.shape[1], weight.shape[0]
         found[name] = {
             "squared_norm": float(energy),
-            "light": followed(gradient, weight, shape),
+            "light": followed(gradient, weight, MatrixConfig().shape(*sizes)),
+            "share": followed(gradient, weight, MatrixConfig(share=SHARE).shape(*sizes)),
             "drawn": float((gradient @ rows_of_a).square().sum() / energy),
             "best": float(torch.linalg.svdvals(gradient)[:rank].square().sum() / energy),
             "trained": light_parameters(linear) / weight.numel(),
+            "trained_share": light_parameters(linear, SHARE) / weight.numel(),
             "parameters": weight.numel(),
         }
     return {"rank": rank, "rows": len(unseen), "matrices": found}
@@ -123,10 +126,14 @@ def markdown(found: dict[str, Any], conditions: dict[str, Any]) -> list[str]:
     matrices = list(found["matrices"].values())
     energy = sum(row["squared_norm"] for row in matrices)
     numbers = sum(row["parameters"] for row in matrices)
-    trained = sum(row["trained"] * row["parameters"] for row in matrices)
+    trained, shared = (
+        sum(row[kind] * row["parameters"] for row in matrices) / numbers
+        for kind in ("trained", "trained_share")
+    )
     lines = ["| | mean of the layers | least, most | of the whole |", "|---|---:|---:|---:|"]
     for name, key in (
         ("light fine-tuning, five balanced factors", "light"),
+        (f"light fine-tuning, a share of {SHARE:.0%}", "share"),
         (f"LoRA of rank {found['rank']}, B beside A as drawn", "drawn"),
         (f"the best directions of rank {found['rank']}", "best"),
     ):
@@ -141,7 +148,8 @@ def markdown(found: dict[str, Any], conditions: dict[str, Any]) -> list[str]:
         f"Of the squared norm of the mean gradient over {found['rows']} held-out training rows of "
         f"{conditions['task']}, in {len(matrices)} linear layers of {conditions['model']} after "
         f"{conditions['steps']} steps of dense fine-tuning; of the whole {largest} has "
-        f"{of_largest:.0%}. Light trains {trained / numbers:.1%} of their parameters.",
+        f"{of_largest:.0%}. Light trains {trained:.1%} of their parameters, the share "
+        f"{shared:.1%}.",
     ]
     return lines
 

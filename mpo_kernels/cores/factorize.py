@@ -111,7 +111,7 @@ def paper_factors(
 def end_factors(
     features: int, others: int, share: float, tensor_parallel: int = 1
 ) -> tuple[int, int]:
-    """``(d, rest)``: d digits of ``features`` whose d × d entries are about ``share`` of the whole.
+    """``(d, rest)``: a factor of ``features`` whose d × d entries are about a share of the whole.
 
     See :meth:`mpo_kernels.MPOShape.light`; ``d · rest`` is ``features``, or at most 5 % more.
 
@@ -139,6 +139,6 @@ def end_factors(
         digits, rest = pair
         return abs(math.log(digits * digits / (share * entries))) + (digits * rest > features)
 
-    # A rest gives the fewest digits that cover the features; those of two small ones may be alike.
+    # Of each rest the smallest d that covers the features.
     pairs = ((-(-features // rest), rest) for rest in range(1, features // 2 + 1))
     return min(filter(lambda pair: allowed(*pair), pairs), key=cost, default=(1, features))

@@ -162,22 +162,22 @@ class MPOShape:
     ) -> MPOShape:
         """Two cores at full rank, of which the auxiliary one holds about a share of the matrix.
 
-        The auxiliary core is a d × d matrix at one end, over the d most significant digits of the
-        input: in ``(d, in_features / d)``, out ``(1, out_features)``, bond d. The centre holds the
-        rest, as many entries as the matrix has. Of the divisors of ``in_features``, with
-        ``d ≥ 2`` and ``d² < in_features · out_features``, d is the one whose
+        The auxiliary core is a d × d matrix at one end, over the most significant digit of the
+        input: in ``(d, in_features / d)``, out ``(1, out_features)``, bond d. The centre has as
+        many entries as the matrix. Of the divisors of ``in_features`` with ``d ≥ 2`` and
+        ``d² < in_features · out_features``, d is the one whose
         ``d² / (in_features · out_features)`` is nearest to ``share`` in ratio; up to 5 % of padding
-        is allowed where that brings it nearer by a factor e.
+        is allowed where that brings it nearer by a factor e. Where no d is left it is 1, and
+        nothing but a scale is trained.
 
         No digit of the output is in the auxiliary core, so x W is x times it, then times the
-        centre as it lies: no weight is formed, and nothing permuted but x. Two ends, or digits of
-        both sides in one, follow no more of a gradient for the same number of entries.
+        centre as it lies: no weight is formed, and nothing permuted but x.
 
         Args:
             in_features, out_features: of the matrix; rows and their length where it is a table.
             share: trained entries over those of the matrix, above 0 and below 1.
             is_table: an embedding's: the centre has the whole vocabulary and the auxiliary core the
-                d least significant digits of a row, in ``(in_features, 1)``, out
+                least significant digit of a row, in ``(in_features, 1)``, out
                 ``(out_features / d, d)``: a row is picked, then multiplied.
             tensor_parallel: divides d, without padding; see :meth:`splits`.
 
