@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         choices=("dense", "full", "light"),
         default="dense",
         help="dense: ordinary fine-tuning; full: compress at full rank, train every tensor; "
-        "light: the same with the central tensors frozen (dense)",
+        "light: compress by --share, train all but the central tensors and embeddings (dense)",
     )
     parser.number(
         "--share",
@@ -66,6 +66,6 @@ def run(model: str, share: float | None, **options: Any) -> tuple[dict[str, Any]
     if share is not None:
         if options["method"] != "light":
             raise ValueError(f"--share: expected --method light, got {options['method']}")
-        options["config"] = CompressionConfig(share=share)
+        options["config"] = CompressionConfig(share=share, embeddings=False)
     result = finetune(model, **options)
     return result, metrics_table(result)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from mpop.checkpoints.folder import load
@@ -39,8 +40,8 @@ def load_for_training(
         options["label2id"] = {name: i for i, name in enumerate(task.labels)}
     model, _ = _load_classifier(source, **options)
     if method != "dense" and not compressed:
-        if config is None:
-            config = CompressionConfig(share=SHARE if method == "light" else None)
+        if config is None and method == "light":
+            config = CompressionConfig(share=SHARE, embeddings=False)
         compress(model, config)
         if method == "light":
             balance(model)
@@ -52,6 +53,9 @@ def trainable(model: PreTrainedModel, method: str) -> PreTrainedModel:
     model.requires_grad_(True)
     if method == "light":
         freeze_central(model)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.requires_grad_(False)
     # BERT-type heads ignore num_items_in_batch; Trainer would scale their mean loss a second time.
     model.accepts_loss_kwargs = False  # type: ignore[assignment]
     return model

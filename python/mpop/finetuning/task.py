@@ -81,13 +81,13 @@ def finetune(
         task: A GLUE task name.
         output: The folder to write.
         method: `"dense"`: ordinary fine-tuning. `"full"`: compress, then train every tensor.
-            `"light"`: compress and balance, then train all but the central tensors. A checkpoint
-            that is already compressed is trained as it is.
+            `"light"`: compress and balance, then train all but the central tensors and dense
+            embeddings. A checkpoint that is already compressed is trained as it is.
         data_dir: A folder in GLUE's own layout; without it the hub is used.
         eval_split: `"dev"`, or `"train-holdout"`: a tenth of the training rows (at most 1000),
             fixed and not trained on, for choosing settings without looking at dev.
         config: How to compress; by default at full rank, which changes no output, and for a light
-            run with the `share` of `mpop.models.light.SHARE`.
+            run with the `share` of `mpop.models.light.SHARE` and embeddings left dense.
         epochs: Passes over the training rows.
         batch_size: Rows per device and step.
         learning_rate: Peak rate of ordinary parameters: biases, norms, embeddings, head; by
