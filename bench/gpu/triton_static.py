@@ -22,11 +22,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.gpu.static import RESULTS, code_of, cuobjdump, finish, instructions, regressions
-from mpo_kernels.backends.triton.chain import chain_gradient_kernel, chain_kernel
+from mpo_kernels.backends.triton.chain import chain_kernel
 from mpo_kernels.backends.triton.gather import gather_gradient_kernel, gather_kernel
+from mpo_kernels.backends.triton.matrix import constants, matrix_kernel
 from mpo_kernels.backends.triton.panels import gemm_task, merging_task, panel_tasks, parting_tasks
 from mpo_kernels.backends.triton.product import Task, product_kernel
-from mpo_kernels.backends.triton.tiles import LIMITS, Chain, Limits, Strides, TwoParts
+from mpo_kernels.backends.triton.tiles import (
+    LIMITS,
+    MATRIX_ROWS,
+    Chain,
+    Limits,
+    MatrixTile,
+    Strides,
+    TwoParts,
+)
 from mpo_kernels.backends.triton.tuning import TILES
 
 REPORT = RESULTS / "triton_static.json"
@@ -34,6 +43,8 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 
 SKEWED = Chain(256, 16, 16, 256, 64, 4096, 4096, True)
 BALANCED = Chain(64, 64, 64, 64, 64, 4096, 4096, False)
+WIDE = Chain(64, 112, 64, 128, 16, 4096, 14336, False)
+WIDE_EXCHANGED = Chain(112, 64, 128, 64, 16, 14336, 4096, False, True)
 LOW_RANK = Chain(4096, 1, 1, 4096, 128, 4096, 4096, True)
 PAPER = Chain(12, 16, 64, 192, 32, 768, 3072, False)
 ODD = Chain(48, 20, 6, 12, 5, 280, 239, True)
@@ -58,13 +69,13 @@ class Case:
         return f"{self.kernel} {sizes}, {self.rows} rows, {dtype}"
 
 
+MATRIX = (BALANCED, WIDE, WIDE_EXCHANGED, PAPER, ODD)
 CASES = [
-    *(Case("chain", p, rows, BF16) for p in (SKEWED, BALANCED, LOW_RANK) for rows in (1, 16, 4096)),
-    *(Case("chain", p, 4096, BF16) for p in (PAPER, ODD)),
-    *(Case("chain", p, 4096, FP32) for p in (SKEWED, ODD)),
-    *(Case("chain_gradient", p, 4096, BF16) for p in (SKEWED, BALANCED, LOW_RANK, PAPER, ODD)),
-    Case("chain_gradient", SKEWED, 16, BF16),
-    Case("chain_gradient", SKEWED, 4096, FP32),
+    *(Case("chain", p, rows, BF16) for p in (SKEWED, BALANCED, LOW_RANK) for rows in (1, 16, 64)),
+    *(Case("chain", p, 64, BF16) for p in (PAPER, ODD)),
+    *(Case("chain", p, 64, FP32) for p in (SKEWED, ODD)),
+    *(Case(k, p, 4096, BF16) for k in ("matrix", "matrix_gradient") for p in MATRIX),
+    *(Case(k, BALANCED, 256, BF16) for k in ("matrix", "matrix_gradient")),
     *(Case(k, TABLE, 4096, dtype) for k in ("gather", "gather_gradient") for dtype in (BF16, FP32)),
 ]
 
@@ -102,15 +113,14 @@ def arguments(case: Case) -> tuple[Any, list[tuple[str, Any]]]:
     if case.kernel == "chain":
         names = ("p_x", "p_first", "p_second", "p_bias", "p_y")
         return chain_kernel, [*((name, pointer) for name in names), *row]
-    if case.kernel == "chain_gradient":
-        pointers = [("p_x", pointer), ("p_dy", pointer), ("p_first", pointer), ("p_out", "*fp32")]
-        strides = [("stride_xm", "i64"), ("stride_xk", 1), ("stride_dym", "i64"), ("stride_dyk", 1)]
-        return chain_gradient_kernel, [
-            *pointers,
-            ("rows", "i32"),
-            ("rows_per_split", "i32"),
-            *strides,
-        ]
+    if case.kernel in ("matrix", "matrix_gradient"):
+        gradient = case.kernel == "matrix_gradient"
+        pointers = [(name, pointer) for name in ("p_a", "p_b", "p_c")]
+        pointers.append(("p_bias", None if gradient else pointer))
+        pointers.append(("p_out", "*fp32" if gradient else pointer))
+        counts = [(name, "i32") for name in ("matrices", "steps", "steps_per_split")]
+        strides = [(f"stride_{name}", "i32") for name in ("a", "b", "c", "out")]
+        return matrix_kernel, [*pointers, *counts, *strides]
     if case.kernel == "gather":
         pointers = [("p_ids", "*i64"), *((n, pointer) for n in ("p_left", "p_right", "p_rows"))]
         return gather_kernel, pointers
@@ -134,15 +144,24 @@ def strides_as_cores_lie(problem: Chain | TwoParts) -> Strides:
     return Strides(*left(a_out), *right(b_in, b_out))
 
 
-def compiled(case: Case, limits: Limits) -> tuple[Any, Any]:
-    """The default tile of a case, and what triton makes of it for that architecture."""
-    _, tile = TILES[case.kernel](case.problem, case.rows, case.dtype.itemsize, limits)[0]
+def compiled(case: Case, tile: Any, limits: Limits) -> Any:
+    """What triton makes of a case with that tile for that architecture."""
     kernel, given = arguments(case)
-    constants = {"S": case.problem, "P": strides_as_cores_lie(case.problem), "T": tile}
-    constants |= {"PRECISION": "ieee"}
+    if kernel is matrix_kernel:
+        values = constants(case.problem, case.kernel == "matrix_gradient", tile)
+        names = kernel.arg_names[-len(values) :]
+        return build(kernel, given, dict(zip(names, values, strict=True)), limits, tile)
+    fixed = {"S": case.problem, "P": strides_as_cores_lie(case.problem), "T": tile}
+    fixed |= {"PRECISION": "ieee"}
     if case.kernel == "gather_gradient":
-        constants["OF_LEFT"] = True
-    return tile, build(kernel, given, constants, limits, tile)
+        fixed["OF_LEFT"] = True
+    return build(kernel, given, fixed, limits, tile)
+
+
+def default_tile(case: Case, limits: Limits) -> Any:
+    """The first of the case's tiles, None where the kernel is not offered on that architecture."""
+    tiles = TILES[case.kernel](case.problem, case.rows, case.dtype.itemsize, limits)
+    return tiles[0][1] if tiles else None
 
 
 def compiled_product(task: Task, fp32: str, limits: Limits) -> Any:
@@ -214,6 +233,27 @@ def assemblies(built: list[Any]) -> list[str]:
     return instructions(codes, architecture)
 
 
+def walk_figures(assembly: str) -> dict[str, int]:
+    """Of ``matrix.py``: how many products read the state from registers, and what moves it.
+
+    `from_registers` are wgmma whose first operand is, `moves` instructions between matrix
+    instructions that would take the state through shared memory, `narrow_copies` those to shared
+    memory and stores below 128 bits.
+    """
+    lines = assembly.splitlines()
+    products = [k for k, line in enumerate(lines) if re.search(r"\bHG?MMA\b", line)]
+    between = lines[products[0] : products[-1]]
+    wgmma = any("HGMMA" in line for line in lines)
+    # What is not wgmma reads the other operands into registers, from where they were copied to.
+    moving = r"\b(STS|STSM|LDS|LDSM)\b" if wgmma else r"\b(STS|STSM)\b"
+    copies = [line for line in lines if re.search(r"\b(LDGSTS|STG)\b", line)]
+    return {
+        "from_registers": sum(bool(re.search(r"HGMMA\S* R\d+, R\d+", line)) for line in lines),
+        "moves": sum(bool(re.search(moving, line)) for line in between),
+        "narrow_copies": sum(".128" not in line for line in copies),
+    }
+
+
 def faults(dtype: torch.dtype, rows: int, found: dict[str, int], limits: Limits) -> list[str]:
     """What a shipped default must not do: spill, pass the memory, miss the matrix instructions.
 
@@ -234,12 +274,27 @@ def faults(dtype: torch.dtype, rows: int, found: dict[str, int], limits: Limits)
     return wrong
 
 
+def walk_faults(
+    problem: Chain, tile: MatrixTile, found: dict[str, int], limits: Limits
+) -> list[str]:
+    """What a default of ``matrix.py`` must not do either: take the state out of registers."""
+    wrong = []
+    state = tile.matrices * tile.block_j // 16 if limits.name == "sm_90" else 0
+    if found["from_registers"] != state:
+        wrong.append(f"{found['from_registers']} wgmma of {state} read the state in registers")
+    if all(size % 8 == 0 for size in problem[:4]):
+        # Else operands come in pieces that no copy takes to shared memory by itself.
+        wrong += ["moves through shared memory between products"] if found["moves"] else []
+        wrong += ["copies below 128 bits"] if found["narrow_copies"] else []
+    return wrong
+
+
 def _matrix_rows(case: Case, tile: Any) -> int:
     """Rows of the smaller of a tile's two products."""
     if case.kernel == "chain":
         return tile.block_b * min(tile.group_in, tile.group_out)
-    if case.kernel == "chain_gradient":
-        return min(tile.block_b * tile.group_in, tile.block_n)
+    if case.kernel.startswith("matrix"):
+        return MATRIX_ROWS
     return tile.block_left
 
 
@@ -249,20 +304,28 @@ def report(architectures: list[str]) -> tuple[dict[str, Any], list[str]]:
     wrong = []
     for name in architectures:
         limits = LIMITS[name]
-        made = []  # title, tile, what is compiled, the operands' dtype, rows of the smaller product
+        # Title, tile, what is compiled, the operands' dtype, rows of the smaller product, a walk's case.
+        made: list[tuple[str, Any, Any, torch.dtype, int, Case | None]] = []
         for case in CASES:
-            tile, built = compiled(case, limits)
-            made.append((case.name, tile, built, case.dtype, _matrix_rows(case, tile)))
+            if (tile := default_tile(case, limits)) is None:
+                continue
+            built, of_walk = compiled(case, tile, limits), case.kernel.startswith("matrix")
+            least = _matrix_rows(case, tile)
+            made.append((case.name, tile, built, case.dtype, least, case if of_walk else None))
         for title, (task, fp32) in products(limits).items():
             built = compiled_product(task, fp32, limits)
             dtype = FP32 if "a" in fp32 or "b" in fp32 else BF16
-            made.append((f"product {title}", task.tile, built, dtype, task.tile.block_m))
+            made.append((f"product {title}", task.tile, built, dtype, task.tile.block_m, None))
         rows[name] = {}
-        texts = assemblies([built for _, _, built, _, _ in made])
-        for (title, tile, built, dtype, least), text in zip(made, texts, strict=True):
+        texts = assemblies([built for _, _, built, *_ in made])
+        for (title, tile, built, dtype, least, walk), text in zip(made, texts, strict=True):
             found = figures(built, text)
+            wrong_here = faults(dtype, least, found, limits)
+            if walk is not None:
+                found |= walk_figures(text)
+                wrong_here += walk_faults(walk.problem, tile, found, limits)
             rows[name][title] = {"tile": list(tile), **found}
-            wrong += [f"{name} {title}: {fault}" for fault in faults(dtype, least, found, limits)]
+            wrong += [f"{name} {title}: {fault}" for fault in wrong_here]
         print(f"{name}: {len(rows[name])} kernels compiled", file=sys.stderr)
     return {"triton": triton.__version__, "architectures": rows}, wrong
 
@@ -271,7 +334,8 @@ def regressed(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What got worse since the committed report; by another compiler, what lacks instructions."""
     measures = "registers", "spilled", "shared", "narrow"
     limits = measures if committed["triton"] == now["triton"] else ()
-    return regressions(committed, now, limits, ("mfma", "mma", "tcgen05", "wgmma"))
+    kinds = ("mfma", "mma", "tcgen05", "wgmma", "from_registers")
+    return regressions(committed, now, limits, kinds)
 
 
 def main(argv: list[str] | None = None) -> int:

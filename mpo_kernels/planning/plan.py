@@ -90,7 +90,7 @@ class Plan:
 
     Attributes:
         algorithm: ``"chain"`` or ``"panels"`` of the library's products, the small ones of panels
-            by a kernel where there is one, or ``"fused"`` (the chain in one kernel).
+            by a kernel where there is one, or ``"fused"`` (two parts, each result in one kernel).
         order: ``"left"`` or ``"right"``: from which end a chain takes the parts; ``"columns"`` or
             ``"rows"``: of W, that a panel holds.
         split: where the cores are cut into merged parts, n = 5: (2, 3) is T1T2 | T3 | T4T5.

@@ -13,7 +13,8 @@ import torch
 import triton
 
 from bench.gpu import triton_static
-from mpo_kernels.backends.triton.tiles import LIMITS, chain_tiles, power_of_two
+from mpo_kernels.backends.triton.tiles import FEW_ROWS, LIMITS, power_of_two
+from mpo_kernels.backends.triton.tuning import TILES
 
 OLDEST = Path(sys.prefix) / "triton-oldest"
 
@@ -78,16 +79,42 @@ def test_products_of_digits_move_wide() -> None:
         assert row["narrow"] == 0 and row["wgmma"], name
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-def test_fifty_row_counts_need_few_tiles(gradient: bool) -> None:
-    problem, limits = triton_static.SKEWED, LIMITS["sm_90"]
-    rows = range(1, 4000, 80)
-    tiles = {chain_tiles(problem, power_of_two(n), 2, limits, gradient)[0][1] for n in rows}
-    assert len(rows) == 50 and len(tiles) <= 8
+def test_a_state_that_moves_is_a_fault() -> None:
+    limits = LIMITS["sm_90"]
+    case = next(case for case in triton_static.CASES if case.kernel == "matrix")
+    tile = triton_static.default_tile(case, limits)
+    fine = {"from_registers": tile.matrices * tile.block_j // 16, "moves": 0, "narrow_copies": 0}
+    assert triton_static.walk_faults(case.problem, tile, fine, limits) == []
+    for wrong in ({"from_registers": 0}, {"moves": 8}, {"narrow_copies": 1}):
+        faults = triton_static.walk_faults(case.problem, tile, fine | wrong, limits)
+        assert len(faults) == 1, wrong
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_rows_are_matrices_only_where_the_state_stays_in_registers(name: str) -> None:
+    cases = [case for case in triton_static.CASES if case.kernel.startswith("matrix")]
+    offered = {triton_static.default_tile(case, LIMITS[name]) is not None for case in cases}
+    assert offered == {name in ("sm_80", "sm_90")}
+
+
+@pytest.mark.parametrize("kernel", ["chain", "matrix", "matrix_gradient"])
+def test_row_counts_need_few_kernels(kernel: str) -> None:
+    problem, limits = triton_static.BALANCED, LIMITS["sm_90"]
+    rows = range(1, FEW_ROWS) if kernel == "chain" else range(FEW_ROWS, 8000, 80)
+    buckets = {power_of_two(n) for n in rows}
+    # Splits are no constant of the kernel of matrices.
+    tiles = {TILES[kernel](problem, n, 2, limits)[0][1]._replace(splits=1) for n in buckets}
+    assert len(tiles) <= 6
 
 
 @pytest.mark.parametrize("case", triton_static.CASES, ids=lambda case: case.name)
 def test_no_kernel_is_compiled_for_a_row_count(case: triton_static.Case) -> None:
     kernel, given = triton_static.arguments(case)
-    counts = {name for name, _ in given} & {"rows", "rows_per_split", "tokens"}
+    counts = {name for name, _ in given} & {
+        "rows",
+        "tokens",
+        "matrices",
+        "steps",
+        "steps_per_split",
+    }
     assert counts <= set(kernel.do_not_specialize)

@@ -1,7 +1,8 @@
 """The kernels in triton's interpreter, on a CPU, or on a device: in a process of their own.
 
 With ``TRITON_INTERPRET=1`` tensors are on the CPU. The interpreter multiplies bf16 as the 16-bit
-integers it keeps, so products are made of fp32 copies here. Every buffer lies between guard bands,
+integers it keeps, so products are made of fp32 copies here, and it cuts fp32 off where a device
+rounds to the nearest bf16, so it is made to round. Every buffer lies between guard bands,
 NaN for reads, checked after writes.
 """
 
@@ -37,7 +38,20 @@ def _exact_bf16_dot(plain: Callable[..., Any]) -> Callable[..., Any]:
     return create_dot
 
 
+def _nearest_bf16(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def create_fp_trunc(self: Any, src: Any, kind: Any) -> Any:
+        if (src.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
+            return plain(self, src, kind)
+        nearest = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
+        return interpreter.TensorHandle(nearest.view(torch.uint16).numpy(), tl.bfloat16)
+
+    return create_fp_trunc
+
+
 if INTERPRETED:
+    interpreter.InterpreterBuilder.create_fp_trunc = _nearest_bf16(
+        interpreter.InterpreterBuilder.create_fp_trunc
+    )
     interpreter.InterpreterBuilder.create_dot = _exact_bf16_dot(
         interpreter.InterpreterBuilder.create_dot
     )

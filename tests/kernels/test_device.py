@@ -13,8 +13,9 @@ import mpo_kernels as mk
 from mpo_kernels import MPOShape
 from mpo_kernels.backends.triton import panels, tiles
 from mpo_kernels.backends.triton.backend import TritonBackend
-from mpo_kernels.backends.triton.chain import chain, chain_gradient
+from mpo_kernels.backends.triton.chain import chain
 from mpo_kernels.backends.triton.gather import gather
+from mpo_kernels.backends.triton.matrix import matrix_chain, matrix_gradient
 from mpo_kernels.backends.triton.tiles import Chain, TwoParts
 from mpo_kernels.planning.plan import Gradients, Plan
 from mpo_kernels.testing import random_cores, relative_error
@@ -56,14 +57,16 @@ def test_offsets_past_2_to_the_31(tall: torch.Tensor) -> None:
     rows = tiles.power_of_two(len(tall))
     w = torch.einsum("ijd,kld->ikjl", b.double(), a.double()).reshape(64, 16)
     last = tall[-5:].double() @ w
-    y = chain(tall, a, b, None, p, tiles.chain_tiles(p, rows, 2, limits)[0][1])
+    y = chain(tall, a, b, None, p, tiles.chain_tiles(p, 64, 2, limits)[0][1])
+    assert relative_error(y[-5:], last) < 1e-2
+    y = matrix_chain(tall, a, b, None, p, tiles.matrix_tiles(p, rows, 2, limits)[0][1])
     assert relative_error(y[-5:], last) < 1e-2
     dy = torch.zeros_like(y)
     dy[-5:] = torch.randn_like(dy[-5:])
-    tile = tiles.chain_tiles(p, rows, 2, limits, gradient=True)[0][1]
+    tile = tiles.matrix_tiles(p, rows, 2, limits, gradient=True)[0][1]
     s = torch.einsum("bsf,fjd->bsjd", tall[-5:].double().view(5, 8, 8), a.double())
     of_second = torch.einsum("bsjd,bnj->snd", s, dy[-5:].double().view(5, 4, 4))
-    assert relative_error(chain_gradient(tall, dy, a, p, tile), of_second) < 1e-2
+    assert relative_error(matrix_gradient(tall, dy, a, p, tile), of_second) < 1e-2
     cores, bias = (b[None], a.permute(2, 0, 1)[..., None]), torch.zeros_like(y[0])
     panels.forward(tall, cores, bias, y, Plan("panels", "columns", (1,), rows, 2, 0, 0, 0.0))
     assert relative_error(y[-5:], last) < 1e-2
@@ -82,9 +85,10 @@ def test_an_embedding_of_more_than_2_to_the_31_elements() -> None:
 def test_a_row_stride_past_2_to_the_31(tall: torch.Tensor) -> None:
     x = tall.view(-1).as_strided((2, 768), (2**31 + 1024, 1))
     module = layer()
-    fused = next(plan for plan in module.plan(2).candidates if plan.algorithm == "fused")
-    y = TritonBackend().linear(x, list(module.cores), module.bias, 3072, fused)
-    assert relative_error(y, exact(module, x)) < 2e-2
+    for rows in (2, 128):  # the kernels of few rows and of many
+        fused = next(plan for plan in module.plan(rows).candidates if plan.algorithm == "fused")
+        y = TritonBackend().linear(x, list(module.cores), module.bias, 3072, fused)
+        assert relative_error(y, exact(module, x)) < 2e-2
 
 
 def test_on_a_second_stream() -> None:

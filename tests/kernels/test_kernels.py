@@ -11,11 +11,12 @@ from guards import Guards
 from torch import Tensor
 
 from mpo_kernels.backends.triton import tiles
-from mpo_kernels.backends.triton.chain import chain, chain_gradient
+from mpo_kernels.backends.triton.chain import chain
 from mpo_kernels.backends.triton.device import interpreted
 from mpo_kernels.backends.triton.gather import gather, gather_gradient
 from mpo_kernels.backends.triton.launch import launch, sum_splits
-from mpo_kernels.backends.triton.tiles import LIMITS, Chain, TwoParts, power_of_two
+from mpo_kernels.backends.triton.matrix import matrix_chain, matrix_gradient
+from mpo_kernels.backends.triton.tiles import FEW_ROWS, LIMITS, Chain, TwoParts, power_of_two
 from mpo_kernels.testing import relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,10 +86,13 @@ class Draw:
         of_a = torch.einsum("ikjl,kld->ijd", g, self.b.double())
         return of_a, torch.einsum("ikjl,ijd->kld", g, self.a.double())
 
-    def tile(self, kernel_tiles: object, problem: object, **options: bool) -> object:
-        """Any of the tiles that would be tried."""
+    def tile(
+        self, kernel_tiles: object, problem: object, least: int = 1, **options: bool
+    ) -> object:
+        """Any of the tiles that would be tried, of a bucket that there are some for."""
+        bucket = max(least, min(power_of_two(self.rows), FEW_ROWS))
         found = kernel_tiles(  # type: ignore[operator]
-            problem, power_of_two(self.rows), self.dtype.itemsize, TARGET, **options
+            problem, bucket, self.dtype.itemsize, TARGET, **options
         )
         return self.rng.choice(found)[1]
 
@@ -124,16 +128,29 @@ def test_chain_in_both_orders(draw: Draw, first: str) -> None:
 
 
 @pytest.mark.parametrize("first", ["left", "right"])
-def test_gradient_of_the_part_taken_second(draw: Draw, first: str) -> None:
+@pytest.mark.parametrize("draw", DTYPES[1:], ids=str, indirect=True)
+def test_rows_as_matrices(draw: Draw, first: str) -> None:
     d = draw
+    x, dy, exchanged = d.x[:9], d.dy[:9], d.rng.random() < 0.5
     one, other = (d.a, d.b) if first == "left" else (d.b, d.a)
-    p = Chain(
-        *one.shape[:2], *other.shape[:2], d.rank, d.in_features, d.out_features, first == "right"
-    )
-    got = chain_gradient(d.x, d.dy, one, p, d.tile(tiles.chain_tiles, p, gradient=True))
-    of_a, of_b = d.weight_gradient(d.x.double().t() @ d.dy.double())
+    features = (d.in_features, d.out_features)
+    p = Chain(*one.shape[:2], *other.shape[:2], d.rank, *features, first == "right", exchanged)
+    exact = x.double() @ d.weight()
+    y = matrix_chain(x, one, other, d.bias, p, d.tile(tiles.matrix_tiles, p, FEW_ROWS))
+    d.check(y, exact + d.bias.double())
+    assert y.dtype == d.dtype and y.shape == exact.shape
+    y = matrix_chain(x, one, other, None, p, d.tile(tiles.matrix_tiles, p, FEW_ROWS))
+    d.check(y, exact)
+    got = matrix_gradient(x, dy, one, p, d.tile(tiles.matrix_tiles, p, gradient=True))
     assert got.dtype == torch.float32
+    of_a, of_b = d.weight_gradient(x.double().t() @ dy.double())
     d.check(got, of_b if first == "left" else of_a)
+
+
+def matrices(rows: Tensor, first: int, second: int, p: Chain) -> Tensor:
+    """Each row as ``[first, second]`` in fp64, what is padded zero."""
+    padded = torch.nn.functional.pad(rows.double(), (0, first * second - rows.shape[1]))
+    return padded.view(-1, second, first).mT if p.first_minor else padded.view(-1, first, second)
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
@@ -164,6 +181,31 @@ def test_every_tile_of_a_problem_agrees(guards: Guards) -> None:
         d.check(chain(x, first, second, None, p, tile), exact.reshape(9, 45))
 
 
+@pytest.mark.parametrize("first_minor", [False, True])
+def test_rows_as_matrices_in_every_tile(guards: Guards, first_minor: bool) -> None:
+    d = Draw(5, torch.float16, guards)
+    p = Chain(23, 70, 37, 40, 3, 23 * 37 - 2, 70 * 40 - 5, first_minor)
+
+    def operand(*size: int) -> Tensor:
+        return guards.copy(torch.randn(size).to(torch.float16))
+
+    x, dy, bias = operand(5, p.in_features), operand(5, p.out_features), operand(p.out_features)
+    first, second = operand(23, 70, 3), operand(37, 40, 3)
+    of_x, of_dy = matrices(x, 23, 37, p), matrices(dy, 70, 40, p)
+    y = torch.einsum("bfs,fjd,snd->bjn", of_x, first.double(), second.double())
+    y = (y.mT if first_minor else y).reshape(5, -1)[:, : p.out_features] + bias.double()
+    of_second = torch.einsum("bfs,fjd,bjn->snd", of_x, first.double(), of_dy)
+    forward = [tile for _, tile in tiles.matrix_tiles(p, 64, 2, TARGET)]
+    backward = [tile for _, tile in tiles.matrix_tiles(p, 64, 2, TARGET, gradient=True)]
+    for found in (forward, backward):
+        for field in ("matrices", "block_j", "block_n", "splits"):
+            assert len({getattr(tile, field) for tile in found}) > 1, field
+    for tile in forward[::7]:
+        d.check(matrix_chain(x, first, second, bias, p, tile), y)
+    for tile in backward[::7]:
+        d.check(matrix_gradient(x, dy, first, p, tile), of_second)
+
+
 def test_sum_of_splits_is_in_a_fixed_order(guards: Guards) -> None:
     splits, bias = guards.copy(torch.randn(5, 3, 700)), guards.copy(torch.randn(700))
     total = sum_splits(splits, bias, guards.empty((3, 700), torch.float32))
@@ -180,7 +222,7 @@ def test_a_failing_launch_names_the_kernel_and_its_configuration() -> None:
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             raise ValueError("out of resources")
 
-    tile = tiles.ChainTile(16, 1, 1, 16, 16, 16, 1, 1, 4, 2)
+    tile = tiles.ChainTile(16, 1, 1, 16, 16, 16, 1, 4, 2)
     with pytest.raises(
         RuntimeError, match=r"chain_kernel failed on grid \(3,\).*block_b=16.*out of"
     ):

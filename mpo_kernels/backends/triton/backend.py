@@ -10,11 +10,12 @@ from torch import Tensor
 from mpo_kernels.backends.torch.backend import TorchBackend
 from mpo_kernels.backends.torch.merging import merge, unmerge
 from mpo_kernels.backends.triton import panels, tuning
-from mpo_kernels.backends.triton.chain import chain, chain_gradient
+from mpo_kernels.backends.triton.chain import chain
 from mpo_kernels.backends.triton.device import limits
 from mpo_kernels.backends.triton.gather import gather, gather_gradient
+from mpo_kernels.backends.triton.matrix import matrix_chain, matrix_gradient
 from mpo_kernels.backends.triton.planning import plan_fused
-from mpo_kernels.backends.triton.tiles import GatherTile, TwoParts
+from mpo_kernels.backends.triton.tiles import GatherTile, MatrixTile, TwoParts
 from mpo_kernels.planning.figures import device_figures
 from mpo_kernels.planning.plan import (
     Call,
@@ -102,7 +103,8 @@ def _product(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, launch
     if launch.result == "dx":
         left, right = left.transpose(0, 1), right.transpose(0, 1)
     first, second = (left, right) if launch.first == "left" else (right, left)
-    return chain(x, first, second, bias, launch.problem, launch.tile)
+    kernel = matrix_chain if isinstance(launch.tile, MatrixTile) else chain
+    return kernel(x, first, second, bias, launch.problem, launch.tile)
 
 
 def _part_gradient(grad: Tensor, x: Tensor, left: Tensor, right: Tensor, launch: Launch) -> Tensor:
@@ -110,9 +112,9 @@ def _part_gradient(grad: Tensor, x: Tensor, left: Tensor, right: Tensor, launch:
     of_left = launch.result == "left"
     other = right if of_left else left
     if launch.first == "x":
-        total = chain_gradient(x, grad, other, launch.problem, launch.tile)
+        total = matrix_gradient(x, grad, other, launch.problem, launch.tile)
     else:
-        total = chain_gradient(grad, x, other.transpose(0, 1), launch.problem, launch.tile)
+        total = matrix_gradient(grad, x, other.transpose(0, 1), launch.problem, launch.tile)
         total = total.transpose(0, 1)
     return total.unsqueeze(0) if of_left else total.permute(2, 0, 1).unsqueeze(3)
 
@@ -121,8 +123,7 @@ def _table(
     tokens: int, parts: Sequence[Tensor], embedding_dim: int, kernel: str
 ) -> tuple[TwoParts, GatherTile]:
     (left, right), like = shapes_of(parts), parts[0]
-    features = left[1] * right[1], embedding_dim
-    problem = TwoParts(*left[1:3], *right[1:3], left[3], *features)
+    problem = TwoParts(*left[1:3], *right[1:3], left[3], left[1] * right[1], embedding_dim)
     best = tuning.best(kernel, problem, row_bucket(tokens), like.dtype, limits(like.device))
     if best is None:
         raise RuntimeError(f"no tile of {kernel} fits {like.device}: {problem}")

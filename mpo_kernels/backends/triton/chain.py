@@ -8,7 +8,7 @@ and (j_F, j_S).
     y[b, j_F, j_S]    = Σ_{i_S, d} s[b, i_S, j_F, d] · second[i_S, j_S, d]
 
 A program owns some rows, j_F and j_S and walks over (i_S, d). With in and out exchanged the same
-kernel gives dx. With few rows, the i_S of a tile are rows of the first product and its j_F rows of
+kernel gives dx. Rows are few: the i_S of a tile are rows of the first product and its j_F rows of
 the second, and the walk is split over programs.
 
 The gradient of the second part is recomputed from x and summed over rows in fp32, never with dW:
@@ -152,45 +152,21 @@ def chain_kernel(
     N_BLOCKS: tl.constexpr = (S.second_out + T.block_n - 1) // T.block_n
     RANK_BLOCKS: tl.constexpr = (S.rank + T.block_d - 1) // T.block_d
     STEPS: tl.constexpr = (S.second_in + T.group_in - 1) // T.group_in * RANK_BLOCKS
-    N_PROGRAMS: tl.constexpr = (N_BLOCKS + T.columns - 1) // T.columns
+    PER_SPLIT: tl.constexpr = (STEPS + T.splits - 1) // T.splits
 
     i_program, i_split = tl.program_id(0), tl.program_id(1)
-    i_n = i_program % N_PROGRAMS
-    o_out = i_program // N_PROGRAMS % OUT_GROUPS * T.group_out
-    o_b = (i_program // (N_PROGRAMS * OUT_GROUPS)).to(tl.int64) * T.block_b
+    j_second = i_program % N_BLOCKS * T.block_n + tl.arange(0, T.block_n)
+    o_out = i_program // N_BLOCKS % OUT_GROUPS * T.group_out
+    o_b = (i_program // (N_BLOCKS * OUT_GROUPS)).to(tl.int64) * T.block_b
     p_y += i_split.to(tl.int64) * rows * S.out_features
     acc = tl.full((T.block_b * T.group_out, T.block_n), 0.0, tl.float32)
-    if STEPS == 1:
-        # s is complete: the program walks over its blocks of j_S.
+    for step in range(i_split * PER_SPLIT, min((i_split + 1) * PER_SPLIT, STEPS)):
+        o_in, o_rank = step // RANK_BLOCKS * T.group_in, step % RANK_BLOCKS * T.block_d
         s = first_product(
-            p_x, p_first, rows, stride_xm, stride_xk, o_b, 0, o_out, 0, S, P, T, PRECISION
+            p_x, p_first, rows, stride_xm, stride_xk, o_b, o_in, o_out, o_rank, S, P, T, PRECISION
         )
-        for n in range(i_n * T.columns, min((i_n + 1) * T.columns, N_BLOCKS)):
-            j_second = n * T.block_n + tl.arange(0, T.block_n)
-            y = second_product(acc, s, p_second, 0, 0, j_second, S, P, T, PRECISION)
-            store_rows(y, p_bias, p_y, rows, o_b, o_out, j_second, S, T)
-    else:
-        j_second = i_n * T.block_n + tl.arange(0, T.block_n)
-        PER_SPLIT: tl.constexpr = (STEPS + T.splits - 1) // T.splits
-        for step in range(i_split * PER_SPLIT, min((i_split + 1) * PER_SPLIT, STEPS)):
-            o_in, o_rank = step // RANK_BLOCKS * T.group_in, step % RANK_BLOCKS * T.block_d
-            s = first_product(
-                p_x,
-                p_first,
-                rows,
-                stride_xm,
-                stride_xk,
-                o_b,
-                o_in,
-                o_out,
-                o_rank,
-                S,
-                P,
-                T,
-                PRECISION,
-            )
-            acc = second_product(acc, s, p_second, o_in, o_rank, j_second, S, P, T, PRECISION)
-        store_rows(acc, p_bias, p_y, rows, o_b, o_out, j_second, S, T)
+        acc = second_product(acc, s, p_second, o_in, o_rank, j_second, S, P, T, PRECISION)
+    store_rows(acc, p_bias, p_y, rows, o_b, o_out, j_second, S, T)
 
 
 def chain(
@@ -214,7 +190,7 @@ def chain(
     programs = (
         ceil_div(rows, t.block_b)
         * ceil_div(p.first_out, t.group_out)
-        * ceil_div(ceil_div(p.second_out, t.block_n), t.columns)
+        * ceil_div(p.second_out, t.block_n)
     )
     launch(
         chain_kernel,

@@ -1,9 +1,10 @@
-"""Candidates of this back end beside the library's own: the fused chain."""
+"""Candidates of this back end beside the library's own: two parts, each result in one kernel."""
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 from mpo_kernels.backends.triton import panels, tuning
@@ -65,32 +66,37 @@ def _plan(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
     shapes, rows, dtype, gradients = call.shapes, call.rows, call.dtype, call.gradients
     plans = list(plan_library(call, figures, digits=dtype in panels.DTYPES).candidates)
     for k in range(1, len(shapes)):
-        if parts := merged_parts(shapes, (k,)):
-            needs = _results(gradients, k)
-            if choices := _choices(parts[0], parts[1], call, limits, needs):
-                merging = merge_work(shapes, (k,), dtype.itemsize, gradients)
-                fixed = sum(w.macs for w in merging)
-                kernels = sum(choice.seconds + figures.launch_seconds for choice in choices)
-                seconds = time_of(merging, figures, kernels, STARTED * len(choices))
-                moved = dtype.itemsize * (rows * sum(call.features) + sum(map(math.prod, parts)))
-                first = choices[0].launch
-                plans.append(
-                    Plan(
-                        algorithm="fused",
-                        order=first.first,
-                        split=(k,),
-                        rows=rows,
-                        block=first.tile.block_b,
-                        macs=sum(c.macs for c in choices) + fixed,
-                        bytes=moved + sum(w.bytes for w in merging),
-                        predicted_us=seconds * 1e6,
-                        measured_us=1e6 * sum(c.seconds for c in choices)
-                        if all(c.measured for c in choices)
-                        else None,
-                        launches=tuple(choice.launch for choice in choices),
-                        fixed_macs=fixed,
-                    )
-                )
+        if not (parts := merged_parts(shapes, (k,))):
+            continue
+        results = _results(gradients, k)
+        choices = [
+            c for result in results if (c := _choice(parts[0], parts[1], call, limits, result))
+        ]
+        if len(choices) < len(results):
+            continue
+        merging = merge_work(shapes, (k,), dtype.itemsize, gradients)
+        fixed = sum(w.macs for w in merging)
+        kernels = sum(choice.seconds + figures.launch_seconds for choice in choices)
+        seconds = time_of(merging, figures, kernels, STARTED * len(choices))
+        moved = dtype.itemsize * (rows * sum(call.features) + sum(map(math.prod, parts)))
+        first = choices[0].launch
+        plans.append(
+            Plan(
+                algorithm="fused",
+                order=first.first,
+                split=(k,),
+                rows=rows,
+                block=first.tile[0],
+                macs=sum(c.macs for c in choices) + fixed,
+                bytes=moved + sum(w.bytes for w in merging),
+                predicted_us=seconds * 1e6,
+                measured_us=1e6 * sum(c.seconds for c in choices)
+                if all(c.measured for c in choices)
+                else None,
+                launches=tuple(choice.launch for choice in choices),
+                fixed_macs=fixed,
+            )
+        )
     return best_of(plans)
 
 
@@ -109,21 +115,17 @@ class _Choice(NamedTuple):
     launch: Launch
 
 
-def _choices(
-    left: CoreShape, right: CoreShape, call: Call, limits: Limits, results: list[str]
-) -> list[_Choice]:
-    """A launch for each result, or none at all where one has no tile that fits."""
-    features, rows, dtype = call.features, call.rows, call.dtype
-    fused = []
-    for result in results:
-        chain = result in ("y", "dx")
-        ways = []
-        for first in ("left", "right") if chain else ("x", "dy"):
-            p = chain_problem(left, right, features, result, first)
-            macs = rows * p.rank * p.second_in * p.first_out * (p.first_in + p.second_out)
-            kernel = "chain" if chain else "chain_gradient"
-            if best := tuning.best(kernel, p, rows, dtype, limits):
-                launch = Launch(result, first, best.tile, p)
-                ways.append(_Choice(best.seconds, best.measured, macs, launch))
-        fused += [min(ways)] if ways else []
-    return fused if len(fused) == len(results) else []
+def _choice(
+    left: CoreShape, right: CoreShape, call: Call, limits: Limits, result: str
+) -> _Choice | None:
+    """The fastest launch that forms a result, None where no kernel does."""
+    of_rows = result in ("y", "dx")
+    kernels = ("chain", "matrix") if of_rows else ("matrix_gradient",)
+    ways = []
+    for first, kernel in product(("left", "right") if of_rows else ("x", "dy"), kernels):
+        p = chain_problem(left, right, call.features, result, first)
+        macs = call.rows * p.rank * p.second_in * p.first_out * (p.first_in + p.second_out)
+        if best := tuning.best(kernel, p, call.rows, call.dtype, limits):
+            launch = Launch(result, first, best.tile, p)
+            ways.append(_Choice(best.seconds, best.measured, macs, launch))
+    return min(ways, default=None)

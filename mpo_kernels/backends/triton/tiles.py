@@ -29,6 +29,8 @@ class Limits:
         cache_bytes_per_second: from the second-level cache, all multiprocessors.
         warp: threads of a warp.
         waits: whether each load of a step was measured to wait for the one before.
+        renames: whether triton makes accumulators the operand of a next product by renaming
+            registers; where not they take a way through memory.
     """
 
     name: str
@@ -41,12 +43,15 @@ class Limits:
     cache_bytes_per_second: float
     warp: int = 32
     waits: bool = False
+    renames: bool = False
 
 
 # By the vendors' data sheets, but for what an H200 was measured to do; only ratios matter here.
 LIMITS = {
-    "sm_80": Limits("sm_80", 108, 163 << 10, 96, 16, 156e12, 9.7e12, 4e12),
-    "sm_90": Limits("sm_90", 132, 227 << 10, 160, 64, 495e12, 30e12, 5.5e12, waits=True),
+    "sm_80": Limits("sm_80", 108, 163 << 10, 96, 16, 156e12, 9.7e12, 4e12, renames=True),
+    "sm_90": Limits(
+        "sm_90", 132, 227 << 10, 160, 64, 495e12, 30e12, 5.5e12, waits=True, renames=True
+    ),
     "sm_100": Limits("sm_100", 148, 227 << 10, 119, 64, 1100e12, 37e12, 8e12),
     "gfx942": Limits("gfx942", 304, 64 << 10, 128, 16, 650e12, 80e12, 8e12, 64),
 }
@@ -83,10 +88,7 @@ class Chain(NamedTuple):
 
 
 class ChainTile(NamedTuple):
-    """Rows, i_S, j_F, i_F, D and j_S of a program; `columns` blocks of j_S where s is complete.
-
-    In the kernel of the gradient `splits` divides the rows, in the forward kernel (i_S, D).
-    """
+    """Rows, i_S, j_F, i_F, D and j_S of a program; `splits` divides (i_S, D)."""
 
     block_b: int
     group_in: int
@@ -94,7 +96,20 @@ class ChainTile(NamedTuple):
     block_k: int
     block_d: int
     block_n: int
-    columns: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+class MatrixTile(NamedTuple):
+    """Of ``matrix.py``: B_q of a program, j at a time, n; `splits` divide the walk over t.
+
+    All of k is one block, and ``MATRIX_ROWS`` are of m.
+    """
+
+    matrices: int
+    block_j: int
+    block_n: int
     splits: int
     num_warps: int
     num_stages: int
@@ -148,6 +163,11 @@ def _sizes(low: int, high: int, limit: int) -> list[int]:
     sizes = [low << k for k in range((high // low).bit_length())]
     return [size for size in sizes if size == low or size <= power_of_two(limit)]
 
+
+# Up to here the kernels of ``chain.py`` give y, from here on those of ``matrix.py``.
+FEW_ROWS = 64
+# m of a program of ``matrix.py``: rows of the widest matrix instruction, which four warps issue.
+MATRIX_ROWS = 64
 
 # Of a thread, without what addresses take.
 REGISTERS = 240
@@ -217,7 +237,7 @@ def _run_waste(run: int, itemsize: int) -> float:
     return max(1.0, 32 / (run * itemsize))
 
 
-def _copy_seconds(p: Chain, t: ChainTile, itemsize: int, limits: Limits, gradient: bool) -> float:
+def _copy_seconds(p: Chain, t: ChainTile, itemsize: int, limits: Limits) -> float:
     """Time to copy the part that holds the minor digit, where a tile would read short runs of it.
 
     As cores and merged parts lie, that part is contiguous in its out digit; see `launch.readable`.
@@ -226,16 +246,17 @@ def _copy_seconds(p: Chain, t: ChainTile, itemsize: int, limits: Limits, gradien
         run, size = t.block_k if p.exchanged else t.group_out, p.first_in * p.first_out * p.rank
     else:
         run, size = t.group_in if p.exchanged else t.block_n, p.second_in * p.second_out * p.rank
-        if gradient:
-            return 0.0
     if run * itemsize >= 16:
         return 0.0
+    return _copy(size, itemsize, limits)
+
+
+def _copy(size: int, itemsize: int, limits: Limits) -> float:
+    """Seconds of a kernel that reads and writes so many elements."""
     return 2.5e-6 + 2 * size * itemsize / limits.cache_bytes_per_second
 
 
-def _chain_cost(
-    problem: Chain, tile: ChainTile, rows: int, itemsize: int, limits: Limits, gradient: bool
-) -> Cost:
+def _chain_cost(problem: Chain, tile: ChainTile, rows: int, itemsize: int, limits: Limits) -> Cost:
     p, t = problem, tile
     b_blocks = ceil_div(rows, t.block_b)
     k_loop = ceil_div(p.first_in, t.block_k)
@@ -247,47 +268,27 @@ def _chain_cost(
     first_bytes = p.first_in * n_first * itemsize
     second_bytes = k_second * t.block_n * itemsize
     y_bytes = m_second * t.block_n * itemsize * _run_waste(y_run, itemsize)
-    first = (m_first, n_first, k_loop * t.block_k)
     out_groups = ceil_div(p.first_out, t.group_out)
     n_blocks = ceil_div(p.second_out, t.block_n)
     in_blocks = ceil_div(p.second_in, t.group_in) * ceil_div(p.rank, t.block_d)
     s_bytes = m_second * k_second * itemsize
     tiles = (m_first * t.block_k + t.block_k * n_first) * itemsize
-    if gradient:
-        accumulators = t.block_n * k_second + m_first * n_first
-        shared = t.num_stages * (tiles + m_second * t.block_n * itemsize) + s_bytes
-        steps = ceil_div(b_blocks, t.splits) * out_groups
-        seconds = _seconds(
-            limits,
-            itemsize,
-            programs=in_blocks * n_blocks * t.splits,
-            steps=steps,
-            loads=k_loop + 1,
-            products=[first, (t.block_n, k_second, m_second)],
-            step_bytes=x_bytes + first_bytes + y_bytes,
-            end_bytes=8 * t.block_n * k_second,
-            shared_memory=shared,
-        )
-    else:
-        accumulators = m_second * t.block_n + m_first * n_first
-        shared = t.num_stages * (tiles + second_bytes) + s_bytes
-        columns = t.columns if in_blocks == 1 else 1
-        steps = max(ceil_div(in_blocks, t.splits), columns)
-        share = (first[0], first[1], ceil_div(first[2], columns))
-        seconds = _seconds(
-            limits,
-            itemsize,
-            programs=b_blocks * out_groups * ceil_div(n_blocks, columns) * t.splits,
-            steps=steps,
-            loads=ceil_div(k_loop, columns) + 1,
-            products=[share, (m_second, t.block_n, k_second)],
-            step_bytes=(x_bytes + first_bytes) / columns + second_bytes,
-            end_bytes=columns * y_bytes * (5 if t.splits > 1 else 1),
-            shared_memory=shared,
-        )
-        # The sum over splits is a kernel of its own.
-        seconds += 2e-6 * (t.splits > 1)
-    seconds += _copy_seconds(p, t, itemsize, limits, gradient)
+    accumulators = m_second * t.block_n + m_first * n_first
+    shared = t.num_stages * (tiles + second_bytes) + s_bytes
+    seconds = _seconds(
+        limits,
+        itemsize,
+        programs=b_blocks * out_groups * n_blocks * t.splits,
+        steps=ceil_div(in_blocks, t.splits),
+        loads=k_loop + 1,
+        products=[(m_first, n_first, k_loop * t.block_k), (m_second, t.block_n, k_second)],
+        step_bytes=x_bytes + first_bytes + second_bytes,
+        end_bytes=y_bytes * (5 if t.splits > 1 else 1),
+        shared_memory=shared,
+    )
+    # The sum over splits is a kernel of its own.
+    seconds += 2e-6 * (t.splits > 1)
+    seconds += _copy_seconds(p, t, itemsize, limits)
     operands = 0
     if itemsize == 2 and m_second < limits.matrix_rows:
         # Each warp has all of s, and the program one step of the first part.
@@ -296,12 +297,10 @@ def _chain_cost(
     return Cost(accumulators, shared, seconds, operands)
 
 
-def _chain_tiles(
-    problem: Chain, rows: int, itemsize: int, limits: Limits, gradient: bool
-) -> Iterator[ChainTile]:
+def _chain_tiles(problem: Chain, rows: int, itemsize: int) -> Iterator[ChainTile]:
     p = problem
     # Up to 16 rows or values of D are padding where nothing else fills a matrix instruction.
-    b_sizes = _sizes(1, 128, max(16, rows))
+    b_sizes = _sizes(1, FEW_ROWS, max(16, rows))
     in_sizes, out_sizes = _sizes(1, 32, p.second_in), _sizes(1, 32, p.first_out)
     d_sizes = _sizes(16, 128, p.rank)
     if p.rank <= 8:
@@ -317,38 +316,126 @@ def _chain_tiles(
         for n, k in product(n_sizes, k_sizes):
             warps = 8 if max(m_second * n, m_first * g_out * d) >= 2**14 else 4
             stages = 2 if itemsize == 4 else 3
-            if gradient:
-                for splits in _sizes(1, 64, ceil_div(rows, b)):
-                    yield ChainTile(b, g_in, g_out, k, d, n, 1, splits, warps, stages)
-                continue
-            in_blocks = ceil_div(p.second_in, g_in) * ceil_div(p.rank, d)
-            if in_blocks == 1:
-                for columns in _sizes(1, 4096, ceil_div(p.second_out, n)):
-                    yield ChainTile(b, g_in, g_out, k, d, n, columns, 1, warps, stages)
-            else:
-                for splits in _sizes(1, 4096, in_blocks if rows <= 64 else 1):
-                    yield ChainTile(b, g_in, g_out, k, d, n, 1, splits, warps, stages)
+            for splits in _sizes(1, 4096, ceil_div(p.second_in, g_in) * ceil_div(p.rank, d)):
+                yield ChainTile(b, g_in, g_out, k, d, n, splits, warps, stages)
 
 
 @lru_cache(maxsize=4096)
 def chain_tiles(
-    problem: Chain, rows: int, itemsize: int, limits: Limits, gradient: bool = False
+    problem: Chain, rows: int, itemsize: int, limits: Limits
 ) -> tuple[tuple[float, ChainTile], ...]:
     """(seconds, tile) of the tiles that fit, the fastest by the model first.
 
     Args:
-        problem: the two parts; for a gradient, `second` is the one asked for.
-        rows: a bucket, a power of two.
+        problem: the two parts.
+        rows: a bucket, a power of two; there are none above ``FEW_ROWS``.
         itemsize: of an element, 2 or 4 bytes.
         limits: of the device.
-        gradient: tiles of the gradient's kernel instead of the forward one.
     """
+    if rows > FEW_ROWS:
+        return ()
     priced = []
-    for tile in _chain_tiles(problem, rows, itemsize, limits, gradient):
-        cost = _chain_cost(problem, tile, rows, itemsize, limits, gradient)
+    for tile in _chain_tiles(problem, rows, itemsize):
+        cost = _chain_cost(problem, tile, rows, itemsize, limits)
         if cost.fits(tile.num_warps, limits, itemsize):
-            priced.append((cost.seconds, tile))
-    return tuple(sorted(priced)[:64])
+            priced.append((cost.seconds, cost.shared_memory, tile))
+    # Of equals the one that needs the least shared memory.
+    return tuple((seconds, tile) for seconds, _, tile in sorted(priced)[:64])
+
+
+# Of the tensor cores' peak rate; chained products of attention reach 0.40 to 0.65 of it.
+TENSOR_SHARE = 0.65
+# Columns of the narrowest product that takes no longer than its operands from shared memory.
+FULL_COLUMNS = 64
+# Of a step that another program of the multiprocessor does not hide: two barriers, a conversion.
+STEP_LATENCY = 0.35e-6
+# Of a program: its first loads and its last stores.
+ENDS_LATENCY = 1.5e-6
+# Of a thread, beside accumulators, as compiled; a multiprocessor has 64 K of them.
+OTHER_REGISTERS = 42
+# With more of B_q than so many values of k in all the compiler spills.
+RESIDENT = 256
+
+
+class _Walk(NamedTuple):
+    """Sizes of ``out_q [m, n] = Σ_t (A_t [m, k] · B_q [k, j]) · C_t [j, n]``."""
+
+    m: int
+    k: int
+    j: int
+    n: int
+    matrices: int
+    steps: int
+
+
+def _matrix_cost(w: _Walk, t: MatrixTile, out_bytes: int, limits: Limits) -> Cost:
+    block_k = max(16, power_of_two(w.k))
+    walks, units = ceil_div(w.j, t.block_j), limits.multiprocessors
+    programs = ceil_div(w.m, MATRIX_ROWS) * ceil_div(w.n, t.block_n)
+    programs *= ceil_div(w.matrices, t.matrices) * t.splits
+    steps = walks * ceil_div(w.steps, t.splits)
+    macs = block_k * max(t.block_j, FULL_COLUMNS) + t.block_j * max(t.block_n, FULL_COLUMNS)
+    macs *= t.matrices * MATRIX_ROWS
+    step_bytes = 2 * (MATRIX_ROWS * block_k + t.block_j * t.block_n)
+    b_bytes = 2 * t.matrices * block_k * t.block_j
+    end_bytes = t.matrices * MATRIX_ROWS * t.block_n * (4 if t.splits > 1 else out_bytes)
+    shared = t.num_stages * step_bytes + b_bytes
+    accumulators = MATRIX_ROWS * (t.matrices * t.block_n + t.block_j)
+    registers = accumulators // (32 * t.num_warps) + OTHER_REGISTERS
+    together = max(1, min(limits.shared_memory // shared, 2**16 // (32 * t.num_warps * registers)))
+    # Of the busiest multiprocessor, whose programs share its rates and hide each other's waits.
+    own = ceil_div(programs, units)
+    compute = own * steps * macs / (TENSOR_SHARE * limits.macs_per_second / units)
+    moved = own * (steps * step_bytes + walks * b_bytes + end_bytes)
+    waits = ceil_div(own, together) * steps * STEP_LATENCY
+    seconds = max(compute, moved * units / limits.cache_bytes_per_second, waits) + ENDS_LATENCY
+    if t.splits > 1:
+        size = t.splits * w.matrices * w.m * w.n
+        seconds += 2e-6 + 4 * size / limits.cache_bytes_per_second
+    # Without the widest instruction B_q comes through registers as well.
+    operands = t.matrices * block_k * t.block_j // limits.warp
+    return Cost(accumulators, shared, seconds, operands if limits.matrix_rows < 64 else 0)
+
+
+@lru_cache(maxsize=4096)
+def matrix_tiles(
+    problem: Chain, rows: int, itemsize: int, limits: Limits, gradient: bool = False
+) -> tuple[tuple[float, MatrixTile], ...]:
+    """As :func:`chain_tiles`, for the kernel that takes a row of x as a matrix.
+
+    None fits in fp32, where triton does not rename registers, or y of fewer rows than ``FEW_ROWS``.
+
+    Args:
+        gradient: of `second`, instead of y.
+    """
+    p, priced = problem, []
+    if not limits.renames or itemsize != 2 or (rows < FEW_ROWS and not gradient):
+        return ()
+    if gradient:
+        walk = _Walk(p.second_in, p.first_in, p.first_out, p.second_out, p.rank, rows)
+    else:
+        walk = _Walk(p.first_out, p.first_in, p.second_in, p.second_out, rows, p.rank)
+    # The left part is copied bond by bond.
+    first, second = p.first_in * p.first_out, p.second_in * p.second_out
+    left = second if p.first_minor else first
+    copy = 0.0 if gradient and p.first_minor else _copy(left * p.rank, itemsize, limits)
+    # Wider ones than four instructions are shared out so that the state would have to move.
+    n_sizes = _sizes(16, 4 * limits.matrix_rows, walk.n)
+    for matrices, j, n in product(_sizes(1, 4, walk.matrices), _sizes(16, 128, walk.j), n_sizes):
+        if matrices * power_of_two(walk.k) > RESIDENT:
+            continue
+        whole = MatrixTile(matrices, j, n, 1, 4, 3)
+        groups = ceil_div(walk.m, MATRIX_ROWS) * ceil_div(walk.n, n)
+        groups *= ceil_div(walk.matrices, matrices)
+        # As many splits as give each multiprocessor one, two or four programs.
+        fills = {times * limits.multiprocessors // groups for times in (1, 2, 4)}
+        for splits in sorted({max(1, min(fill, walk.steps)) for fill in fills} | {1}):
+            tile = whole._replace(splits=splits)
+            cost = _matrix_cost(walk, tile, 4 if gradient else itemsize, limits)
+            if cost.fits(tile.num_warps, limits, itemsize):
+                priced.append((cost.seconds + copy, tile))
+    # Of equals the one whose A_t and C_t serve the most B_q.
+    return tuple(sorted(priced, key=lambda c: (c[0], -c[1].matrices, c[1]))[:64])
 
 
 @lru_cache(maxsize=4096)

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 TILES: dict[str, Callable[..., tuple[tuple[float, Any], ...]]] = {
     "chain": tiles.chain_tiles,
-    "chain_gradient": partial(tiles.chain_tiles, gradient=True),
+    "matrix": tiles.matrix_tiles,
+    "matrix_gradient": partial(tiles.matrix_tiles, gradient=True),
     "gather": tiles.gather_tiles,
     "gather_gradient": partial(tiles.gather_tiles, gradient=True),
 }
@@ -121,8 +122,9 @@ def runner(
     kernel: str, problem: Any, rows: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Any], Any]:
     """A call of ``kernel`` on fresh random operands, for a tile."""
-    from mpo_kernels.backends.triton.chain import chain, chain_gradient
+    from mpo_kernels.backends.triton.chain import chain
     from mpo_kernels.backends.triton.gather import gather, gather_gradient
+    from mpo_kernels.backends.triton.matrix import matrix_chain, matrix_gradient
 
     # A generator of its own: tuning must not change what the caller draws next.
     generator = torch.Generator(device).manual_seed(0)
@@ -136,8 +138,10 @@ def runner(
     a, b = random(a_in, a_out, rank), random(b_in, b_out, rank)
     if kernel == "chain":
         return lambda tile: chain(x, a, b, None, p, tile)
-    if kernel == "chain_gradient":
-        return lambda tile: chain_gradient(x, y, a, p, tile)
+    if kernel == "matrix":
+        return lambda tile: matrix_chain(x, a, b, None, p, tile)
+    if kernel == "matrix_gradient":
+        return lambda tile: matrix_gradient(x, y, a, p, tile)
     ids = torch.randint(
         p.in_features, (rows,), dtype=torch.int64, device=device, generator=generator
     )

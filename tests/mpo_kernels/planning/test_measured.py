@@ -12,7 +12,7 @@ import torch
 from mpo_kernels import MPOLinear, MPOShape, calibration
 from mpo_kernels import __main__ as command
 from mpo_kernels.backends.triton import tuning
-from mpo_kernels.backends.triton.tiles import LIMITS, Chain, TwoParts
+from mpo_kernels.backends.triton.tiles import FEW_ROWS, LIMITS, Chain, TwoParts, matrix_tiles
 from mpo_kernels.planning import figures, measured
 
 CPU = torch.device("cpu")
@@ -162,6 +162,23 @@ def test_every_problem_has_a_tile_that_fits(limits: object, dtype: torch.dtype, 
         parts = TwoParts(a_in, a_out, b_in, b_out, rank, *features)
         chain = Chain(a_in, a_out, b_in, b_out, rank, *features, first_minor=True)
         for kernel in tuning.TILES:
-            problem = chain if kernel.startswith("chain") else parts
+            if kernel.startswith("matrix") or (kernel == "chain" and rows > FEW_ROWS):
+                continue  # offered where they are fast
+            problem = chain if kernel == "chain" else parts
             best = tuning.best(kernel, problem, rows, dtype, limits)  # type: ignore[arg-type]
             assert best is not None and best.seconds > 0, (kernel, problem)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_rows_as_matrices_where_they_fit(gradient: bool) -> None:
+    balanced = Chain(64, 64, 64, 64, 16, 4096, 4096, first_minor=False)
+
+    def tiles(problem: Chain, rows: int, itemsize: int, name: str) -> tuple[object, ...]:
+        return matrix_tiles(problem, rows, itemsize, LIMITS[name], gradient)
+
+    assert tiles(balanced, 64, 2, "sm_90") and tiles(balanced, 4096, 2, "sm_80")
+    assert not tiles(balanced, 4096, 4, "sm_90")  # fp32
+    assert not tiles(balanced, 4096, 2, "gfx942")  # the state would pass through memory
+    wide = balanced._replace(first_in=512)
+    assert not tiles(wide, 4096, 2, "sm_90")  # k, of which all is one block
+    assert bool(tiles(balanced, 32, 2, "sm_90")) == gradient  # y of few rows is the chain's
