@@ -18,9 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from math import isinf
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from bench.glue.encoder import say
 from bench.glue.methods import METHODS, SHARES
 from bench.glue.report import figure, markdown, tasks_figure, trace
 from bench.results import text_of
+from mpop.cli.options import positive_int
 from mpop.data.glue import TASKS, get_task
 from mpop.demo import default_model
 
@@ -99,6 +102,7 @@ class Bench:
         self.results: dict[Run, dict[str, Any]] = {}
         self.failed: set[Run] = set()
         self.machines: dict[str, None] = {}  # in order
+        self.writing = Lock()
         text = self.file.read_text() if self.file.exists() else ""
         # A run that was stopped while it was written down is measured again.
         *lines, unfinished = text.split("\n")
@@ -123,19 +127,20 @@ class Bench:
         left = None if isinf(self.deadline) else self.deadline - time.monotonic()
         if left is not None and left <= 0:
             raise BudgetSpent
-        say(f"{run.task} {run.method} seed {run.seed} rates {run.rates} on {run.eval_split}")
+        name = f"{run.task} {run.method} seed {run.seed} rates {run.rates} on {run.eval_split}"
+        say(name)
         done = self.start(run, self.kept(run), left)
         result = error = None
         if done.returncode == 0:
             result = json.loads(done.stdout.splitlines()[-1])
             result["model"] = run.model
             self.results[run] = result
-            say(f"  {result['metric']} {result['value']:.4f}")
+            say(f"  {name}: {result['metric']} {result['value']:.4f}")
         else:
             self.failed.add(run)
             error = (done.stderr.splitlines() or ["no message"])[-1]
-            say(f"  failed: {error}")
-        with self.file.open("a") as file:
+            say(f"  {name} failed: {error}")
+        with self.writing, self.file.open("a") as file:
             machine = facts.processor()
             record = {"run": asdict(run), "result": result, "error": error, "machine": machine}
             self.machines[machine] = None
@@ -259,18 +264,31 @@ class Bench:
 
     def measure(self) -> None:
         """All grids, then all tasks and methods seed by seed, so that a budget cuts seeds first."""
-        for run in self.plan():
-            # What is cut begins as a dense model, at the rate that is best for that.
-            needed = ("dense", run.method) if METHODS[run.method].before else (run.method,)
-            for method in needed:
-                trials = self.trials(replace(run, method=method))
-                if len(trials) > 1:
-                    for trial in trials:
-                        self.measure_run(trial)
-        for seed in self.options.seeds:
-            for run in self.plan():
-                if chosen := self.chosen(run):
-                    self.measure_run(replace(chosen, seed=seed))
+        plan = list(self.plan())
+        # What is cut begins as a dense model, at the rate that is best for that.
+        cut = [run for run in plan if METHODS[run.method].before]
+        whole = [run for run in plan if run not in cut]
+        for runs in ([*(replace(run, method="dense") for run in cut), *whole], cut):
+            grids = [self.trials(run) for run in runs]
+            self.measure_runs([trial for grid in grids if len(grid) > 1 for trial in grid])
+        chosen = [run for run in map(self.chosen, plan) if run]
+        seeds = self.options.seeds
+        self.measure_runs([replace(run, seed=seed) for seed in seeds for run in chosen])
+
+    def measure_runs(self, runs: Sequence[Run]) -> None:
+        """Measure each of them once, as many side by side as there are jobs.
+
+        Raises:
+            BudgetSpent: by any of them; those that have begun are ended by it as well.
+        """
+        with ThreadPoolExecutor(self.options.jobs) as threads:
+            pending = [threads.submit(self.measure_run, run) for run in dict.fromkeys(runs)]
+            try:
+                for run in as_completed(pending):
+                    run.result()
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a task and method, over the seeds that are there."""
@@ -325,8 +343,9 @@ def summary(run: Run, seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
 def conditions_of(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """What the figures hold for; each run names its own machine."""
     packages = ("transformers", "accelerate", "datasets", "peft")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return facts.conditions(
-        *("bench.glue.table", argv, torch.device("cpu"), *packages),
+        *("bench.glue.table", argv, device, *packages),
         model=options.model_name,
         seeds=options.seeds,
         grid_tasks={task: options.grid_tasks[task] for task in options.tasks},
@@ -404,6 +423,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument(
         "--time", action="store_true", help="measure times at the end; nothing else should run"
+    )
+    parser.add_argument(
+        "--jobs", type=positive_int, default=1, metavar="N", help="runs side by side (1)"
     )
     parser.add_argument(
         "--budget-minutes", type=float, default=float("inf"), metavar="N", help="wall clock (none)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,20 @@ def test_times_of_what_is_chosen_by_the_data_are_of_all_rows(finetune, tmp_path)
     finetune.clear()
     run(tmp_path, *options)
     assert [(c["max_train_samples"], bool(c["keep"])) for c in finetune] == [(None, True)]
+
+
+def test_jobs_go_on_side_by_side(finetune, monkeypatch, tmp_path):
+    both, one = threading.Barrier(2), table.subprocess.run
+
+    def together(command, **settings):
+        if "bench.glue.methods" in command:
+            both.wait(timeout=30)
+        return one(command, **settings)
+
+    monkeypatch.setattr(table.subprocess, "run", together)
+    (row,) = run(tmp_path, "--jobs", "2")["rows"]
+    assert (row["mean"], row["seeds"], row["tried"]) == (pytest.approx(0.55), [0, 1], 3)
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 6
 
 
 def test_one_task_may_choose_the_rates_of_all(finetune, tmp_path):
