@@ -16,9 +16,8 @@ from triton.runtime.jit import JITFunction
 import mpo_kernels as mk
 from mpo_kernels import MPOShape
 from mpo_kernels.backends.triton import device, panels, product
-from mpo_kernels.backends.triton import launch as launching
 from mpo_kernels.backends.triton.backend import TritonBackend
-from mpo_kernels.backends.triton.launch import precision
+from mpo_kernels.backends.triton.device import precision
 from mpo_kernels.planning.plan import Gradients, Plan
 from mpo_kernels.testing import random_cores
 
@@ -141,7 +140,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
     monkeypatch.setattr(product, "launch", count)
     monkeypatch.setattr(product, "interpreted", lambda: True)  # nothing is compiled
-    monkeypatch.setattr(launching, "launch", count)
     return counted
 
 

@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpo_kernels.backends.triton.launch import launch, precision, readable, strides_of, sum_splits
+from mpo_kernels.backends.triton.device import launch, precision, readable, strides_of
+from mpo_kernels.backends.triton.product import sum_splits
 from mpo_kernels.backends.triton.tiles import Chain, ChainTile, ceil_div
 
 

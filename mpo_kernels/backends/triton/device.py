@@ -1,4 +1,4 @@
-"""Which devices and dtypes the kernels serve, and what a device can hold."""
+"""Which devices and dtypes the kernels serve, what a device can hold, and launches on it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from mpo_kernels.backends.triton.tiles import LIMITS, Limits
+from mpo_kernels.backends.triton.tiles import LIMITS, Limits, Strides
 from mpo_kernels.planning import measured
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -110,3 +112,43 @@ def limits(device: torch.device) -> Limits:
             properties, "shared_memory_per_block_optin", LIMITS[nearest].shared_memory
         ),
     )
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``"tf32"`` for fp32 operands where torch's own products may use it, else ``"ieee"``."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def readable(part: Tensor, *block: int) -> Tensor:
+    """``part [in, out, D]``, copied only where tiles of ``block`` would read it in short runs."""
+    runs = [
+        min(size, wanted)
+        for size, wanted, stride in zip(part.shape, block, part.stride(), strict=True)
+        if stride == 1
+    ]
+    return part if max(runs, default=0) * part.element_size() >= 16 else part.contiguous()
+
+
+def strides_of(a: Tensor, b: Tensor | None = None) -> Strides:
+    """Strides of one or two parts ``[in, out, D]``."""
+    return Strides(*a.stride(), *(b.stride() if b is not None else (0, 0, 0)))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any) -> None:
+    """Run ``kernel`` on the device of its first argument.
+
+    Raises:
+        RuntimeError: the launch failed; the text names the kernel, its grid and its tile.
+    """
+    device = args[0].device
+    try:
+        if device.type == "cpu" or device.index == torch.cuda.current_device():
+            kernel[grid](*args, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        else:
+            with torch.cuda.device(device):
+                kernel[grid](*args, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    except Exception as error:
+        inputs = [tuple(a.shape) if isinstance(a, Tensor) else a for a in args]
+        name = getattr(kernel, "__name__", kernel)
+        raise RuntimeError(f"{name} failed on grid {grid}, inputs {inputs}: {error}") from error

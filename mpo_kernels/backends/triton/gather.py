@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpo_kernels.backends.triton.launch import launch, precision, readable, strides_of
+from mpo_kernels.backends.triton.device import launch, precision, readable, strides_of
 from mpo_kernels.backends.triton.tiles import GatherTile, TwoParts, ceil_div
 
 

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpo_kernels.backends.triton.launch import launch, sum_splits
+from mpo_kernels.backends.triton.device import launch
+from mpo_kernels.backends.triton.product import sum_splits
 from mpo_kernels.backends.triton.tiles import MATRIX_ROWS, Chain, MatrixTile, ceil_div, power_of_two
 
 

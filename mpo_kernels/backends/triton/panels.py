@@ -23,8 +23,15 @@ from torch import Tensor
 
 from mpo_kernels.backends.torch.merging import add_product
 from mpo_kernels.backends.triton.device import limits
-from mpo_kernels.backends.triton.launch import sum_splits
-from mpo_kernels.backends.triton.product import Job, Product, Task, product_of, run, run_rows
+from mpo_kernels.backends.triton.product import (
+    Job,
+    Product,
+    Task,
+    product_of,
+    run,
+    run_rows,
+    sum_splits,
+)
 from mpo_kernels.backends.triton.tiles import Limits, product_tile
 from mpo_kernels.planning.plan import CoreShape, Gradients, Plan, groups, shapes_of
 

@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpo_kernels.backends.triton.device import interpreted
-from mpo_kernels.backends.triton.launch import launch, precision
+from mpo_kernels.backends.triton.device import interpreted, launch, precision
 from mpo_kernels.backends.triton.tiles import ProductTile, ceil_div
 
 
@@ -229,3 +228,42 @@ def _run(job: Job, other: Job | None, bias: Tensor | None, rows: int, add: bool)
         task._compiled[key] = product_kernel.warmup(
             *arguments, grid=(1,), num_warps=tile.num_warps, num_stages=tile.num_stages
         )
+
+
+class SumTile(NamedTuple):
+    """Elements of a program."""
+
+    block: int = 1024
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@triton.jit(do_not_specialize=["size", "splits", "width"])
+def sum_kernel(p_splits, p_bias, p_out, size, splits, width, T: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * T.block + tl.arange(0, T.block)
+    mask = o < size
+    total = tl.full((T.block,), 0.0, tl.float32)
+    for _ in range(0, splits):
+        total += tl.load(p_splits + o, mask=mask, other=0.0)
+        p_splits += size
+    if p_bias is not None:
+        total += tl.load(p_bias + o % width, mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_out + o, total.to(p_out.dtype.element_ty), mask=mask)
+
+
+def sum_splits(splits: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """``out = splits.sum(0) + bias``, ``splits [n, *out.shape]`` in fp32, in a fixed order."""
+    tile = SumTile()
+    launch(
+        sum_kernel,
+        (ceil_div(out.numel(), tile.block),),
+        tile,
+        splits,
+        bias,
+        out,
+        out.numel(),
+        splits.shape[0],
+        out.shape[-1],
+        tile,
+    )
+    return out

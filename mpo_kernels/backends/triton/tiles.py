@@ -240,7 +240,7 @@ def _run_waste(run: int, itemsize: int) -> float:
 def _copy_seconds(p: Chain, t: ChainTile, itemsize: int, limits: Limits) -> float:
     """Time to copy the part that holds the minor digit, where a tile would read short runs of it.
 
-    As cores and merged parts lie, that part is contiguous in its out digit; see `launch.readable`.
+    As cores and merged parts lie, that part is contiguous in its out digit; see `device.readable`.
     """
     if p.first_minor:
         run, size = t.block_k if p.exchanged else t.group_out, p.first_in * p.first_out * p.rank
