@@ -87,9 +87,8 @@ def _candidates(call: Call, figures: DeviceFigures, digits: bool) -> Iterator[Pl
         steps: Sequence[Step] = (),
         fixed: Sequence[Work] = (),
     ) -> Plan:
-        merging = merge_work(shapes, split, itemsize, gradients)
-        if digits and algorithm == "panels":
-            merging = [w for w in merging if w.macs]  # no copies
+        copies_nothing = digits and algorithm == "panels"
+        merging = merge_work(shapes, split, itemsize, gradients, copies_nothing)
         fixed = [*merging, *fixed]
         work = [x_y_cores, *fixed, *work]
         macs, moved = sum(w.macs for w in work), sum(w.bytes for w in work)

@@ -64,9 +64,16 @@ def folds(n: int, matrix_bytes: int) -> bool:
 
 
 def merge_work(
-    shapes: CoreShapes, split: tuple[int, ...], itemsize: int, gradients: Gradients | None
+    shapes: CoreShapes,
+    split: tuple[int, ...],
+    itemsize: int,
+    gradients: Gradients | None,
+    digits: bool = False,
 ) -> list[Work]:
-    """The products and copies that merge the cores between the cuts, and take gradients apart."""
+    """The products and copies that merge the cores between the cuts, and take gradients apart.
+
+    With ``digits`` products take operands that lie as chains of digits, and nothing is copied.
+    """
     work = []
     for a, b in groups(split, len(shapes)):
         # A trained part is taken apart again: two products for each that merged it.
@@ -76,5 +83,6 @@ def merge_work(
             _, ik, jk, rk = shapes[k]
             # Written, and transposed in short runs.
             moved = 5 * d * i * j * ik * jk * rk * itemsize
-            work += [Work(d * i * j, ik * jk * rk, r, count=times), Work(bytes=moved, count=times)]
+            work.append(Work(d * i * j, ik * jk * rk, r, count=times))
+            work += [] if digits else [Work(bytes=moved, count=times)]
     return work

@@ -11,7 +11,7 @@ import torch
 import mpo_kernels as mk
 from mpo_kernels import MPOShape
 from mpo_kernels.backends.triton.backend import TritonBackend
-from mpo_kernels.planning.plan import Gradients
+from mpo_kernels.planning.plan import Gradients, Plan
 from mpo_kernels.testing import ODD_SHAPES, dense_linear, random_cores, relative_error
 
 
@@ -35,6 +35,12 @@ def bound(dtype: torch.dtype, fp32: float) -> float:
     return fp32 if dtype == torch.float32 else 5 * torch.finfo(dtype).eps
 
 
+def tried(plan: Plan, dtype: torch.dtype) -> list[Plan]:
+    """The candidates; in 16 bits without chains and panels, which other tests have in all cases."""
+    fused = [p for p in plan.candidates if p.algorithm == "fused" and dtype != torch.float32]
+    return fused or list(plan.candidates)
+
+
 CASES = [(1, torch.float32), (5, torch.float32), (33, torch.float32), (70, torch.float16)]
 
 
@@ -47,7 +53,7 @@ def test_every_forward_plan_agrees_with_dense(
     exact = dense_linear(x.double(), [c.double() for c in cores], bias.double(), shape)
     features = (shape.in_features, shape.out_features)
     plan = TritonBackend().plan_for(rows, x.dtype, x.device, cores, features=features)
-    for candidate in plan.candidates:
+    for candidate in tried(plan, dtype):
         y = TritonBackend().linear(x, cores, bias, shape.out_features, candidate)
         assert relative_error(y, exact) < bound(dtype, 2e-6), candidate.algorithm
 
@@ -67,7 +73,7 @@ def test_every_backward_plan_agrees_with_dense(
     gradients = Gradients(True, needs)
     features = (shape.in_features, shape.out_features)
     plan = TritonBackend().plan_for(rows, x.dtype, x.device, cores, gradients, features)
-    for candidate in plan.candidates:
+    for candidate in tried(plan, dtype):
         dx, found = TritonBackend().linear_backward(dy, x, cores, gradients, candidate)
         assert relative_error(dx, of_x) < bound(dtype, 3e-6), candidate
         for need, got, core, expected in zip(needs, found, cores, of_cores, strict=True):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from mpo_kernels.backends.torch import merging
 from mpo_kernels.backends.torch.backend import TorchBackend
-from mpo_kernels.backends.torch.merging import merge, unmerge
 from mpo_kernels.backends.triton import panels, tuning
 from mpo_kernels.backends.triton.chain import chain
 from mpo_kernels.backends.triton.device import limits
@@ -45,7 +46,7 @@ class TritonBackend(TorchBackend):
         if not plan.launches:
             return super().contract(plan, x, cores, bias, out_features)
         bias = None if bias is None else bias.contiguous()
-        return _product(x, *_factors(merge(cores, plan.split)), bias, plan.launches[0])
+        return _product(x, *_factors(_merged(cores, plan.split)), bias, plan.launches[0])
 
     def contract_backward(
         self, plan: Plan, grad: Tensor, x: Tensor, cores: Sequence[Tensor], gradients: Gradients
@@ -54,7 +55,8 @@ class TritonBackend(TorchBackend):
             return panels.backward(grad, x, cores, gradients, plan)
         if not plan.launches:
             return super().contract_backward(plan, grad, x, cores, gradients)
-        left, right = _factors(merge(cores, plan.split))
+        merged = _merged(cores, plan.split)
+        left, right = _factors(merged)
         dx: Tensor | None = None
         sums: dict[str, Tensor] = {}
         for launch in plan.launches:
@@ -62,17 +64,16 @@ class TritonBackend(TorchBackend):
                 dx = _product(grad, left, right, None, launch)
             else:
                 sums[launch.result] = _part_gradient(grad, x, left, right, launch)
-        return dx, unmerge(
-            cores, plan.split, [sums.get("left"), sums.get("right")], gradients.cores
-        )
+        grads = sums.get("left"), sums.get("right")
+        return dx, _unmerged(cores, plan.split, merged, grads, gradients.cores)
 
     def embedding(self, ids: Tensor, cores: Sequence[Tensor], embedding_dim: int) -> Tensor:
         split = _table_split(len(ids), cores)
         if split is None:
             return super().embedding(ids, cores, embedding_dim)
-        parts = merge(cores, (split,))
-        problem, tile = _table(len(ids), parts, embedding_dim, "gather")
-        return gather(ids.contiguous(), *_factors(parts), problem, tile)
+        merged = _merged(cores, (split,))
+        problem, tile = _table(len(ids), merged, embedding_dim, "gather")
+        return gather(ids.contiguous(), *_factors(merged), problem, tile)
 
     def embedding_backward(
         self, grad: Tensor, ids: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]
@@ -81,21 +82,46 @@ class TritonBackend(TorchBackend):
         # The kernel adds atomically; where torch asks for deterministic algorithms torch sorts.
         if split is None or torch.are_deterministic_algorithms_enabled():
             return super().embedding_backward(grad, ids, cores, needs)
-        parts = merge(cores, (split,))
-        left, right = _factors(parts)
-        problem, tile = _table(len(ids), parts, grad.shape[1], "gather_gradient")
+        merged = _merged(cores, (split,))
+        left, right = _factors(merged)
+        problem, tile = _table(len(ids), merged, grad.shape[1], "gather_gradient")
         ids, of_left, of_right = ids.contiguous(), None, None
         if any(needs[:split]):
             of_left = gather_gradient(grad, ids, right, True, problem, tile).unsqueeze(0)
         if any(needs[split:]):
             total = gather_gradient(grad, ids, left, False, problem, tile)
             of_right = total.permute(2, 0, 1).unsqueeze(3)
-        return unmerge(cores, (split,), [of_left, of_right], needs)
+        return _unmerged(cores, (split,), merged, (of_left, of_right), needs)
 
 
-def _factors(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+# Of each group of cores its first one, its first two merged, …, the part.
+Merged: TypeAlias = Sequence[Sequence[Tensor]]
+
+
+def _merged(cores: Sequence[Tensor], split: Sequence[int]) -> Merged:
+    if cores[0].dtype in panels.DTYPES:
+        return panels.merge(cores, split)
+    return [[part] for part in merging.merge(cores, split)]
+
+
+def _unmerged(
+    cores: Sequence[Tensor],
+    split: Sequence[int],
+    merged: Merged,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the cores from those of the parts, in fp32."""
+    if cores[0].dtype in panels.DTYPES:
+        sums = [None if grad is None else grad.contiguous()[None] for grad in grads]
+        return panels.unmerge(cores, split, merged, sums, needs)
+    return merging.unmerge(cores, split, grads, needs)
+
+
+def _factors(merged: Merged) -> tuple[Tensor, Tensor]:
     """``left [1, i, j, D]`` and ``right [D, i, j, 1]`` as views ``[i, j, D]``."""
-    return parts[0][0], parts[1][..., 0].permute(1, 2, 0)
+    left, right = merged[0][-1], merged[1][-1]
+    return left[0], right[..., 0].permute(1, 2, 0)
 
 
 def _product(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, launch: Launch) -> Tensor:
@@ -120,8 +146,9 @@ def _part_gradient(grad: Tensor, x: Tensor, left: Tensor, right: Tensor, launch:
 
 
 def _table(
-    tokens: int, parts: Sequence[Tensor], embedding_dim: int, kernel: str
+    tokens: int, merged: Merged, embedding_dim: int, kernel: str
 ) -> tuple[TwoParts, GatherTile]:
+    parts = [group[-1] for group in merged]
     (left, right), like = shapes_of(parts), parts[0]
     problem = TwoParts(*left[1:3], *right[1:3], left[3], left[1] * right[1], embedding_dim)
     best = tuning.best(kernel, problem, row_bucket(tokens), like.dtype, limits(like.device))

@@ -64,7 +64,8 @@ def plan_fused(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
 @lru_cache(maxsize=4096)
 def _plan(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
     shapes, rows, dtype, gradients = call.shapes, call.rows, call.dtype, call.gradients
-    plans = list(plan_library(call, figures, digits=dtype in panels.DTYPES).candidates)
+    digits = dtype in panels.DTYPES
+    plans = list(plan_library(call, figures, digits).candidates)
     for k in range(1, len(shapes)):
         if not (parts := merged_parts(shapes, (k,))):
             continue
@@ -74,7 +75,7 @@ def _plan(call: Call, figures: DeviceFigures, limits: Limits) -> Plan:
         ]
         if len(choices) < len(results):
             continue
-        merging = merge_work(shapes, (k,), dtype.itemsize, gradients)
+        merging = merge_work(shapes, (k,), dtype.itemsize, gradients, digits)
         fixed = sum(w.macs for w in merging)
         kernels = sum(choice.seconds + figures.launch_seconds for choice in choices)
         seconds = time_of(merging, figures, kernels, STARTED * len(choices))
