@@ -304,7 +304,7 @@ def report(architectures: list[str]) -> tuple[dict[str, Any], list[str]]:
     wrong = []
     for name in architectures:
         limits = LIMITS[name]
-        # Title, tile, what is compiled, the operands' dtype, rows of the smaller product, a walk's case.
+        # Title, tile, what is compiled, dtype, rows of the smaller product, the case of a walk.
         made: list[tuple[str, Any, Any, torch.dtype, int, Case | None]] = []
         for case in CASES:
             if (tile := default_tile(case, limits)) is None:
