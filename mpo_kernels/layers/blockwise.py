@@ -20,7 +20,7 @@ from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.embedding import MPOEmbedding
 from mpo_kernels.layers.linear import MPOLinear
 from mpo_kernels.layers.module import MPOModule
-from mpo_kernels.layers.unformed import UnformedLayer
+from mpo_kernels.layers.unformed import UnformedLayer, as_it_lay
 from mpo_kernels.ops.autograd import writable
 from mpo_kernels.ops.functional import check_ids, check_input
 
@@ -147,7 +147,7 @@ class BlockwiseLayer(UnformedLayer, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         bits = self.scales.view(torch.int32)  # which no cast of a module touches
-        super()._apply(lambda tensor: fn(tensor).contiguous(), recurse)
+        super()._apply(lambda tensor: as_it_lay(fn(tensor), tensor), recurse)
         self.scales = fn(bits).view(torch.float32)
         return self
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.cores.quantize import LARGEST, dequantize, quantize
 from mpo_kernels.cores.shape import MPOShape
-from mpo_kernels.layers.unformed import UnformedLayer
+from mpo_kernels.layers.unformed import UnformedLayer, as_it_lay
 from mpo_kernels.ops.functional import check_input
 
 
@@ -82,7 +82,7 @@ class QuantizedMPOLinear(UnformedLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {f"scale_{k}": scale.view(torch.int32) for k, scale in enumerate(self.scales)}
-        super()._apply(lambda tensor: fn(tensor).contiguous(), recurse)
+        super()._apply(lambda tensor: as_it_lay(fn(tensor), tensor), recurse)
         for name, bits in kept.items():
             setattr(self, name, fn(bits).view(torch.float32))
         return self

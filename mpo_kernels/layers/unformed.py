@@ -77,6 +77,16 @@ class _WithoutStorage(UnformedWeight):
         return weight.layer._refusal()
 
 
+def as_it_lay(moved: Tensor, tensor: Tensor) -> Tensor:
+    """``moved`` with the strides of ``tensor``: a memory format is for images, not for cores."""
+    if moved.stride() == tensor.stride():
+        return moved
+    like = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=moved.dtype, device=moved.device
+    )
+    return like.copy_(moved)
+
+
 class UnformedLayer(nn.Module):
     """A layer that stands for a dense weight and does not hold one.
 
