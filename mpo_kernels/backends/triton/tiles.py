@@ -164,7 +164,7 @@ def _sizes(low: int, high: int, limit: int) -> list[int]:
     return [size for size in sizes if size == low or size <= power_of_two(limit)]
 
 
-# Up to here the kernels of ``chain.py`` give y, from here on those of ``matrix.py``.
+# Up to here the kernel of ``chain.py`` gives y.
 FEW_ROWS = 64
 # m of a program of ``matrix.py``: rows of the widest matrix instruction, which four warps issue.
 MATRIX_ROWS = 64
@@ -403,13 +403,13 @@ def matrix_tiles(
 ) -> tuple[tuple[float, MatrixTile], ...]:
     """As :func:`chain_tiles`, for the kernel that takes a row of x as a matrix.
 
-    None fits in fp32, where triton does not rename registers, or y of fewer rows than ``FEW_ROWS``.
+    None fits in fp32, or where triton does not rename registers.
 
     Args:
         gradient: of `second`, instead of y.
     """
     p, priced = problem, []
-    if not limits.renames or itemsize != 2 or (rows < FEW_ROWS and not gradient):
+    if not limits.renames or itemsize != 2:
         return ()
     if gradient:
         walk = _Walk(p.second_in, p.first_in, p.first_out, p.second_out, p.rank, rows)
