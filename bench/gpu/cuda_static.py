@@ -21,16 +21,47 @@ REPORT = RESULTS / "cuda_static.json"
 ELEMENTS = {"7Float16": "float16", "8BFloat16": "bfloat16"}
 STORED = {"4Same": "same", "6Float8": "float8", "4Int8": "int8"}
 # What a kernel is made of, by the names of instructions.
-KINDS = {"HMMA.16816": "mma", "LDG.E.128": "loads of 128 bits", "LDL": "spills", "STL": "spills"}
+KINDS = {"HMMA.16816": "mma", "LDL": "spills", "STL": "spills"}
 OF_INTEREST = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in KINDS))
+# What lets the next kernel begin, and what waits for the one before.
+BEGIN, WAIT = "PREEXIT", "ACQBULK"
 
 
 def _name(function: str) -> str:
-    """``bfloat16/int8/2``: element, stored type, column tiles."""
-    found = re.search(r"INS_(\d+B?Float16)ENS_(4Same|6Float8|4Int8)ELi(\d)E", function)
+    """``bfloat16/int8/4x1``: element, stored type, groups and column tiles; ``bfloat16/sum``."""
+    if found := re.search(r"sum_kernelINS_(\d+B?Float16)E", function):
+        return f"{ELEMENTS[found[1]]}/sum"
+    found = re.search(r"INS_(\d+B?Float16)ENS_(4Same|6Float8|4Int8)ELi(\d)ELi(\d)E", function)
     if found is None:
-        raise ValueError(f"expected an instance of the chain's kernel, got {function}")
-    return f"{ELEMENTS[found[1]]}/{STORED[found[2]]}/{found[3]}"
+        raise ValueError(f"expected an instance of a thin product, got {function}")
+    return f"{ELEMENTS[found[1]]}/{STORED[found[2]]}/{found[3]}x{found[4]}"
+
+
+def order(text: str) -> dict[str, Any]:
+    """What a kernel does before it waits: how many vectors it loads, and whether in that order.
+
+    `ordered`: vectors of a core, then the next kernel may begin, then the wait, then inputs.
+    """
+    lines = text.splitlines()
+    found = {
+        name: next((k for k, line in enumerate(lines) if re.search(pattern, line)), None)
+        for name, pattern in (
+            ("begin", BEGIN),
+            ("wait", WAIT),
+            ("input", r"\bLDG\S*STRONG"),
+            ("store", r"\bSTG\b"),
+        )
+    }
+    wait = found["wait"]
+    if wait is None:  # a device without
+        return {}
+    vectors = [
+        k for k, line in enumerate(lines) if re.search(r"\bLDG\S*\.(128|64)\S*CONSTANT", line)
+    ]
+    ahead = [k for k in vectors if k < wait]
+    behind = [found[name] for name in ("input", "store") if found[name] is not None]
+    before = [*ahead, found["begin"], wait]
+    return {"early": len(ahead), "ordered": before == sorted(before) and wait < min(behind)}
 
 
 def report(library: Path) -> dict[str, Any]:
@@ -40,7 +71,7 @@ def report(library: Path) -> dict[str, Any]:
     for line in cuobjdump(library, "--dump-resource-usage").splitlines():
         if found := re.search(r"arch = (sm_\w+)", line):
             architecture = found[1]
-        elif found := re.search(r"Function (\S*chain_kernel\S*):", line):
+        elif found := re.search(r"Function (\S*(?:thin|sum)_kernel\S*):", line):
             name = _name(found[1])
         elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, _, local = map(int, found.groups())
@@ -57,22 +88,30 @@ def report(library: Path) -> dict[str, Any]:
                 row.update(dict.fromkeys(KINDS.values(), 0))
                 for found in OF_INTEREST.findall(text):
                     row[KINDS[found]] += 1
+                row.update(order(text))
     ptx = re.findall(r"\.(sm_\w+)\.ptx", cuobjdump(library, "--list-ptx"))
     return {"architectures": rows, "ptx": sorted(ptx)}
 
 
 def faults(found: dict[str, Any]) -> list[str]:
-    """What no kernel may do: spill, miss the matrix instruction, read elements one by one only."""
+    """What no kernel may do: spill, miss matrix instructions, wait before its core is asked for."""
     wrong = []
     for architecture, rows in found["architectures"].items():
         for name, row in rows.items():
-            place = f"{architecture} {name}"
+            place, is_sum = f"{architecture} {name}", name.endswith("/sum")
             if row["stack"] or row["spills"]:
                 wrong.append(f"{place}: spills {row['stack']} bytes")
-            if not row["mma"]:
+            if not row["mma"] and not is_sum:
                 wrong.append(f"{place}: no matrix instruction")
-            if not row["loads of 128 bits"] and "same" in name:
-                wrong.append(f"{place}: no load of 128 bits")
+            if row["registers"] > 128:
+                wrong.append(f"{place}: {row['registers']} registers, no room for the next kernel")
+            if architecture != "sm_80" and not row.get("ordered"):
+                wrong.append(f"{place}: loads, begin, wait and inputs are not in order")
+            if architecture != "sm_80" and not is_sum:
+                # Two rows of each group of 32 k.
+                groups = int(name.split("/")[2].split("x")[0])
+                if row["early"] < 2 * groups:
+                    wrong.append(f"{place}: {row['early']} loads before the wait of {2 * groups}")
     return wrong
 
 
@@ -83,7 +122,7 @@ def regressed(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     if now["ptx"] != committed["ptx"]:
         worse.append(f"PTX for {now['ptx']}, expected {committed['ptx']}")
-    return worse + regressions(committed, now, ("registers",), ("mma",))
+    return worse + regressions(committed, now, ("registers",), ("mma", "early", "ordered"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,7 +74,8 @@ def measure(rows: int, device: torch.device, width: int, inner: int, held: int) 
     cache = tuple(torch.randn(rows, heads[1], held, 128, **like) for _ in range(2))
 
     def mpo(ins: int, outs: int) -> MPOLinear:
-        return MPOLinear(ins, outs, FACTORISATIONS["skew-16x"](ins, outs), bias=False, **like)
+        layer = MPOLinear(ins, outs, FACTORISATIONS["skew-16x"](ins, outs), bias=False, **like)
+        return layer.merged(rows)
 
     makers: dict[str, Callable[[int, int], nn.Module]] = {
         "dense": lambda ins, outs: nn.Linear(ins, outs, bias=False, **like),

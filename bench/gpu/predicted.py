@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 
 from bench.gpu.static import RESULTS
-from bench.layer.cases import GPU, Case, select
+from bench.layer.cases import DECODING, GPU, Case, select
+from mpo_kernels.backends.cuda import thin
 from mpo_kernels.backends.triton.planning import plan_fused
 from mpo_kernels.backends.triton.tiles import LIMITS
 from mpo_kernels.planning.figures import default_figures
@@ -38,6 +39,32 @@ def predicted(case: Case, name: str) -> tuple[str, float, float]:
     return chosen, sum(plan.predicted_us for plan in plans), 1e6 * time_of(dense, FIGURES)
 
 
+def decoding(case: Case) -> list[float | None]:
+    """Microseconds of thin products, with cores in 16 and in 8 bits, and of the other ways."""
+    shape = case.shape
+    features = (shape.in_features, shape.out_features)
+
+    def thinly(itemsize: int) -> float | None:
+        chains = [
+            thin.chain_of(
+                tuple((s, thin.laid_out_strides(s, from_left)) for s in shape.core_shapes),
+                *(case.rows, features, from_left, itemsize, LIMITS["sm_90"].multiprocessors),
+                FIGURES,
+            )
+            for from_left in (True, False)
+        ]
+        return min((1e6 * chain.seconds for chain in chains if chain), default=None)
+
+    call = Call(shape.core_shapes, features, case.rows, torch.bfloat16)
+    others = plan_fused(call, FIGURES, LIMITS["sm_90"]).candidates
+    best = {
+        fused: min((p.predicted_us for p in others if bool(p.launches) == fused), default=None)
+        for fused in (True, False)
+    }
+    dense = 1e6 * time_of([Work(case.rows, features[1], features[0])], FIGURES)
+    return [thinly(2), thinly(1), best[True], best[False], dense]
+
+
 def table() -> str:
     """Of every timed case, as Markdown."""
     lines = [
@@ -54,6 +81,17 @@ def table() -> str:
         lines.append(
             f"| {case.name} | {name} | {chosen} | {ours:.0f} | {dense:.0f} | {ratio:.2f} |"
         )
+    lines += [
+        "",
+        "Few rows of a served layer (the gate's decode grid): thin products with cores in 16 and 8",
+        "bits, the fused kernels, the library's calls, dense.",
+        "",
+        "| case | thin | thin, int8 | fused | library | dense |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for case in dict.fromkeys(case for case, _ in select(blocks=DECODING)):
+        times = ("–" if us is None else f"{us:.1f}" for us in decoding(case))
+        lines.append(f"| {case.name} | {' | '.join(times)} |")
     return "\n".join([*lines, ""])
 
 

@@ -6,6 +6,7 @@ is ``[D_k, i_k, j_k, D_{k+1}]``; cores are the only 4-dimensional parameters, in
 
 from __future__ import annotations
 
+import math
 import string
 from collections import ChainMap
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpo_kernels import MPOLinear, MPOShape, Plan, backends, use_backend
+from mpo_kernels.backends.cuda import thin
+from mpo_kernels.planning.figures import default_figures
 
 Path = list[tuple[int, ...]] | str
 
@@ -149,11 +152,27 @@ def _ours(cores: Sequence[Tensor], bias: Tensor, shape: MPOShape) -> MPOLinear:
     return layer
 
 
+def _laid_out(cores: Sequence[Tensor], shape: MPOShape) -> list[Tensor]:
+    """The cores as thin products read them, in the order that is faster for one row."""
+    figures = default_figures("cuda", torch.bfloat16, 1)
+    features = (shape.in_features, shape.out_features)
+
+    def seconds(from_left: bool) -> float:
+        layouts = tuple((s, thin.laid_out_strides(s, from_left)) for s in shape.core_shapes)
+        chain = thin.chain_of(layouts, 1, features, from_left, 2, 132, figures)
+        return math.inf if chain is None else chain.seconds
+
+    from_left = min((True, False), key=seconds)
+    return [thin.laid_out(core, from_left) for core in cores]
+
+
 class OfBackend(nn.Module):
     """Ours by one back end; by the cuda one always with its own kernel."""
 
     def __init__(self, name: str, cores: Sequence[Tensor], bias: Tensor, shape: MPOShape) -> None:
         super().__init__()
+        if name == "cuda":
+            cores = _laid_out(cores, shape)
         self.layer, self.algorithm = _ours(cores, bias, shape), "decode" * (name == "cuda")
         with use_backend(name):
             self.backend = backends.selected(bias)
@@ -172,7 +191,7 @@ class OfBackend(nn.Module):
 def _in_bytes(
     dtype: torch.dtype, cores: Sequence[Tensor], bias: Tensor, shape: MPOShape
 ) -> nn.Module:
-    return _ours(cores, bias, shape).quantized(dtype)
+    return _ours(_laid_out(cores, shape), bias, shape).quantized(dtype)
 
 
 def _dense(cores: Sequence[Tensor], bias: Tensor, shape: MPOShape) -> nn.Module:

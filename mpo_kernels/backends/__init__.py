@@ -29,7 +29,10 @@ def available_backends() -> dict[str, tuple[bool, str]]:
     return {
         "torch": (True, "any device and dtype"),
         "triton": (triton is None, triton or "fp16, bf16 and fp32 on CUDA and ROCm devices"),
-        "cuda": (cuda is None, cuda or "fp16 and bf16 at up to 16 rows, the rest as triton"),
+        "cuda": (
+            cuda is None,
+            cuda or "fp16 and bf16, up to 16 rows of served layers, the rest as triton",
+        ),
     }
 
 

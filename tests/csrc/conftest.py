@@ -44,21 +44,6 @@ def build() -> Path:
     return BUILD
 
 
-def imported(folder: Path, name: str) -> ModuleType:
-    """What CMake built in a file of that name: the package's extension, by its own name."""
-    (path,) = folder.glob(f"{name}*.so")
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def unlaunched(build: Path) -> ModuleType:
-    """The extension without a launch."""
-    return imported(build, "unlaunched")
-
-
 ON_DEVICE = extension.unavailable() is None
 
 
@@ -67,18 +52,16 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if ON_DEVICE else torch.device("cpu")
 
 
-@pytest.fixture
-def streams() -> list[int]:
-    """Addresses of four streams; the emulated device takes any."""
-    return [torch.cuda.Stream().cuda_stream if ON_DEVICE else k for k in range(1, 5)]
-
-
 @pytest.fixture(scope="session")
 def kernels(request: pytest.FixtureRequest) -> ModuleType:
     """The extension, on whatever device there is."""
     if ON_DEVICE:
         return extension.load()
-    return imported(request.getfixturevalue("build"), "emulated")
+    (path,) = request.getfixturevalue("build").glob("emulated*.so")
+    spec = importlib.util.spec_from_file_location("emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -90,12 +73,12 @@ def cuda_backend(
         monkeypatch.setattr(extension, "loaded", lambda: (kernels, ""))
         monkeypatch.setattr(extension, "unsupported", lambda device: None)
         monkeypatch.setattr(extension, "unavailable", lambda: None)
-        monkeypatch.setattr(extension, "limits", lambda device: (90, 132, 227 << 10))
+        monkeypatch.setattr(extension, "limits", lambda device: (90, 132))
         monkeypatch.setattr(decode, "stream_of", lambda device: 0)
     torch.set_default_device(device)
     yield backend.CudaBackend()
     torch.set_default_device(None)
-    decode.chain_of.cache_clear()
+    decode.compiled.cache_clear()
     backend._plan.cache_clear()
     backend.quantized_chain.cache_clear()
 

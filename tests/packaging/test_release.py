@@ -71,7 +71,7 @@ def test_a_release_is_made_of_the_commit(checkout: Path) -> None:
     assert done.stdout.rstrip().endswith(f"-m twine upload {upload}")
     shutil.unpack_archive(files[0], checkout / "unpacked")
     (unpacked,) = (checkout / "unpacked").iterdir()
-    assert (unpacked / "csrc" / "chain.cu").is_file()
+    assert (unpacked / "csrc" / "thin.cu").is_file()
     assert not (unpacked / "csrc" / "left.so").exists()
 
 

@@ -1,54 +1,74 @@
-"""The CUDA back end: one launch of the decode chain for few rows, the other back ends elsewhere."""
+"""The CUDA back end: thin products for few rows of a served layer; the others do the rest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib import import_module
-from itertools import combinations
-from typing import TYPE_CHECKING
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
 
 from mpo_kernels.backends.cuda import extension
-from mpo_kernels.backends.cuda.decode import DTYPES, Layout, chain_of, decode, layouts_of
+from mpo_kernels.backends.cuda.decode import DTYPES, decode
+from mpo_kernels.backends.cuda.thin import (
+    MAX_PARTS,
+    MAX_ROWS,
+    Chain,
+    Layout,
+    chain_of,
+    laid_out,
+    laid_out_strides,
+)
 from mpo_kernels.backends.torch.backend import TorchBackend
 from mpo_kernels.backends.torch.merging import merge
 from mpo_kernels.backends.triton import device as triton_device
-from mpo_kernels.planning.candidates import chain_steps
 from mpo_kernels.planning.figures import DeviceFigures, device_figures
 from mpo_kernels.planning.plan import (
     Call,
-    CoreShape,
     Gradients,
     Launch,
     Plan,
     best_of,
-    groups,
     merged_parts,
     shapes_of,
 )
-from mpo_kernels.planning.work import Work, merge_work, time_of
+from mpo_kernels.planning.work import Work, time_of
 
-if TYPE_CHECKING:
-    from mpo_kernels._cuda import Chain
-
-# Of the time that a schedule's model gives: medians of one to sixteen rows on an H200.
-MEASURED = 1.35
-# Library calls that take the host as long as one launch of the chain.
-STARTED = 0.5
+# Library calls that take the host as long as one launch of a product.
+STARTED = 0.25
 
 
 class CudaBackend(TorchBackend):
-    """The decode chain at up to sixteen rows of fp16 or bf16; the rest is left to the others."""
+    """Thin products at up to sixteen rows of fp16 or bf16 where cores lie so."""
 
     def plan(self, call: Call, device: torch.device, cores: Sequence[Tensor]) -> Plan:
-        few = 1 <= call.rows <= extension.load().MAX_ROWS and call.dtype in DTYPES
-        if call.gradients is not None or not few or len(cores) == 1:
+        if call.gradients is not None or not _serves(call, len(cores)):
             return rest_of(device, call.dtype).plan(call, device, cores)
         return _plan(call, layouts_of(cores), device, device_figures(device, call.dtype))
+
+    def served(self, cores: Sequence[Tensor], rows: int, features: tuple[int, int]) -> list[Tensor]:
+        dtype, device, shapes = cores[0].dtype, cores[0].device, shapes_of(cores)
+        parts = rest_of(device, dtype).served(cores, rows, features)
+        if not _serves(Call(shapes, features, rows, dtype), 2) or len(cores) < 2:
+            return parts
+        call = Call(shapes_of(parts), features, rows, dtype)
+        seconds = 1e-6 * rest_of(device, dtype).plan(call, device, parts).predicted_us
+        figures, best = device_figures(device, dtype), None
+        for count, from_left in product(range(2, MAX_PARTS + 1), (True, False)):
+            for split in combinations(range(1, len(shapes)), count - 1):
+                if not (merged := merged_parts(shapes, split)):
+                    continue
+                layouts = tuple((s, laid_out_strides(s, from_left)) for s in merged)
+                chain = _chain(layouts, call, from_left, dtype, device, figures)
+                if chain and (now := _time(chain, figures)) < seconds:
+                    seconds, best = now, (split, from_left)
+        if best is None:
+            return parts
+        split, from_left = best
+        return [laid_out(part, from_left) for part in merge(cores, split)]
 
     def contract(
         self, plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, out_features: int
@@ -57,16 +77,7 @@ class CudaBackend(TorchBackend):
             return rest_of(x.device, x.dtype).contract(plan, x, cores, bias, out_features)
         if plan.rows != x.shape[0]:
             raise ValueError(f"expected the {plan.rows} rows of the plan, got {x.shape[0]}")
-        parts = cores
-        if len(plan.split) + 1 < len(cores):
-            # As the schedule takes them to lie; a core that is a part by itself stays as it is.
-            parts = [
-                part.contiguous() if b - a > 1 else part
-                for (a, b), part in zip(
-                    groups(plan.split, len(cores)), merge(cores, plan.split), strict=True
-                )
-            ]
-        return decode(x, parts, (), bias, out_features, plan.launches[0].tile)
+        return decode(x, cores, (), bias, plan.launches[0].tile)
 
     def quantized_linear(
         self,
@@ -76,14 +87,12 @@ class CudaBackend(TorchBackend):
         bias: Tensor | None,
         out_features: int,
     ) -> Tensor:
-        rows, module = x.shape[0], extension.load()
-        parts, features = len(cores), (x.shape[1], out_features)
-        if x.dtype in DTYPES and 1 <= rows <= module.MAX_ROWS and 2 <= parts <= module.MAX_PARTS:
-            call = Call(shapes_of(cores), features, rows, x.dtype)
+        call = Call(shapes_of(cores), (x.shape[1], out_features), x.shape[0], x.dtype)
+        if _serves(call, len(cores)):
             figures, stored = device_figures(x.device, x.dtype), cores[0].dtype
             chain = quantized_chain(call, layouts_of(cores), stored, x.device, figures)
             if chain is not None:
-                return decode(x, cores, scales, bias, out_features, chain)
+                return decode(x, cores, scales, bias, chain)
         rest = rest_of(x.device, x.dtype)
         return rest.quantized_linear(x, cores, scales, bias, out_features)
 
@@ -104,67 +113,62 @@ class CudaBackend(TorchBackend):
 
 @cache
 def rest_of(device: torch.device, dtype: torch.dtype) -> TorchBackend:
-    """The back end for what the decode chain does not compute."""
+    """The back end for what thin products do not compute."""
     if triton_device.unsupported(device, dtype):
         return TorchBackend()
     return import_module("mpo_kernels.backends.triton.backend").TritonBackend()
+
+
+def _serves(call: Call, parts: int) -> bool:
+    return call.dtype in DTYPES and 1 <= call.rows <= MAX_ROWS and 2 <= parts <= MAX_PARTS
+
+
+def layouts_of(cores: Sequence[Tensor]) -> tuple[Layout, ...]:
+    """What tiles depend on."""
+    return tuple([(core.shape, core.stride()) for core in cores])
+
+
+def _chain(
+    layouts: tuple[Layout, ...],
+    call: Call,
+    from_left: bool,
+    stored: torch.dtype,
+    device: torch.device,
+    figures: DeviceFigures,
+) -> Chain | None:
+    _, multiprocessors = extension.limits(device)
+    size, features = stored.itemsize, call.features
+    return chain_of(layouts, call.rows, features, from_left, size, multiprocessors, figures)
+
+
+def _time(chain: Chain, figures: DeviceFigures) -> float:
+    return time_of([], figures, chain.seconds, STARTED * len(chain.products))
 
 
 @lru_cache(maxsize=4096)
 def _plan(
     call: Call, layouts: tuple[Layout, ...], device: torch.device, figures: DeviceFigures
 ) -> Plan:
-    others = rest_of(device, call.dtype).plan(call, device, ())
-    own = _decode_plans(call, layouts, extension.limits(device), figures)
-    return best_of([*others.candidates, *own])
-
-
-def _decode_plans(
-    call: Call, layouts: tuple[Layout, ...], limits: tuple[int, int, int], figures: DeviceFigures
-) -> Iterator[Plan]:
-    """A plan for each way to merge the cores into two or three parts, from either end."""
-    shapes, rows, features, dtype = call.shapes, call.rows, call.features, call.dtype
-    for parts in range(2, extension.load().MAX_PARTS + 1):
-        for split in combinations(range(1, len(shapes)), parts - 1):
-            merged = merged_parts(shapes, split)
-            if not merged:
-                continue
-            held = tuple(
-                layouts[a] if b - a == 1 else _contiguous(part)
-                for (a, b), part in zip(groups(split, len(shapes)), merged, strict=True)
-            )
-            merging = merge_work(shapes, split, dtype.itemsize, None)
-            fixed = sum(w.macs for w in merging)
-            moved = dtype.itemsize * (rows * sum(features) + sum(map(math.prod, merged)))
-            for order in ("left", "right"):
-                chain = chain_of(held, rows, features, order == "left", dtype, dtype, limits)
-                if chain is None:
-                    continue
-                steps = chain_steps(merged, order)
-                macs = rows * sum(step.batch * step.m * step.n * step.k for step in steps)
-                seconds = time_of(merging, figures, _seconds(chain, figures), STARTED)
-                yield Plan(
+    shapes, rows, dtype = call.shapes, call.rows, call.dtype
+    plans = list(rest_of(device, dtype).plan(call, device, ()).candidates)
+    for order in ("left", "right"):
+        chain = _chain(layouts, call, order == "left", dtype, device, figures)
+        if chain is not None:
+            moved = rows * sum(call.features) + sum(map(math.prod, shapes))
+            plans.append(
+                Plan(
                     algorithm="decode",
                     order=order,
-                    split=split,
+                    split=tuple(range(1, len(shapes))),
                     rows=rows,
                     block=rows,
-                    macs=macs + fixed,
-                    bytes=moved + sum(w.bytes for w in merging),
-                    predicted_us=seconds * 1e6,
+                    macs=sum(p.m * p.k * p.columns for p in chain.products),
+                    bytes=dtype.itemsize * moved,
+                    predicted_us=1e6 * _time(chain, figures),
                     launches=(Launch("y", order, chain),),
-                    fixed_macs=fixed,
                 )
-
-
-def _seconds(chain: Chain, figures: DeviceFigures) -> float:
-    return MEASURED * chain.seconds + figures.launch_seconds
-
-
-def _contiguous(shape: CoreShape) -> Layout:
-    """Of a part that was just merged."""
-    _, i, j, r = shape
-    return shape, (i * j * r, j * r, r, 1), True
+            )
+    return best_of(plans)
 
 
 @lru_cache(maxsize=4096)
@@ -175,12 +179,8 @@ def quantized_chain(
     device: torch.device,
     figures: DeviceFigures,
 ) -> Chain | None:
-    """The faster of the two orders, None where neither fits the device or widening is faster."""
-    limits = extension.limits(device)
-    chains = [
-        chain_of(layouts, call.rows, call.features, from_left, call.dtype, stored, limits)
-        for from_left in (True, False)
-    ]
+    """The faster of the two orders, None where cores do not lie so or widening is faster."""
+    chains = [_chain(layouts, call, left, stored, device, figures) for left in (True, False)]
     best = min((c for c in chains if c is not None), key=lambda c: c.seconds, default=None)
     if best is None:
         return None
@@ -188,4 +188,4 @@ def quantized_chain(
     # A byte of each element is read, and two are written, read and written scaled.
     widening = [Work(bytes=7 * math.prod(shape), count=2) for shape in call.shapes]
     widened = time_of(widening, figures) + 1e-6 * rest.predicted_us
-    return best if time_of([], figures, _seconds(best, figures), STARTED) <= widened else None
+    return best if _time(best, figures) <= widened else None

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 # What this package speaks; mpo::kInterface of the library must be the same.
-INTERFACE = 1
+INTERFACE = 2
 
 REMEDY = "install the package with MPO_KERNELS_BUILD_CUDA=1 where nvcc, CMake and ninja are on PATH"
 
@@ -74,9 +74,6 @@ def unsupported(device: torch.device) -> str | None:
 
 
 @cache
-def limits(device: torch.device) -> tuple[int, int, int]:
-    """Architecture of the code that runs (80 for 8.0), multiprocessors, bytes of shared memory.
-
-    The memory is what a block may have.
-    """
+def limits(device: torch.device) -> tuple[int, int]:
+    """Architecture of the code that runs (80 for 8.0), and multiprocessors."""
     return load().limits(torch.cuda.current_device() if device.index is None else device.index)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpo_kernels.backends.torch import chain, gather, panels
+from mpo_kernels.backends.torch.merging import merge
 from mpo_kernels.cores.quantize import dequantize
 from mpo_kernels.planning.candidates import plan_library
 from mpo_kernels.planning.figures import device_figures
@@ -46,6 +47,11 @@ class TorchBackend:
     def plan(self, call: Call, device: torch.device, cores: Sequence[Tensor]) -> Plan:
         """The plan for a call on a device; how the cores lie matters to kernels alone."""
         return plan_library(call, device_figures(device, call.dtype))
+
+    def served(self, cores: Sequence[Tensor], rows: int, features: tuple[int, int]) -> list[Tensor]:
+        """Copies of the parts that ``rows`` rows are computed with, as they are read fastest."""
+        split = self.plan_for(rows, cores[0].dtype, cores[0].device, cores, None, features).split
+        return [part.clone(memory_format=torch.contiguous_format) for part in merge(cores, split)]
 
     def linear(
         self,
