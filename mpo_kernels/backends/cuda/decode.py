@@ -37,6 +37,7 @@ class Seen:
     def __init__(self) -> None:
         # By the address of what torch holds of a memory, which stays its own with the reference.
         self._last: dict[int, tuple[StorageWeakRef, int, int]] = {}
+        self._most = 64  # where what is gone is looked for
 
     def early(self, cores: Sequence[Tensor], stream: int) -> bool:
         """For a launch on this stream now, which is noted."""
@@ -49,8 +50,10 @@ class Seen:
             last = self._last.get(storage._cdata)
             if last is None or last[1:] != (version, stream) or last[0].expired():
                 early = False
-                self._last = {key: one for key, one in self._last.items() if not one[0].expired()}
                 self._last[storage._cdata] = (StorageWeakRef(storage), version, stream)
+                if len(self._last) > self._most:
+                    here = {key: one for key, one in self._last.items() if not one[0].expired()}
+                    self._last, self._most = here, 2 * len(here) + 64
         return early
 
 
