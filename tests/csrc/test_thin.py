@@ -176,6 +176,14 @@ def test_cores_that_do_not_lie_so_are_not_read() -> None:
             assert all(a == b for a, b, size in sizes if size > 1)
 
 
+def test_columns_past_a_grid_are_left_to_the_others() -> None:
+    shape = MPOShape((2, 2**18), (2, 2), 2)
+    for from_left, served in ((True, False), (False, True)):
+        layouts = tuple((s, thin.laid_out_strides(s, from_left)) for s in shape.core_shapes)
+        found = thin.chain_of(layouts, 16, (2**19, 4), from_left, 2, 132, FIGURES)
+        assert (found is not None) == served
+
+
 def test_what_is_no_chain_is_refused_by_name(kernels: ModuleType) -> None:
     call = Call(SHAPES["aligned"], 1, FP16, True)
     good = chain_for(call.cores, 1, call.shape, True)

@@ -27,6 +27,7 @@ MAX_PARTS = 3
 MAX_ROWS = 16
 WARPS = 8  # of a block
 GROUP = 32  # k of a warp's step
+GRID = 65535  # blocks of a launch in all but its first direction
 
 # Sizes and strides [D_in, i, j, D_out] of a core.
 Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
@@ -165,9 +166,13 @@ def chain_of(
             for groups, column_tiles, *walk in _TILES
             if not shares or column_tiles == 1
         )
-        priced = (
-            (_seconds(tile, last, itemsize, multiprocessors, figures), tile) for tile in tiles
-        )
+        priced = [
+            (_seconds(tile, last, itemsize, multiprocessors, figures), tile)
+            for tile in tiles
+            if max(tile.blocks[1:]) <= GRID
+        ]
+        if not priced:
+            return None
         each, best = min(priced)
         shares = best.splits if best.splits > 1 else 0
         if not shares:
