@@ -181,4 +181,4 @@ def test_rows_as_matrices_where_they_fit(gradient: bool) -> None:
     assert not tiles(balanced, 4096, 2, "gfx942")  # the state would pass through memory
     wide = balanced._replace(first_in=512)
     assert not tiles(wide, 4096, 2, "sm_90")  # k, of which all is one block
-    assert bool(tiles(balanced, 32, 2, "sm_90")) == gradient  # y of few rows is the chain's
+    assert tiles(balanced, 1, 2, "sm_90")
