@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpo_kernels.cores.chain import check_finite
+from mpo_kernels.cores.decompose import reconstruct
 from mpo_kernels.cores.quantize import LARGEST, dequantize, quantize
 from mpo_kernels.cores.shape import MPOShape
 from mpo_kernels.layers.unformed import UnformedLayer, as_it_lay
@@ -49,27 +50,33 @@ class QuantizedMPOLinear(UnformedLayer):
             cores = layer.oriented_cores()
             if len(cores) < 2:
                 raise ValueError("expected a layer of two cores or more, got one")
-            check_finite(cores)
+            has_values = not cores[0].is_meta  # a checkpoint is loaded into a layer on meta
+            if has_values:
+                check_finite(cores)
             quantized, scales = quantize(cores, dtype)
-            if not all(scale.isfinite().all() for scale in scales):
+            if has_values and not all(scale.isfinite().all() for scale in scales):
                 raise ValueError("expected cores within the range of fp32")
         shapes = [core.shape for core in cores]
         self.shape = MPOShape.of_cores(shapes, self.in_features, self.out_features)
         # A state says by its names how its bytes are to be read.
         self._prefix = str(dtype).removeprefix("torch.")
         for k, core in enumerate(quantized):
-            # As bytes, which no cast of a module touches.
-            self.register_buffer(f"{self._prefix}_core_{k}", core.view(torch.int8))
+            # As bytes, which no cast of a module touches; safetensors writes them contiguous.
+            self.register_buffer(f"{self._prefix}_core_{k}", core.contiguous().view(torch.int8))
         for k, scale in enumerate(scales):
             self.register_buffer(f"scale_{k}", scale)
         bias = None if layer.bias is None else layer.bias.detach().clone()
         self.register_buffer("bias", bias)
 
     @property
+    def codes(self) -> list[Tensor]:
+        """The buffers that hold the cores, int8 ``[D_k, i_k, j_k, D_{k+1}]`` of either dtype."""
+        return [getattr(self, f"{self._prefix}_core_{k}") for k in range(self.shape.num_cores)]
+
+    @property
     def cores(self) -> list[Tensor]:
         """int8 or e4m3 core k ``[D_k, i_k, j_k, D_{k+1}]``."""
-        count = self.shape.num_cores
-        return [getattr(self, f"{self._prefix}_core_{k}").view(self.dtype) for k in range(count)]
+        return [codes.view(self.dtype) for codes in self.codes]
 
     @property
     def scales(self) -> list[Tensor]:
@@ -77,8 +84,7 @@ class QuantizedMPOLinear(UnformedLayer):
         return [getattr(self, f"scale_{k}") for k in range(self.shape.num_cores - 1)]
 
     def _unformed(self) -> tuple[tuple[int, int], Sequence[Tensor]]:
-        names = [f"{self._prefix}_core_{k}" for k in range(self.shape.num_cores)]
-        return (self.out_features, self.in_features), [getattr(self, name) for name in names]
+        return (self.out_features, self.in_features), self.codes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {f"scale_{k}": scale.view(torch.int32) for k, scale in enumerate(self.scales)}
@@ -105,6 +111,18 @@ class QuantizedMPOLinear(UnformedLayer):
             widened = dequantize(cores, scales, x.dtype)
             return torch.ops.mpo_kernels.linear(x, widened, bias, out_features)
         return torch.ops.mpo_kernels.quantized_linear(x, cores, scales, bias, out_features)
+
+    @torch.no_grad()
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """The dense layer that the bytes stand for, in ``dtype``, with a copy of the bias."""
+        sizes = self.in_features, self.out_features
+        cores = dequantize(self.cores, self.scales, torch.float32)
+        weight = reconstruct(cores, in_features=sizes[0], out_features=sizes[1])
+        linear = nn.Linear(*sizes, self.bias is not None, "meta", dtype)
+        linear.weight = nn.Parameter(weight.to(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype, copy=True))
+        return linear
 
     def extra_repr(self) -> str:
         return (

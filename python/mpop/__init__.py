@@ -18,7 +18,6 @@ if find_spec("transformers") is not None:  # without it, the command still says 
     from mpop.finetuning.settle import Settler
     from mpop.finetuning.squeeze import SqueezeReport, squeeze
     from mpop.integrations.export import Exported, export
-    from mpop.models.centres import dequantize_centres, quantize_centres
     from mpop.models.config import CompressionConfig, MPOConfig
     from mpop.models.light import (
         ParameterCount,
@@ -27,6 +26,7 @@ if find_spec("transformers") is not None:  # without it, the command still says 
         freeze_central,
         unfreeze,
     )
+    from mpop.models.quantized import dequantize_centres, quantize, quantize_centres
 
     @ON_ATTACH.append
     def _tell_peft() -> None:
@@ -64,6 +64,7 @@ __all__ = [
     "plot_spectra",
     "plot_trace",
     "push_to_hub",
+    "quantize",
     "quantize_centres",
     "save",
     "squeeze",

@@ -12,7 +12,7 @@ PUBLIC = {
     "mpop": "CompressionConfig CompressionReport Exported MPOConfig ParameterCount Settler "
     "SqueezeReport balance compress count_parameters dequantize_centres export format_rows "
     "freeze_central inspect_model load merge model_card plot_spectra plot_trace push_to_hub "
-    "quantize_centres save squeeze unfreeze",
+    "quantize quantize_centres save squeeze unfreeze",
     "mpop.benchmark": "benchmark",
     "mpop.cli": "main",
     "mpop.demo": "default_model main",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from mpop.models.left import describe_left, left_dense
-from mpop.models.light import count_parameters
-from mpop.models.matrices import compressed_matrices, module_at
+from mpop.models.light import count_bytes, count_parameters
+from mpop.models.matrices import compressed_matrices, module_at, store_of
 
 # From the sentence that says what the matrices are to the one that says what their errors are.
 _WRITTEN = re.compile(
@@ -62,7 +63,7 @@ def model_card(
         f"{f'`{source}`' if source else f'A {cls}'} whose "
         "matrices are matrix product operators: chains of small cores, contracted without ever "
         f"forming the weight. {total:,} parameters, {total / dense:.3f} of the {dense:,} of the "
-        f"dense model; the {len(modules)} matrices have {matrices:.3f} of theirs.",
+        f"dense model; the {len(modules)} matrices have {matrices:.3f} of theirs. {_sizes(model)}",
         "```\n" + "\n".join(left) + "\n```",
         "```python\n"
         "import mpop  # teaches from_pretrained to read it; without it the weights are random\n\n"
@@ -76,6 +77,17 @@ def model_card(
         "it.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _sizes(model: PreTrainedModel) -> str:
+    """The bytes of the tensors, and which of them are quantised."""
+    size = count_bytes(model)
+    text = f"The matrices take {size.matrices:,} bytes, the model {size.total:,}."
+    modules = [module_at(model, names[0]) for names in compressed_matrices(model)]
+    stores = Counter(store for module in modules if (store := store_of(module)))
+    for store, count in stores.items():
+        text += f" {count} of the matrices have cores in {store}, which are served and not trained."
+    return text
 
 
 def renewed_card(

@@ -24,16 +24,15 @@ from transformers.pytorch_utils import id_tensor_storage
 from transformers.quantizers import get_module_from_name
 
 from mpo_kernels.layers.blockwise import BlockwiseLayer
-from mpop.models.matrices import (
-    Names,
-    compressed_matrices,
-    drop_broken_ties,
-    module_at,
-    mpo_matrices,
-)
+from mpop.models.config import STORES
+from mpop.models.matrices import Names, compressed_matrices, drop_broken_ties, module_at, spec_of
 
 # Of a prefix that a file may have or lack; the first versions of transformers 5 know none.
 _PREFIXES = getattr(core_model_loading, "PrefixChange", ())
+# By what a module that is held as cores is known: the first of them, whatever they are stored in.
+_FIRST = ("cores.0", *(f"{store}_core_0" for store in STORES))
+# What stands for a weight in a file.
+_PARTS = re.compile(rf"\.(cores\.|({'|'.join(STORES)})_core_|scale_)\d+$")
 
 
 class Found(NamedTuple):
@@ -102,7 +101,8 @@ class Contents:
     def of_dense(self, model: PreTrainedModel) -> dict[str, Found]:
         """For a model whose matrices are dense still, those held as cores by the first of these."""
         known = dict(model.state_dict())
-        cores = {f"{key[:-6]}cores.0": True for key in known if key.endswith("weight")}
+        stems = [key[:-6] for key in known if key.endswith("weight")]
+        cores = {f"{stem}{first}": True for stem in stems for first in _FIRST}
         return self.renamed(self.shapes, known | cores)
 
     def are_equal(self, first: str, second: str) -> bool:
@@ -151,8 +151,8 @@ def tie(model: PreTrainedModel, contents: Contents, compressed: Collection[str])
 
     def key_of(name: str) -> str | None:
         module = name.removesuffix(".weight")
-        held = found.get(f"{module}.cores.0") if module in compressed else found.get(name)
-        return held and held.key
+        keys = [f"{module}.{first}" for first in _FIRST] if module in compressed else [name]
+        return next((found[key].key for key in keys if key in found), None)
 
     for target, source in model.all_tied_weights_keys.items():
         first, second = key_of(target), key_of(source)
@@ -167,7 +167,7 @@ def are_dense(matrices: Iterable[Names], found: Mapping[str, Found]) -> bool:
     """Whether a checkpoint holds all of these as weights and none as cores."""
     return all(
         any(f"{name}.weight" in found for name in names)
-        and not any(f"{name}.cores.0" in found for name in names)
+        and not any(f"{name}.{first}" in found for name in names for first in _FIRST)
         for names in matrices
     )
 
@@ -180,11 +180,11 @@ def check_shapes(model: PreTrainedModel, contents: Contents) -> None:
             another shape.
     """
     found = contents.renamed(contents.shapes, model.state_dict())
-    for names in mpo_matrices(model):
-        name = next((name for name in names if f"{name}.cores.0" in found), names[0])
-        shape = module_at(model, name).shape
-        for k, expected in enumerate(shape.core_shapes):
-            key = f"{name}.cores.{k}"
+    for names in compressed_matrices(model):
+        spec = spec_of(module_at(model, names[0]))
+        name = next((name for name in names if f"{name}.{spec.core(0)}" in found), names[0])
+        for tensor, expected in spec.tensors.items():
+            key = f"{name}.{tensor}"
             if key not in found:
                 raise ValueError(f"{key}: missing from the checkpoint")
             if found[key].shape != expected:
@@ -192,9 +192,9 @@ def check_shapes(model: PreTrainedModel, contents: Contents) -> None:
                     f"{key}: expected {list(expected)} by the configuration, "
                     f"got {list(found[key].shape or ())} in the file"
                 )
-        if f"{name}.cores.{shape.num_cores}" in found:
+        if f"{name}.{spec.core(spec.shape.num_cores)}" in found:
             raise ValueError(
-                f"{name}: expected {shape.num_cores} cores by the configuration, "
+                f"{name}: expected {spec.shape.num_cores} cores by the configuration, "
                 "got more in the file"
             )
     base = model.base_model
@@ -273,7 +273,7 @@ class _Whole:
             __slots__ = ()
 
             def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-                dense = re.sub(r"\.cores\.\d+$", ".weight", source_key)
+                dense = _PARTS.sub(".weight", source_key)
                 if super().rename_source_key(dense)[0] in apart:
                     return source_key, None
                 return super().rename_source_key(source_key)

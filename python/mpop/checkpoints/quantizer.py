@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from mpo_kernels import MPOEmbedding
+from mpo_kernels import MPOEmbedding, QuantizedMPOLinear
 from mpo_kernels.layers.unformed import UnformedWeight
 from mpop.checkpoints.keys import (
     Contents,
@@ -23,7 +23,7 @@ from mpop.checkpoints.keys import (
     state_to_save,
     tie,
 )
-from mpop.models.config import ModuleSpec, MPOConfig
+from mpop.models.config import STORES, ModuleSpec, MPOConfig
 from mpop.models.matrices import (
     MPO,
     OTHER_EMBEDDINGS,
@@ -265,14 +265,15 @@ def attach(model: PreTrainedModel) -> None:
     model.hf_quantizer = MPOQuantizer(config)  # type: ignore[assignment]
 
 
-def _empty(model: PreTrainedModel, name: str, spec: ModuleSpec) -> MPO:
+def _empty(model: PreTrainedModel, name: str, spec: ModuleSpec) -> MPO | QuantizedMPOLinear:
     """What the checkpoint has in the place of a dense module, without values."""
     dense, shape = module_at(model, name), spec.shape
     out_features, in_features = weight_of(dense).shape
     expected = (kind_of(dense), out_features, in_features)
     found = (spec.kind, shape.out_features, shape.in_features)
     if found == expected:
-        return empty_mpo(dense, shape)
+        made: Any = empty_mpo(dense, shape)
+        return made if spec.store is None else made.quantized(STORES[spec.store])
     if isinstance(dense, nn.Linear) and found == ("embedding", in_features, out_features):
         # A head that shared the cores of an embedding once, and has such ones of its own now.
         device, dtype = dense.weight.device, dense.weight.dtype

@@ -8,6 +8,7 @@ from typing import Any
 from mpop.cli.options import command, positive_float, positive_int, share, task
 
 OBJECTIVES = ("parameters", "memory", "latency")
+STORES = ("int8", "float8_e4m3fn")
 
 
 def add(commands: Any) -> None:
@@ -72,6 +73,12 @@ def add(commands: Any) -> None:
         "--tensor-parallel", 1, "choose factors that can be dealt to so many devices when serving"
     )
     parser.add_argument(
+        "--store",
+        choices=STORES,
+        help="hold the linears' tensors in one byte a number, for serving: they do not train "
+        "any more; word embeddings stay as they are",
+    )
+    parser.add_argument(
         "--calibrate",
         type=task,
         metavar="TASK",
@@ -89,13 +96,15 @@ def run(
     import mpop
     from mpop.checkpoints.folder import replaced, write
     from mpop.checkpoints.opening import check_output, copy_companions, load_as_saved
+    from mpop.models.config import STORES
+    from mpop.models.light import count_bytes
 
     check_output(output, model, overwrite)
     ranks = options["ranks"]
     if ranks and len(ranks) == 1:
         options["ranks"] = ranks[0]
-    task, samples, data_dir = (
-        options.pop(name) for name in ("calibrate", "calibration_samples", "data_dir")
+    task, samples, data_dir, store = (
+        options.pop(name) for name in ("calibrate", "calibration_samples", "data_dir", "store")
     )
     config = mpop.CompressionConfig(**options)
     loaded, batches = load_as_saved(model).to(device), None  # type: ignore[arg-type]
@@ -104,7 +113,17 @@ def run(
 
         batches = calibration_batches(loaded, model, task, data_dir, samples)
     report = mpop.compress(loaded, config, batches)
+    floating = count_bytes(loaded)
+    if store is not None:
+        mpop.quantize(loaded, STORES[store])
+    stored = count_bytes(loaded)
     with replaced(output, wholly=overwrite) as folder:
         write(loaded, folder, None if overwrite else Path(output))
         copy_companions(model, folder)
-    return {"model": model, "output": output, **report.to_dict()}, str(report)
+    result = {"model": model, "output": output, **report.to_dict(), "store": store}
+    result |= {"matrix_bytes": stored.matrices, "model_bytes": stored.total}
+    before = (
+        "" if store is None else f" ({floating.matrices:,} and {floating.total:,} before {store})"
+    )
+    sizes = f"bytes: {stored.matrices:,} of the matrices, {stored.total:,} of the model{before}"
+    return result, f"{report}\n{sizes}"

@@ -70,7 +70,7 @@ def compress(
         if isinstance(model, nn.Module):
             check_unwrapped(model)  # says what to do with a PeftModel
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
-    if getattr(model, "hf_quantizer", None) is not None or mpo_matrices(model):
+    if mpo_matrices(model) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("expected a dense model, got one that is already compressed or quantized")
     if config.factors == "auto":
         selected = select(model, config)

@@ -15,6 +15,7 @@ from mpop.compression.compress import compress
 from mpop.data.glue import Task
 from mpop.models.config import CompressionConfig
 from mpop.models.light import SHARE, balance, freeze_central
+from mpop.models.matrices import check_not_quantized
 
 
 def load_for_training(
@@ -49,7 +50,12 @@ def load_for_training(
 
 
 def trainable(model: PreTrainedModel, method: str) -> PreTrainedModel:
-    """The model, with everything trained that `method` trains."""
+    """The model, with everything trained that `method` trains.
+
+    Raises:
+        ValueError: A matrix whose cores are quantised.
+    """
+    check_not_quantized(model)
     model.requires_grad_(True)
     if method == "light":
         freeze_central(model)

@@ -33,9 +33,9 @@ from mpop.finetuning.trainer import (
     reset_peak_memory,
     runtime_arguments,
 )
-from mpop.models.centres import dequantize_centres, quantize_centres
 from mpop.models.config import CompressionConfig
 from mpop.models.light import count_parameters
+from mpop.models.quantized import dequantize_centres, quantize_centres
 
 # Peak rates by method; a light run trains a tenth of the parameters and wants larger steps.
 LEARNING_RATES = {"dense": 5e-5, "full": 5e-5, "light": 1e-4}

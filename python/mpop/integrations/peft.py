@@ -42,7 +42,7 @@ from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
 from mpo_kernels.layers.module import MPOModule
 from mpop.checkpoints.keys import read_shapes
-from mpop.models.matrices import is_dense
+from mpop.models.matrices import check_not_quantized, is_dense
 
 _PREFIX = "mpo_light_"
 _CORES = f"{_PREFIX}cores"
@@ -251,6 +251,7 @@ class LightModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # peft calls this before it changes anything.
+        check_not_quantized(self.model)
         matrices = _selected(self.model, peft_config)
         if peft_config.saved_shapes is not None:
             _check_saved(self.model, peft_config, matrices)
@@ -512,6 +513,7 @@ class MPOLoraModel(lora.LoraModel):
     """peft's LoRA, which finds MPO layers besides those that peft knows."""
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        check_not_quantized(model)
         super()._prepare_model(peft_config, model)
         if str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             _maybe_include_all_linear_layers(peft_config, model)

@@ -12,10 +12,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpo_kernels import MPOShape
 from mpo_kernels.cores.family import Objective
+from mpo_kernels.cores.quantize import LARGEST
 from mpo_kernels.layers.cost import LayerCost
 
 FORMAT_VERSION = 1
 KINDS = ("linear", "conv1d", "embedding")
+# What cores can be stored in beside the dtype of the model.
+STORES = {str(dtype).removeprefix("torch."): dtype for dtype in LARGEST}
 # What says how much of a matrix is kept, or trained.
 _BUDGETS = ("ranks", "rel_error", "compression", "share")
 
@@ -247,6 +250,20 @@ class ModuleSpec(NamedTuple):
     kind: str  # the dense module that it stands for, one of KINDS
     shape: MPOShape
     frozen: bool  # whether all its cores but the central one are trained
+    store: str | None = None  # one of STORES where the cores are quantised
+
+    def core(self, k: int) -> str:
+        """The name of core k in the module's state."""
+        return f"cores.{k}" if self.store is None else f"{self.store}_core_{k}"
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what holds the matrix, by their names in the module's state."""
+        shapes: dict[str, tuple[int, ...]]
+        shapes = {self.core(k): size for k, size in enumerate(self.shape.core_shapes)}
+        if self.store is not None:
+            shapes |= {f"scale_{k}": (rank,) for k, rank in enumerate(self.shape.ranks)}
+        return shapes
 
 
 @register_quantization_config("mpo")
@@ -254,8 +271,9 @@ class MPOConfig(QuantizationConfigMixin):
     """The `quantization_config` of a saved model, or of a dense one to compress while it loads.
 
     Args:
-        modules: of a saved model, `{module name: {"kind", "frozen", and MPOShape.to_dict()}}`. A
-            head tied to an embedding has no entry: it follows from the tie.
+        modules: of a saved model, `{module name: {"kind", "frozen", and MPOShape.to_dict()}}`,
+            with a `"store"` where the cores are quantised: `"int8"` or `"float8_e4m3fn"`. A head
+            tied to an embedding has no entry: it follows from the tie.
         version: of this format.
         compress: what `from_pretrained` is to make of a dense checkpoint, a `CompressionConfig` or
             its fields; one matrix at a time is decomposed and freed.
@@ -304,27 +322,33 @@ class MPOConfig(QuantizationConfigMixin):
     @classmethod
     def from_specs(cls, specs: Mapping[str, ModuleSpec]) -> MPOConfig:
         """The configuration of a model whose modules are `specs`; see `specs()`."""
-        return cls(
-            {
-                name: {"kind": spec.kind, "frozen": spec.frozen, **spec.shape.to_dict()}
-                for name, spec in specs.items()
-            }
-        )
+        entries: dict[str, dict[str, Any]] = {}
+        for name, spec in specs.items():
+            entries[name] = {"kind": spec.kind, "frozen": spec.frozen, **spec.shape.to_dict()}
+            if spec.store is not None:
+                entries[name]["store"] = spec.store
+        return cls(entries)
 
     def specs(self) -> dict[str, ModuleSpec]:
         """The entries of `modules`, checked.
 
         Raises:
-            ValueError: an entry with an unknown kind or a shape that contradicts itself.
+            ValueError: an entry with an unknown kind or store, or a shape that contradicts itself.
         """
         specs = {}
         for name, entry in self.modules.items():
             try:
                 shape = dict(entry)
                 kind, frozen = shape.pop("kind"), shape.pop("frozen")
+                store = shape.pop("store", None)
                 if kind not in KINDS or not isinstance(frozen, bool):
                     raise ValueError(f"expected a kind of {KINDS} and frozen as a bool")
-                specs[name] = ModuleSpec(kind, MPOShape.from_dict(shape), frozen)
+                if store is not None and (store not in STORES or kind == "embedding" or frozen):
+                    raise ValueError(
+                        f"store: expected one of {list(STORES)}, of a linear or conv1d that is not "
+                        f"frozen, got {store!r} of a {kind}, frozen: {frozen}"
+                    )
+                specs[name] = ModuleSpec(kind, MPOShape.from_dict(shape), frozen, store)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"bad MPO configuration of {name!r}: {error}") from error
         return specs

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
+from mpo_kernels import QuantizedMPOLinear
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpo_kernels.layers.module import MPOModule
 from mpop.models.matrices import OTHER_EMBEDDINGS, module_at, sorted_matrices
@@ -39,6 +40,8 @@ def left_dense(model: PreTrainedModel) -> tuple[LeftDense, ...]:
         counted.add(id(weight))
         counts[reason or NOT_SELECTED] += weight.numel()
     for module in model.modules():
+        if isinstance(module, QuantizedMPOLinear) and module.bias is not None:
+            counts[_SMALL] += module.bias.numel()  # a buffer, as all of it
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in counted:
                 counted.add(id(parameter))

@@ -5,10 +5,18 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
+from mpo_kernels import QuantizedMPOLinear
 from mpo_kernels.layers.blockwise import BlockwiseLayer
-from mpop.models.matrices import MPO, check_own_cores, mpo_modules
+from mpop.models.matrices import (
+    MPO,
+    check_own_cores,
+    compressed_matrices,
+    module_at,
+    mpo_modules,
+    tensors_of,
+)
 from mpop.models.plain import check_unwrapped
 
 # Of each matrix, what is trained unless a configuration says otherwise (docs/method.md, How light).
@@ -22,15 +30,40 @@ class ParameterCount(NamedTuple):
     total: int
 
 
+class ByteCount(NamedTuple):
+    """Of the compressed matrices, biases left out, and of all tensors of the model."""
+
+    matrices: int
+    total: int
+
+
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count parameters, as trainable where they require a gradient; a quantised centre's too."""
+    """Count parameters, as trainable where they require a gradient; quantised ones too."""
     parameters = list(model.parameters())
-    quantised = [layer for layer in model.modules() if isinstance(layer, BlockwiseLayer)]
-    return ParameterCount(
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters)
-        + sum(math.prod(layer.shape.core_shapes[layer.central]) for layer in quantised),
-    )
+    total = sum(p.numel() for p in parameters)
+    for layer in model.modules():
+        if isinstance(layer, BlockwiseLayer):
+            total += math.prod(layer.shape.core_shapes[layer.central])
+        elif isinstance(layer, QuantizedMPOLinear):
+            total += layer.shape.num_parameters + (0 if layer.bias is None else layer.bias.numel())
+    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), total)
+
+
+def count_bytes(model: nn.Module) -> ByteCount:
+    """Count the bytes of a model as it is saved: quantised centres as the cores they stand for."""
+    state = model.state_dict(keep_vars=True).values()
+    others = {id(tensor): tensor.nbytes for tensor in state if isinstance(tensor, Tensor)}
+    matrices = 0
+    for names in compressed_matrices(model):
+        module = module_at(model, names[0])
+        held = tensors_of(module)
+        for tensor in held:
+            others.pop(id(tensor), None)
+        if isinstance(module, QuantizedMPOLinear):
+            matrices += sum(tensor.nbytes for tensor in held)
+        else:
+            matrices += module.shape.num_parameters * held[0].itemsize
+    return ByteCount(matrices, matrices + sum(others.values()))
 
 
 def freeze_central(model: nn.Module) -> ParameterCount:

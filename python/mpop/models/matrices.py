@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape
+from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape, QuantizedMPOLinear
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer
 from mpo_kernels.layers.embedding import MPOTiedLinear
 from mpo_kernels.layers.unformed import UnformedLayer
-from mpop.models.config import ModuleSpec, MPOConfig
+from mpop.models.config import STORES, ModuleSpec, MPOConfig
 from mpop.models.plain import check_unwrapped
 from mpop.models.reads import weights_read
 from mpop.models.subclasses import adopt
 
 Dense: TypeAlias = nn.Linear | Conv1D | nn.Embedding
 MPO: TypeAlias = MPOLinear | MPOEmbedding
-Compressed: TypeAlias = MPO | BlockwiseLayer
+Compressed: TypeAlias = MPO | BlockwiseLayer | QuantizedMPOLinear
 Names: TypeAlias = tuple[str, ...]  # the modules that hold one matrix, its owner first
 
 _KINDS: dict[type[Dense], str] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Embedding: "embedding"}
@@ -136,21 +136,54 @@ def mpo_matrices(model: nn.Module) -> list[Names]:
     """The compressed matrices.
 
     Raises:
-        ValueError: centres that are quantised.
+        ValueError: quantised centres or matrices.
     """
-    if any(isinstance(module, BlockwiseLayer) for module in model.modules()):
-        raise ValueError("the centres are quantised: call mpop.dequantize_centres(model) first")
+    check_centres(model)
+    check_not_quantized(model)
     return compressed_matrices(model)
 
 
+def check_centres(model: nn.Module) -> None:
+    """Raise a ValueError where centres are quantised."""
+    if any(isinstance(module, BlockwiseLayer) for module in model.modules()):
+        raise ValueError("the centres are quantised: call mpop.dequantize_centres(model) first")
+
+
+def check_not_quantized(model: nn.Module) -> None:
+    """Raise a ValueError that names the first matrix whose cores are int8 or e4m3."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedMPOLinear):
+            raise ValueError(
+                f"{name}: expected cores of 16 bits or more, got {store_of(module)}, which neither "
+                "train nor change: take the model as it was before mpop.quantize (mpop compress "
+                "without --store), and quantize last"
+            )
+
+
 def compressed_matrices(model: nn.Module) -> list[Names]:
-    """The compressed matrices, those with quantised centres too."""
+    """The compressed matrices, those with quantised centres and quantised ones too."""
     held = {
-        name: tuple(module.auxiliary if isinstance(module, BlockwiseLayer) else module.cores)
+        name: tensors_of(module)
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, Compressed)
     }
     return _shared(model, held)
+
+
+def tensors_of(module: Compressed) -> tuple[Tensor, ...]:
+    """Those that hold the matrix of a module, without a bias."""
+    if isinstance(module, BlockwiseLayer):
+        return (*module.auxiliary, module.codes, module.scales)
+    if isinstance(module, QuantizedMPOLinear):
+        return (*module.codes, *module.scales)
+    return tuple(module.cores)
+
+
+def store_of(module: Compressed) -> str | None:
+    """One of `config.STORES` where the cores are quantised."""
+    if not isinstance(module, QuantizedMPOLinear):
+        return None
+    return next(store for store, dtype in STORES.items() if dtype == module.dtype)
 
 
 def check_own_cores(model: nn.Module) -> None:
@@ -168,9 +201,9 @@ def check_own_cores(model: nn.Module) -> None:
 
 def _tensor_of(module: nn.Module) -> Any:
     """The one that tells which modules share a matrix; None where they hold none themselves."""
-    if isinstance(module, BlockwiseLayer):
-        return module.auxiliary[0]
-    return module.cores[0] if isinstance(module, MPO) else module._parameters.get("weight")
+    if isinstance(module, Compressed):
+        return tensors_of(module)[0]
+    return module._parameters.get("weight")
 
 
 def mpo_modules(model: nn.Module) -> Iterator[tuple[str, MPO]]:
@@ -191,17 +224,20 @@ def describe(model: PreTrainedModel) -> MPOConfig:
         owners: dict[str, str] = {}
         for name in names:
             owners.setdefault(ties.get(name, name), name)
-        specs.update({name: _spec(module_at(model, name)) for name in owners.values()})
+        specs.update({name: spec_of(module_at(model, name)) for name in owners.values()})
     return MPOConfig.from_specs(specs)
 
 
-def _spec(module: Compressed) -> ModuleSpec:
+def spec_of(module: Compressed) -> ModuleSpec:
+    """What a checkpoint says of a module."""
     if isinstance(module, BlockwiseLayer):
         is_light = all(core.requires_grad for core in module.auxiliary)
+    elif isinstance(module, QuantizedMPOLinear):
+        is_light = False
     else:
         trained = [core.requires_grad for core in module.cores]
         is_light = trained == [k != module.central for k in range(len(trained))]
-    return ModuleSpec(_kind_of_mpo(module), module.shape, is_light)
+    return ModuleSpec(_kind_of_mpo(module), module.shape, is_light, store_of(module))
 
 
 def weight_of(dense: Dense) -> Tensor:
@@ -247,11 +283,17 @@ def _kind_of_mpo(module: Compressed) -> str:
     return getattr(module, "kind", None) or "linear"
 
 
-def to_dense(module: MPO) -> Dense:
-    """A dense module of the kind that was replaced, with the weights of now."""
+def to_dense(module: MPO | QuantizedMPOLinear, dtype: torch.dtype = torch.float32) -> Dense:
+    """A dense module of the kind that was replaced, with the weights of now.
+
+    Args:
+        dtype: for the weight of quantised cores; others keep theirs.
+    """
     if isinstance(module, MPOEmbedding):
         return module.to_embedding()
-    linear = module.to_linear()
+    linear = (
+        module.to_linear(dtype) if isinstance(module, QuantizedMPOLinear) else module.to_linear()
+    )
     if _kind_of_mpo(module) != "conv1d":
         return linear
     with torch.device("meta"):
@@ -268,20 +310,23 @@ def densify(model: PreTrainedModel) -> None:
             was.
     """
     check_unwrapped(model)
-    matrices = mpo_matrices(model)
+    check_centres(model)
+    matrices = compressed_matrices(model)
     if not matrices:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
     for names in matrices:
         try:
-            check_finite(list(module_at(model, names[0]).cores))
+            held = tensors_of(module_at(model, names[0]))
+            check_finite([tensor for tensor in held if tensor.is_floating_point()])
         except ValueError as error:
             raise ValueError(f"{names[0]}: {error}") from error
+    dtype = model.dtype
     for names in matrices:
-        swap(model, names, to_dense(module_at(model, names[0])))
+        swap(model, names, to_dense(module_at(model, names[0]), dtype))
     update_ties(model)
 
 
-def swap(model: PreTrainedModel, names: Names, new: MPO | Dense) -> None:
+def swap(model: PreTrainedModel, names: Names, new: MPO | QuantizedMPOLinear | Dense) -> None:
     """Put `new` in the place of the modules `names`, which go on sharing one matrix.
 
     Biases, training modes, hooks and what an embedding's own class adds are kept; call
@@ -295,7 +340,7 @@ def swap(model: PreTrainedModel, names: Names, new: MPO | Dense) -> None:
         put(model, name, parts[old])
 
 
-def _part(new: MPO | Dense, old: Any, shared: bool) -> Any:
+def _part(new: MPO | QuantizedMPOLinear | Dense, old: Any, shared: bool) -> Any:
     """What takes the place of one of the modules that share a matrix."""
     part: Any = new
     if isinstance(new, nn.Embedding | MPOEmbedding):
@@ -308,8 +353,11 @@ def _part(new: MPO | Dense, old: Any, shared: bool) -> Any:
         part.padding_idx = old.padding_idx
         adopt(part, old)
         return part
-    part.bias = old.bias
-    if isinstance(new, MPOLinear):
+    if isinstance(old, QuantizedMPOLinear):
+        part.bias = None if old.bias is None else nn.Parameter(old.bias)
+    elif not isinstance(new, QuantizedMPOLinear):  # whose own is a buffer
+        part.bias = old.bias
+    if isinstance(new, MPOLinear | QuantizedMPOLinear):
         part.kind = kind_of(old)
     return part
 

@@ -1,0 +1,146 @@
+"""Cores in few bits: all of a linear for serving, or frozen centres while the rest is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mpo_kernels import MPOEmbedding, QuantizedMPOLinear
+from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
+from mpop.models.config import STORES, matches
+from mpop.models.matrices import (
+    check_centres,
+    compressed_matrices,
+    module_at,
+    mpo_matrices,
+    put,
+    spec_of,
+    tensors_of,
+)
+from mpop.models.plain import check_own_values, check_unwrapped
+from mpop.models.subclasses import adopt
+
+
+class Memory(NamedTuple):
+    """Bytes of what was quantised, before and after."""
+
+    before: int
+    after: int
+
+
+def quantize(
+    model: nn.Module, dtype: torch.dtype = torch.int8, include: Iterable[str] | None = None
+) -> Memory:
+    """Hold the MPO linears in one byte a number, for serving: nothing of them trains any more.
+
+    Each slice of a bond has an fp32 scale; see `mpo_kernels.MPOLinear.quantized`. Word embeddings,
+    and an output head with the cores of one, stay as they are. Saved and loaded, bytes stay bytes.
+
+    Args:
+        model: compressed, in place.
+        dtype: `torch.int8` or `torch.float8_e4m3fn`.
+        include: patterns of module names, as those of `CompressionConfig`; by default all linears.
+
+    Returns:
+        The bytes of these matrices before and after.
+
+    Raises:
+        ValueError: another dtype, no MPO linear that is included, a pattern that fits none, one
+            that is quantised already or has one core or NaN or Inf, or adapters. The model is as
+            it was.
+    """
+    if dtype not in STORES.values():
+        expected = " or ".join(map(str, STORES.values()))
+        raise ValueError(f"dtype: expected {expected}, got {dtype!r}")
+    if isinstance(include, str):
+        raise TypeError(f"include: expected a sequence of patterns, got {include!r}")
+    check_unwrapped(model)
+    check_centres(model)
+    compressed = compressed_matrices(model)
+    if not compressed:
+        raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+    linears = [n for n in compressed if spec_of(module_at(model, n[0])).kind != "embedding"]
+    patterns = ["*"] if include is None else list(include)
+    for pattern in patterns:
+        if not any(matches(pattern, names) for names in linears):
+            raise ValueError(
+                f"include: expected MPO linears, got {pattern!r}, which fits none of {len(linears)}"
+            )
+    made: dict[nn.Module, QuantizedMPOLinear] = {}
+    chosen = [n for n in linears if any(matches(pattern, n) for pattern in patterns)]
+    for names in chosen:
+        for module in (module_at(model, name) for name in names):
+            if isinstance(module, QuantizedMPOLinear):
+                raise ValueError(f"{names[0]}: expected an MPO linear, got one in {module.dtype}")
+            try:
+                made[module] = module.quantized(dtype)
+            except ValueError as error:
+                raise ValueError(
+                    f"{names[0]}: {error}: leave it out by include=..., or compress again"
+                ) from error
+    memory = Memory(_bytes_of(made), _bytes_of(made.values()))
+    for names in chosen:
+        for name in names:
+            plain = module_at(model, name)
+            _note(plain, made[plain])
+            put(model, name, made[plain])
+    return memory
+
+
+def _bytes_of(layers: Iterable[Any]) -> int:
+    return sum(tensor.nbytes for layer in layers for tensor in tensors_of(layer))
+
+
+def quantize_centres(model: nn.Module, bits: int = 4) -> Memory:
+    """Hold the centre of each MPO in ``bits`` bits a number, frozen; the rest trains as before.
+
+    Codes have a scale for 64 numbers each: 8 bits of even steps, or 4 of QLoRA's NF4. A matrix
+    that an output head shares stays as it is. Saved, they are plain MPO modules, as
+    :func:`dequantize_centres` makes them.
+
+    Args:
+        model: compressed, in place.
+        bits: 8 or 4.
+
+    Raises:
+        ValueError: other bits, a model without MPO modules, or NaN or Inf in a centre.
+    """
+    check_own_values(model)
+    matrices = [names for names in mpo_matrices(model) if len(names) == 1]
+    if not matrices:
+        raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+    made: dict[str, BlockwiseLayer] = {}
+    before = after = 0
+    for (name,) in matrices:
+        module = module_at(model, name)
+        if len(module.cores) < 2:
+            continue
+        kind = BlockwiseEmbedding if isinstance(module, MPOEmbedding) else BlockwiseLinear
+        made[name] = kind(module, bits)
+        before += module.cores[module.central].nbytes
+        after += made[name].codes.nbytes + made[name].scales.nbytes
+    for name, layer in made.items():
+        plain = module_at(model, name)
+        _note(plain, layer)
+        put(model, name, layer)
+    return Memory(before, after)
+
+
+def dequantize_centres(model: nn.Module) -> None:
+    """Plain MPO modules again, whose frozen centres have the values of the codes."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BlockwiseLinear | BlockwiseEmbedding):
+            plain = layer.dequantized()
+            _note(layer, plain)
+            put(model, name, plain)
+
+
+def _note(old: nn.Module, new: nn.Module) -> None:
+    """What `swap` and `replace` noted for the checkpoint and its card."""
+    adopt(new, old)
+    for name in ("kind", "rel_error"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
