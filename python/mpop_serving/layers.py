@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpo_kernels import MPOShape, mpo_embedding, mpo_linear
+from mpo_kernels import mpo_embedding, mpo_linear
 from mpo_kernels.cores.shape import leading_digit
 from mpo_kernels.layers.module import merged_for
 
@@ -74,10 +74,11 @@ class _Cores:
     """One matrix of the checkpoint as cores, of which this process has ranges of features."""
 
     def __init__(
-        self, name: str, shape: MPOShape, inputs: Sequence[range], outputs: Sequence[range]
+        self, name: str, spec: ModuleSpec, inputs: Sequence[range], outputs: Sequence[range]
     ) -> None:
-        self.name, self.shape = name, shape
-        self.tensors = tuple(f"cores.{k}" for k in range(shape.num_cores))
+        self.name, self.shape, self.expected = name, spec.shape, spec.tensors
+        shape, self.tensors = spec.shape, tuple(spec.tensors)
+        self.store = None if spec.store is None else getattr(torch, spec.store)
         self.in_features, self.out_features = sum(map(len, inputs)), sum(map(len, outputs))
         self.in_digits = self._digits(shape.in_factors, shape.in_features, inputs)
         self.out_digits = self._digits(shape.out_factors, shape.out_features, outputs)
@@ -103,7 +104,7 @@ class _Cores:
 
     def cut(self, tensor: str, core: Tensor) -> Tensor:
         """What this process holds of a tensor of the checkpoint."""
-        expected = self.shape.core_shapes[self.tensors.index(tensor)]
+        expected = self.expected[tensor]
         if tuple(core.shape) != expected:
             raise ValueError(
                 f"{self.name}.{tensor}: expected {list(expected)} by the configuration, "
@@ -117,11 +118,43 @@ class _Cores:
         return core
 
     def parts(self, held: Sequence[Tensor]) -> list[Tensor]:
-        """What computes, from what was cut: merged for one row, which takes little memory."""
+        """What computes, from what was cut: merged for one row, which takes little memory.
+
+        Bytes are not merged: their scales are of the bonds between.
+        """
+        if self.store is not None:
+            return list(held)
         return merged_for(held, 1, self.in_features, self.out_features)
 
     def __call__(self, x: Tensor, parts: list[Tensor]) -> Tensor:
-        return mpo_linear(x, parts, in_features=self.in_features, out_features=self.out_features)
+        cores, scales = self.split(parts)
+        return self.contract(x, cores, scales, self.in_features, self.out_features)
+
+    def split(self, parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The cores, perhaps merged, and the scales of bytes."""
+        count = len(parts) if self.store is None else self.shape.num_cores
+        return parts[:count], parts[count:]
+
+    def contract(
+        self,
+        x: Tensor,
+        cores: list[Tensor],
+        scales: list[Tensor],
+        in_features: int,
+        out_features: int,
+    ) -> Tensor:
+        """``x [..., in_features] -> [..., out_features]`` of what was split, cut perhaps."""
+        if self.store is None:
+            return mpo_linear(x, cores, in_features=in_features, out_features=out_features)
+        operator = torch.ops.mpo_kernels.quantized_linear
+        return operator(x, [core.view(self.store) for core in cores], scales, None, out_features)
+
+
+def _held_in(tensor: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor of this name in a model of ``dtype``: bytes stay bytes."""
+    if "_core_" in tensor:
+        return torch.int8
+    return torch.float32 if tensor.startswith("scale_") else dtype
 
 
 class _Method:
@@ -134,17 +167,17 @@ class _Method:
         self.matrices = matrices
         self.held: list[dict[str, Tensor]] = [{} for _ in matrices]
 
-        def parameter(tensor: str) -> nn.Parameter:
+        layer.cores = nn.ParameterList()
+        for tensor in dict.fromkeys(tensor for matrix in matrices for tensor in matrix.tensors):
             empty = nn.Parameter(
-                torch.empty(0, dtype=dtype, device=torch.get_default_device()), requires_grad=False
+                torch.empty(0, dtype=_held_in(tensor, dtype), device=torch.get_default_device()),
+                requires_grad=False,
             )
             empty.weight_loader = partial(self._load, tensor)  # type: ignore[attr-defined]
-            return empty
-
-        most = max(m.shape.num_cores for m in matrices if isinstance(m, _Cores))
-        layer.cores = nn.ParameterList(parameter(f"cores.{k}") for k in range(most))
-        if any(isinstance(matrix, _Dense) for matrix in matrices):
-            layer.weight = parameter("weight")
+            if tensor.startswith("cores."):
+                layer.cores.append(empty)
+            else:
+                layer.register_parameter(tensor, empty)
 
     def _load(
         self, tensor: str, like: Tensor, loaded: Tensor, shard: str | int | None = None
@@ -213,7 +246,7 @@ class LinearMethod(_Method):
                 outputs.append(range(start + share.start, start + share.stop))
                 start += whole
             inputs = [place.share(name, ins, in_size)]
-            matrices.append(_Cores(name, spec.shape, inputs, outputs))
+            matrices.append(_Cores(name, spec, inputs, outputs))
         self._expect(layer, matrices, params_dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -233,7 +266,7 @@ class VocabularyMethod(_Method):
     """
 
     def __init__(self, name: str, spec: ModuleSpec) -> None:
-        self.name, self.shape = name, spec.shape
+        self.name, self.spec, self.shape = name, spec, spec.shape
         self.is_table = spec.kind == "embedding"
 
     def create_weights(
@@ -257,7 +290,7 @@ class VocabularyMethod(_Method):
         if found != expected:
             raise ValueError(f"{self.name}: expected {expected} by the model, got {found}")
         whole = [[range(features)] for features in found]
-        self._expect(layer, [_Cores(self.name, self.shape, *whole)], params_dtype)
+        self._expect(layer, [_Cores(self.name, self.spec, *whole)], params_dtype)
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """``ids [...]``, counted from the first of this process, ``-> [..., dim]``."""
@@ -269,7 +302,8 @@ class VocabularyMethod(_Method):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits ``[..., ids]`` of the ids of this process, padded as the layer pads them."""
-        cores = list(layer.parts[0])
+        matrix: Any = self.matrices[0]
+        cores, scales = matrix.split(list(layer.parts[0]))
         if self.is_table:
             cores = [core.transpose(1, 2) for core in cores]
         factors = [core.shape[2] for core in cores]
@@ -278,6 +312,9 @@ class VocabularyMethod(_Method):
         start = self.place(layer).rank * size
         first = min(start // step, factors[lead] - 1)
         cores[lead] = cores[lead][:, :, first : -(-(start + size) // step)]
-        y = mpo_linear(x, cores, in_features=layer.embedding_dim)[..., start - first * step :]
+        width = math.prod(core.shape[2] for core in cores)
+        y = matrix.contract(x, cores, scales, layer.embedding_dim, width)[
+            ..., start - first * step :
+        ]
         y = F.pad(y[..., :size], (0, max(0, size - y.shape[-1])))
         return y if bias is None else y + bias

@@ -74,13 +74,14 @@ def quantize(
     for names in chosen:
         for module in (module_at(model, name) for name in names):
             if isinstance(module, QuantizedMPOLinear):
-                raise ValueError(f"{names[0]}: expected an MPO linear, got one in {module.dtype}")
+                raise ValueError(
+                    f"{names[0]}: expected an MPO linear, got one in {module.dtype} already: leave "
+                    "it out by include=..."
+                )
             try:
                 made[module] = module.quantized(dtype)
             except ValueError as error:
-                raise ValueError(
-                    f"{names[0]}: {error}: leave it out by include=..., or compress again"
-                ) from error
+                raise ValueError(f"{names[0]}: {error}: leave it out by include=...") from error
     memory = Memory(_bytes_of(made), _bytes_of(made.values()))
     for names in chosen:
         for name in names:
