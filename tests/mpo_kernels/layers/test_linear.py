@@ -513,6 +513,33 @@ def test_held_in_bytes_they_stay_contiguous_too():
         assert all(part.is_contiguous() for part in channels_last(held).state_dict().values())
 
 
+def test_made_of_cores_that_lie_otherwise_bytes_are_contiguous():
+    layer = MPOLinear(24, 30, MPOShape((2, 3, 4), (5, 3, 2), 4))
+    for core in layer.cores:
+        core.data = channels_last(core.data)
+    assert not any(core.is_contiguous() for core in layer.cores)
+    assert all(codes.is_contiguous() for codes in layer.quantized().codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("bias", [False, True])
+def test_bytes_have_a_dense_layer_and_an_empty_self(dtype, bias):
+    layer = MPOLinear(
+        23, 29, MPOShape((2, 3, 4), (5, 3, 2), 4, in_features=23, out_features=29), bias
+    )
+    held, x = layer.quantized(dtype), torch.randn(3, 23)
+    dense = held.to_linear()
+    torch.testing.assert_close(dense(x), held(x), rtol=1e-5, atol=1e-5)
+    assert dense.weight.requires_grad and (dense.bias is None) != bias
+    halves = held.to_linear(torch.float16)
+    assert torch.equal(halves.weight, dense.weight.half())
+    empty = layer.to("meta").quantized(dtype)
+    assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == {
+        k: (v.shape, v.dtype) for k, v in held.state_dict().items()
+    }
+    assert empty.weight.is_meta
+
+
 @pytest.mark.parametrize("kind", [MPOLinear, MPOEmbedding])
 def test_cores_of_a_decomposition_are_made_contiguous(kind):
     found = decompose(torch.randn(30, 24), MPOShape((2, 3, 4), (5, 3, 2)))

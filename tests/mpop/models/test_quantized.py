@@ -25,6 +25,7 @@ from mpo_kernels import MPOLinear, MPOShape, QuantizedMPOLinear
 from mpop.cli import main
 from mpop.cli.compress import STORES as CHOICES
 from mpop.models.config import STORES
+from mpop.models.left import left_dense
 from mpop.models.light import count_bytes
 from mpop.models.matrices import mpo_modules
 
@@ -61,7 +62,9 @@ def test_saved_and_loaded_they_are_the_same_bytes(
     floating, count = logits(model), mpop.count_parameters(model)
     mpop.save(model, tmp_path / "floating")
     linears = [n for n, module in mpo_modules(model) if type(module) is MPOLinear]
+    dense = sum(part.parameters for part in left_dense(model))
     memory = mpop.quantize(model, dtype)
+    assert sum(part.parameters for part in left_dense(model)) == dense
     assert list(held_in_bytes(model)) == linears
     assert memory.after < SHARE * memory.before
     expected = logits(model)
