@@ -346,3 +346,28 @@ def test_the_base_model_alone(tmp_path: Path) -> None:
     found, held = bytes_in(base.state_dict()), bytes_in(model.state_dict())
     assert {f"bert.{key}" for key in found} == held.keys()
     assert all(torch.equal(tensor, held[f"bert.{key}"]) for key, tensor in found.items())
+
+
+def test_weights_beside_the_bytes_are_not_taken_for_them(tmp_path: Path) -> None:
+    model = compressed("bert", embeddings=False)
+    mpop.quantize(model)
+    mpop.save(model, tmp_path)
+    weights = {
+        f"{name}.weight": torch.zeros(m.weight.shape) for name, m in held_in_bytes(model).items()
+    }
+    edit_tensors(tmp_path, lambda state: state.update(weights))
+    with pytest.raises(ValueError, match="tensors are unexpected"):
+        mpop.load(tmp_path)
+    assert len(held_in_bytes(mpop.load(tmp_path, AutoModel))) == len(weights)
+
+
+def test_a_head_apart_from_its_words_is_loaded_apart(tmp_path: Path) -> None:
+    """Though the configuration ties it."""
+    model = build("t5")
+    model.lm_head.weight = nn.Parameter(1.5 * model.lm_head.weight.detach())
+    mpop.compress(model, mpop.CompressionConfig(include=["*.SelfAttention.q", "shared", "lm_head"]))
+    mpop.quantize(model)
+    assert "lm_head" in held_in_bytes(model)
+    mpop.save(model, tmp_path)
+    loaded = mpop.load(tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
