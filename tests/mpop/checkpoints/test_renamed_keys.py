@@ -103,6 +103,16 @@ def test_saved_and_loaded(name: str, whole: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("name", BUILDERS)
+def test_saved_and_loaded_in_bytes(name: str, whole: bool, tmp_path: Path) -> None:
+    model = build(name)
+    mpop.compress(model, mpop.CompressionConfig(num_cores=3) if whole else part_of(model))
+    mpop.quantize(model)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert_equal(mpop.load(tmp_path), model)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", BUILDERS)
 def test_compressed_while_loading(name: str, whole: bool, tmp_path: Path) -> None:
     model = build(name)
     model.save_pretrained(tmp_path)
