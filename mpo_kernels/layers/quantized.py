@@ -61,8 +61,8 @@ class QuantizedMPOLinear(UnformedLayer):
         # A state says by its names how its bytes are to be read.
         self._prefix = str(dtype).removeprefix("torch.")
         for k, core in enumerate(quantized):
-            # As bytes, which no cast of a module touches; safetensors writes them contiguous.
-            self.register_buffer(f"{self._prefix}_core_{k}", core.contiguous().view(torch.int8))
+            # As bytes, which no cast of a module touches.
+            self.register_buffer(f"{self._prefix}_core_{k}", core.view(torch.int8))
         for k, scale in enumerate(scales):
             self.register_buffer(f"scale_{k}", scale)
         bias = None if layer.bias is None else layer.bias.detach().clone()

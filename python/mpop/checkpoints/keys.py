@@ -233,8 +233,9 @@ def state_to_save(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str,
     for key, tensor in state.items():
         if isinstance(tensor, Tensor):
             place = (id_tensor_storage(tensor), tensor.storage_offset())
-            if place in seen:  # transformers would drop it
-                state[key] = tensor.clone()
+            # A second in a place transformers would drop, and safetensors writes no strides.
+            state[key] = tensor.clone() if place in seen else tensor
+            state[key] = state[key].contiguous()
             seen.add(place)
     return state
 
