@@ -67,8 +67,8 @@ def export(model: PreTrainedModel, output: str | os.PathLike[str], format: str) 
             device by AOTInductor, for `torch._inductor.aoti_load_package`.
 
     Raises:
-        ValueError: another format, a dense model, quantised centres, a type of model or a head that
-            cannot be exported, another dtype, or an output that cannot be written.
+        ValueError: another format, a dense model, quantised centres or matrices, a type of model
+            or a head that cannot be exported, another dtype, or an output that cannot be written.
         OSError: likewise, or `aoti` without a C++ compiler.
         ModuleNotFoundError: `onnx` without its packages.
         FloatingPointError: the program's outputs are not the model's.
@@ -202,8 +202,6 @@ def _program(module: _Named) -> ExportedProgram:
         module, (), inputs, dynamic_shapes=dict.fromkeys(inputs, axes)
     ).run_decompositions(DECOMPOSITIONS)
     for node in program.graph.nodes:
-        if str(node.target).startswith("mpo_kernels"):
-            raise ValueError(f"expected layers of plain cores, got {node.target}")
         node.meta.pop("stack_trace", None)  # lines of files that are not where it runs
     return program
 
