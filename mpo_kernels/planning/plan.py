@@ -74,7 +74,7 @@ class Launch(NamedTuple):
         result: ``"y"``, ``"dx"``, or the part whose gradient it is, ``"left"`` or ``"right"``.
         first: what is contracted first: for y and dx the ``"left"`` or the ``"right"`` part, for a
             gradient the other part with ``"x"`` or with ``"dy"``.
-        tile: the kernel's tile or schedule, which says what it is.
+        tile: the kernel's tile, or a chain of products, which say what they are.
         problem: sizes as a kernel of triton sees them.
     """
 
