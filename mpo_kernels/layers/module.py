@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mpo_kernels import backends
 from mpo_kernels.cores.decompose import Decomposition, round_cores
 from mpo_kernels.cores.gauge import balanced
+from mpo_kernels.cores.quantize import LARGEST
 from mpo_kernels.cores.shape import MPOShape
 from mpo_kernels.layers.unformed import UnformedLayer, as_it_lay
 from mpo_kernels.planning.plan import Gradients, Plan
@@ -52,11 +53,15 @@ def merged_for(
 ) -> list[Tensor]:
     """The cores as parts that ``rows`` rows are computed with fastest, laid out as they are read.
 
-    Copies, for :func:`mpo_kernels.mpo_linear` with cores that do not change any more.
+    Cores in bytes are not merged. Copies, for :func:`mpo_kernels.mpo_linear` with cores that do not
+    change any more.
     """
     check_rows(rows)
+    like = cores[0]
+    if like.dtype in LARGEST:  # bytes, which are multiplied by x in 16 bits
+        like = like.new_empty(0, dtype=torch.bfloat16)
     with torch.no_grad():
-        return backends.selected(cores[0]).served(cores, rows, (in_features, out_features))
+        return backends.selected(like).served(cores, rows, (in_features, out_features))
 
 
 class MPOModule(UnformedLayer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.cores.decompose import reconstruct
 from mpo_kernels.cores.quantize import LARGEST, dequantize, quantize
 from mpo_kernels.cores.shape import MPOShape
+from mpo_kernels.layers.module import merged_for
 from mpo_kernels.layers.unformed import UnformedLayer, as_it_lay
 from mpo_kernels.ops.functional import check_input
 
@@ -111,6 +113,14 @@ class QuantizedMPOLinear(UnformedLayer):
             widened = dequantize(cores, scales, x.dtype)
             return torch.ops.mpo_kernels.linear(x, widened, bias, out_features)
         return torch.ops.mpo_kernels.quantized_linear(x, cores, scales, bias, out_features)
+
+    def merged(self, rows: int) -> QuantizedMPOLinear:
+        """A copy whose cores lie as ``rows`` rows read them fastest; bytes are not merged."""
+        layer = copy.deepcopy(self)
+        parts = merged_for(self.cores, rows, self.in_features, self.out_features)
+        for k, part in enumerate(parts):
+            layer.register_buffer(f"{self._prefix}_core_{k}", part.view(torch.int8))
+        return layer
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:

@@ -120,11 +120,15 @@ class _Cores:
     def parts(self, held: Sequence[Tensor]) -> list[Tensor]:
         """What computes, from what was cut: merged for one row, which takes little memory.
 
-        Bytes are not merged: their scales are of the bonds between.
+        Bytes are not merged, but lie as one row is read fastest.
         """
+        cores, scales = self.split(list(held))
         if self.store is not None:
-            return list(held)
-        return merged_for(held, 1, self.in_features, self.out_features)
+            cores = [core.view(self.store) for core in cores]
+        parts = merged_for(cores, 1, self.in_features, self.out_features)
+        if self.store is not None:
+            parts = [core.view(torch.int8) for core in parts]
+        return [*parts, *scales]
 
     def __call__(self, x: Tensor, parts: list[Tensor]) -> Tensor:
         cores, scales = self.split(parts)

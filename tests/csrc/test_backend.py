@@ -101,7 +101,13 @@ def test_serving_merges_and_lays_out_once(
             assert module.plan(1).algorithm == "decode"
             assert relative_error(module(x), exact) < 2 * torch.finfo(BF16).eps
         in_bytes = served.quantized()
-        for module in (in_bytes, copy.deepcopy(in_bytes), in_bytes.to(BF16)):
+        # Loaded from a file, bytes lie in no such way.
+        plain = copy.deepcopy(in_bytes)
+        for k, codes in enumerate(plain.codes):
+            plain.register_buffer(f"int8_core_{k}", codes.contiguous())
+        again = plain.merged(1)
+        assert torch.equal(again(x), in_bytes(x))
+        for module in (in_bytes, copy.deepcopy(in_bytes), in_bytes.to(BF16), again):
             layouts = backend.layouts_of(module.cores)
             chain = backend.quantized_chain(
                 Call(shapes_of(module.cores), (128, 128), 1, BF16),

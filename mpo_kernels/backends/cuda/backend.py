@@ -25,6 +25,7 @@ from mpo_kernels.backends.cuda.thin import (
 from mpo_kernels.backends.torch.backend import TorchBackend
 from mpo_kernels.backends.torch.merging import merge
 from mpo_kernels.backends.triton import device as triton_device
+from mpo_kernels.cores.quantize import LARGEST
 from mpo_kernels.planning.figures import DeviceFigures, device_figures
 from mpo_kernels.planning.plan import (
     Call,
@@ -50,25 +51,31 @@ class CudaBackend(TorchBackend):
         return _plan(call, layouts_of(cores), device, device_figures(device, call.dtype))
 
     def served(self, cores: Sequence[Tensor], rows: int, features: tuple[int, int]) -> list[Tensor]:
-        dtype, device, shapes = cores[0].dtype, cores[0].device, shapes_of(cores)
+        stored, device, shapes = cores[0].dtype, cores[0].device, shapes_of(cores)
+        in_bytes = stored in LARGEST
+        dtype = DTYPES[0] if in_bytes else stored
         parts = rest_of(device, dtype).served(cores, rows, features)
         if not _serves(Call(shapes, features, rows, dtype), 2) or len(cores) < 2:
             return parts
         call = Call(shapes_of(parts), features, rows, dtype)
-        seconds = 1e-6 * rest_of(device, dtype).plan(call, device, parts).predicted_us
-        figures, best = device_figures(device, dtype), None
+        figures, best, seconds = device_figures(device, dtype), None, math.inf
+        if not in_bytes:
+            seconds = 1e-6 * rest_of(device, dtype).plan(call, device, parts).predicted_us
+        cuts = range(1, len(shapes))
         for count, from_left in product(range(2, MAX_PARTS + 1), (True, False)):
-            for split in combinations(range(1, len(shapes)), count - 1):
+            if in_bytes and count != len(cores):
+                continue
+            for split in combinations(cuts, count - 1):
                 if not (merged := merged_parts(shapes, split)):
                     continue
                 layouts = tuple((s, laid_out_strides(s, from_left)) for s in merged)
-                chain = _chain(layouts, call, from_left, dtype, device, figures)
+                chain = _chain(layouts, call, from_left, stored, device, figures)
                 if chain and (now := _time(chain, figures)) < seconds:
                     seconds, best = now, (split, from_left)
         if best is None:
             return parts
         split, from_left = best
-        return [laid_out(part, from_left) for part in merge(cores, split)]
+        return [laid_out(part, from_left) for part in (cores if in_bytes else merge(cores, split))]
 
     def contract(
         self, plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, out_features: int

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpo_kernels.backends.torch import chain, gather, panels
 from mpo_kernels.backends.torch.merging import merge
-from mpo_kernels.cores.quantize import dequantize
+from mpo_kernels.cores.quantize import LARGEST, dequantize
 from mpo_kernels.planning.candidates import plan_library
 from mpo_kernels.planning.figures import device_figures
 from mpo_kernels.planning.plan import Call, Gradients, Plan, features_of, shapes_of
@@ -49,7 +49,12 @@ class TorchBackend:
         return plan_library(call, device_figures(device, call.dtype))
 
     def served(self, cores: Sequence[Tensor], rows: int, features: tuple[int, int]) -> list[Tensor]:
-        """Copies of the parts that ``rows`` rows are computed with, as they are read fastest."""
+        """Copies of the parts that ``rows`` rows are computed with, as they are read fastest.
+
+        Cores in bytes are not merged: their scales are of the bonds between.
+        """
+        if cores[0].dtype in LARGEST:
+            return [core.clone(memory_format=torch.contiguous_format) for core in cores]
         split = self.plan_for(rows, cores[0].dtype, cores[0].device, cores, None, features).split
         return [part.clone(memory_format=torch.contiguous_format) for part in merge(cores, split)]
 

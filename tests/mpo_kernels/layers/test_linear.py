@@ -527,6 +527,16 @@ def test_bytes_lie_as_the_cores_did():
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_bytes_are_laid_out_and_not_merged(dtype):
+    layer = MPOLinear(24, 30, MPOShape((2, 3, 4), (5, 3, 2), 4)).quantized(dtype)
+    served, x = layer.merged(1), torch.randn(3, 24)
+    assert served.shape == layer.shape and torch.equal(served(x), layer(x))
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(served.codes, layer.codes, strict=True))
+    with pytest.raises(ValueError, match="expected at least one row, got 0"):
+        layer.merged(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("bias", [False, True])
 def test_bytes_have_a_dense_layer_and_an_empty_self(dtype, bias):
     layer = MPOLinear(
