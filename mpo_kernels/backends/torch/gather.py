@@ -186,6 +186,11 @@ class _Level(NamedTuple):
 _ALL = slice(None)
 
 
+def _of_digits(core: Tensor, digits: Tensor) -> Tensor:
+    """``core [D, i, j, r]`` at these i; of one a view: selecting copies a mirrored core whole."""
+    return core.index_select(1, digits) if len(digits) > 1 else core[:, int(digits), None]
+
+
 def _states(ids: Tensor, cores: Sequence[Tensor]) -> tuple[list[Tensor], list[list[_Level]]]:
     """Products of the leading cores for each distinct prefix of the digits of sorted ids.
 
@@ -219,7 +224,7 @@ def _states(ids: Tensor, cores: Sequence[Tensor]) -> tuple[list[Tensor], list[li
             for digit in digits.unique().split(1):
                 children = (digits == digit).nonzero().view(-1)
                 level.append(_Level(digit, children, parents[children]))
-                matrix = core.index_select(1, digit).reshape(d, j * r)
+                matrix = _of_digits(core, digit).reshape(d, j * r)
                 product = states[-1][parents[children]] @ matrix
                 state[children] = product.view(len(children), -1, r)
         states.append(state)
@@ -257,7 +262,7 @@ def _step_backward(
             product = state[parents].reshape(-1, d).t() @ of_product
             total.index_add_(1, digits, product.view(d, n, j, r).to(total))
         if pass_on:
-            product = of_product @ core.index_select(1, digits).reshape(d, -1).t()
+            product = of_product @ _of_digits(core, digits).reshape(d, -1).t()
             product = product.view(-1, *state.shape[1:])
             if isinstance(parents, Tensor):
                 before.index_add_(0, parents, product)
