@@ -122,6 +122,7 @@ class Chain {
     operands.y = reinterpret_cast<void*>(y);
     operands.workspace = reinterpret_cast<char*>(workspace);
     operands.early = early;
+    check(mpo::check(chain_, operands));
     check(mpo::launch(chain_, operands, device, reinterpret_cast<void*>(stream)));
   }
 
@@ -134,8 +135,6 @@ class Chain {
 PYBIND11_MODULE(MPO_KERNELS_MODULE, module) {
   module.attr("INTERFACE") = mpo::kInterface;
   module.attr("SOURCES") = MPO_KERNELS_SOURCES;
-  module.attr("MAX_ROWS") = mpo::kMaxRows;
-  module.attr("MAX_PARTS") = mpo::kMaxParts;
   module.def("limits", [](int device) {
     int architecture = 0, multiprocessors = 0;
     check(mpo::limits_of_device(device, &architecture, &multiprocessors));

@@ -1,4 +1,4 @@
-// Whether a chain is one that the kernels compute: plain C++, needs no device.
+// Whether a chain and its operands are what the kernels compute: plain C++, needs no device.
 #include <cstdio>
 #include <utility>
 
@@ -17,8 +17,6 @@ Status invalid(int product, const char* field, int64_t value, const char* expect
 }  // namespace
 
 Status check(const Chain& chain) {
-  if (chain.parts < 1 || chain.parts > kMaxParts)
-    return invalid(-1, "parts", chain.parts, "1 to 3");
   for (int k = 0; k < chain.parts; ++k) {
     const Product& p = chain.products[k];
     for (const auto& [name, size] : {std::pair{"m", p.m},
@@ -46,8 +44,10 @@ Status check(const Chain& chain) {
     if (p.splits != (p.k + p.k_tile() - 1) / p.k_tile()) {
       return invalid(k, "splits", p.splits, "as many tiles as k has");
     }
-    const int64_t column_blocks = (p.columns + 8 * p.column_tiles - 1) / (8 * p.column_tiles);
-    if (column_blocks > 65535) return invalid(k, "columns", p.columns, "65535 tiles at most");
+    // Of one tile, which is taken where something is not in whole vectors.
+    if ((int64_t{p.columns} + 7) / 8 > 65535) {
+      return invalid(k, "columns", p.columns, "65535 tiles of eight at most");
+    }
     if (p.splits > 65535) return invalid(k, "splits", p.splits, "65535 at most");
     if (p.shares !=
         (k == 0 || chain.products[k - 1].splits == 1 ? 0 : chain.products[k - 1].splits)) {
@@ -55,6 +55,31 @@ Status check(const Chain& chain) {
     }
   }
   return {};
+}
+
+Status check(const Chain& chain, const Operands& o) {
+  Status status;
+  const auto expect = [&](const char* name, const void* address, uintptr_t alignment, bool needed) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+    if (!status.ok() || (at != 0 ? at % alignment == 0 : !needed)) return;
+    status.code = Code::kInvalid;
+    std::snprintf(status.message, sizeof status.message,
+                  "%s: expected an address divisible by %d, got %#llx", name,
+                  static_cast<int>(alignment), static_cast<unsigned long long>(at));
+  };
+  expect("x", o.x, 2, true);
+  expect("y", o.y, 2, true);
+  expect("bias", o.bias, 2, false);
+  expect("workspace", o.workspace, 16, chain.parts > 1 || chain.products[0].splits > 1);
+  char name[16];
+  for (int k = 0; k < chain.parts; ++k) {
+    std::snprintf(name, sizeof name, "core %d", k);
+    expect(name, o.cores[k], chain.stored == Stored::kSame ? 2 : 1, true);
+    if (k == chain.parts - 1) break;
+    std::snprintf(name, sizeof name, "scale %d", k);
+    expect(name, o.scales[k], 4, false);
+  }
+  return status;
 }
 
 }  // namespace mpo

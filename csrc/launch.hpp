@@ -40,7 +40,7 @@ inline bool vectors(const Arguments& a) {
   return all;
 }
 
-// Enqueues a chain by `launch(element, instance, arguments, early)` and `add(element, sum)`.
+// Enqueues a chain by `launch(instance, arguments, early)` and `add(sum)`.
 template <class E, class Launch, class Add>
 Status enqueue(const Chain& chain, const Operands& o, Launch&& launch, Add&& add) {
   const void* state = o.x;

@@ -13,7 +13,6 @@ namespace mpo {
 constexpr int kInterface = 2;
 
 constexpr int kMaxParts = 3;
-constexpr int kMaxRows = 16;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kGroup = 32;        // k of a warp's step: eight neighbours for each lane of a row
@@ -99,10 +98,11 @@ struct Operands {
 // Of a device, and of the code in this library that runs there: 80 for compute capability 8.0.
 Status limits_of_device(int device, int* architecture, int* multiprocessors);
 
-// What is wrong with a chain, by the name of its field.
+// What is wrong with a chain, by the name of its field; with its operands, by theirs.
 Status check(const Chain& chain);
+Status check(const Chain& chain, const Operands& operands);
 
-// Enqueues the chain; `stream` is a cudaStream_t of that device.
+// Enqueues the chain, whose operands were checked; `stream` is a cudaStream_t of that device.
 Status launch(const Chain& chain, const Operands& operands, int device, void* stream);
 
 }  // namespace mpo

@@ -4,8 +4,6 @@ from mpo_kernels.backends.cuda.thin import Product
 
 INTERFACE: int
 SOURCES: str
-MAX_ROWS: int
-MAX_PARTS: int
 
 def limits(device: int) -> tuple[int, int]:
     """Architecture (80 for 8.0) and multiprocessors.
@@ -53,7 +51,7 @@ class Chain:
         device: int,
         stream: int,
     ) -> None:
-        """Enqueue the products; addresses, 0 for none.
+        """Enqueue the products, or nothing where an argument is wrong; addresses, 0 for none.
 
         Args:
             x: [rows, in_features], with stride `x_row` in elements.
@@ -66,6 +64,6 @@ class Chain:
             device, stream: where to, the latter a cudaStream_t.
 
         Raises:
-            ValueError: more or fewer cores than products.
+            ValueError: more or fewer cores than products, or a null or misaligned address, by name.
             RuntimeError: what CUDA says of a launch.
         """

@@ -45,15 +45,9 @@ def decoding(case: Case) -> list[float | None]:
     features = (shape.in_features, shape.out_features)
 
     def thinly(itemsize: int) -> float | None:
-        chains = [
-            thin.chain_of(
-                tuple((s, thin.laid_out_strides(s, from_left)) for s in shape.core_shapes),
-                *(case.rows, features, from_left, itemsize, LIMITS["sm_90"].multiprocessors),
-                FIGURES,
-            )
-            for from_left in (True, False)
-        ]
-        return min((1e6 * chain.seconds for chain in chains if chain), default=None)
+        sizes = case.rows, features, itemsize, LIMITS["sm_90"].multiprocessors
+        chain = thin.laid_out_chain(shape.core_shapes, *sizes, FIGURES)
+        return chain and 1e6 * chain.seconds
 
     call = Call(shape.core_shapes, features, case.rows, torch.bfloat16)
     others = plan_fused(call, FIGURES, LIMITS["sm_90"]).candidates

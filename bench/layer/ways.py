@@ -6,7 +6,6 @@ is ``[D_k, i_k, j_k, D_{k+1}]``; cores are the only 4-dimensional parameters, in
 
 from __future__ import annotations
 
-import math
 import string
 from collections import ChainMap
 from collections.abc import Callable, Sequence
@@ -156,14 +155,8 @@ def _laid_out(cores: Sequence[Tensor], shape: MPOShape) -> list[Tensor]:
     """The cores as thin products read them, in the order that is faster for one row."""
     figures = default_figures("cuda", torch.bfloat16, 1)
     features = (shape.in_features, shape.out_features)
-
-    def seconds(from_left: bool) -> float:
-        layouts = tuple((s, thin.laid_out_strides(s, from_left)) for s in shape.core_shapes)
-        chain = thin.chain_of(layouts, 1, features, from_left, 2, 132, figures)
-        return math.inf if chain is None else chain.seconds
-
-    from_left = min((True, False), key=seconds)
-    return [thin.laid_out(core, from_left) for core in cores]
+    chain = thin.laid_out_chain(shape.core_shapes, 1, features, 2, 132, figures)
+    return [thin.laid_out(core, chain is None or chain.from_left) for core in cores]
 
 
 class OfBackend(nn.Module):

@@ -176,12 +176,50 @@ def test_cores_that_do_not_lie_so_are_not_read() -> None:
             assert all(a == b for a, b, size in sizes if size > 1)
 
 
-def test_columns_past_a_grid_are_left_to_the_others() -> None:
-    shape = MPOShape((2, 2**18), (2, 2), 2)
+def test_columns_past_a_grid_are_left_to_the_others(kernels: ModuleType) -> None:
+    # Of tiles of four it would be half a grid, of one, which misaligned rows take, two.
+    shape = MPOShape((2, 2**16), (2, 2), 2)
+    features = (2**17, 4)
     for from_left, served in ((True, False), (False, True)):
         layouts = tuple((s, thin.laid_out_strides(s, from_left)) for s in shape.core_shapes)
-        found = thin.chain_of(layouts, 16, (2**19, 4), from_left, 2, 132, FIGURES)
+        found = thin.chain_of(layouts, 16, features, from_left, 2, 132, FIGURES)
         assert (found is not None) == served
+    good = Call(SHAPES["aligned"], 1, FP16, True)
+    chain = chain_for(good.cores, 1, good.shape, True)
+    first = chain.products[0]._replace(columns=2**20, column_tiles=4, groups=2)
+    with pytest.raises(ValueError, match="product 0, columns: expected 65535 tiles of eight"):
+        kernels.Chain((first, chain.products[1]), chain.offsets, 128, "float16", "float16", True)
+
+
+def test_a_wrong_address_is_refused_by_name_and_nothing_is_written(kernels: ModuleType) -> None:
+    call = Call(SHAPES["aligned"], 1, FP16, True)
+    chain = decode.compiled(chain_for(call.cores, 1, call.shape, True), FP16, FP16, 90)
+    y = torch.full((1, 128), 7.0, dtype=FP16, device=DEVICE)
+    space = torch.empty(1 << 20, dtype=torch.uint8, device=DEVICE)
+    right = {
+        "x": call.x.data_ptr(),
+        "x_row": 0,
+        "cores": [core.data_ptr() for core in call.cores],
+        "scales": [],
+        "bias": 0,
+        "y": y.data_ptr(),
+        "workspace": space.data_ptr(),
+    }
+    one, two = right["cores"]
+    for wrong, name in (
+        ({"x": 0}, "x"),
+        ({"x": right["x"] + 1}, "x"),
+        ({"y": 0}, "y"),
+        ({"bias": 1}, "bias"),
+        ({"workspace": 0}, "workspace"),
+        ({"workspace": space.data_ptr() + 8}, "workspace"),
+        ({"cores": [one, 0]}, "core 1"),
+        ({"cores": [one + 1, two]}, "core 0"),
+        ({"scales": [2]}, "scale 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected an address divisible by"):
+            chain.launch(**{**right, **wrong}, early=False, device=0, stream=0)
+    assert (y == 7).all()
 
 
 def test_what_is_no_chain_is_refused_by_name(kernels: ModuleType) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib import import_module
-from itertools import combinations, product
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from mpo_kernels.backends.cuda.thin import (
     Layout,
     chain_of,
     laid_out,
-    laid_out_strides,
+    laid_out_chain,
 )
 from mpo_kernels.backends.torch.backend import TorchBackend
 from mpo_kernels.backends.torch.merging import merge
@@ -46,7 +46,7 @@ class CudaBackend(TorchBackend):
     """Thin products at up to sixteen rows of fp16 or bf16 where cores lie so."""
 
     def plan(self, call: Call, device: torch.device, cores: Sequence[Tensor]) -> Plan:
-        if call.gradients is not None or not _serves(call, len(cores)):
+        if call.gradients is not None or not _serves(call):
             return rest_of(device, call.dtype).plan(call, device, cores)
         return _plan(call, layouts_of(cores), device, device_figures(device, call.dtype))
 
@@ -55,27 +55,26 @@ class CudaBackend(TorchBackend):
         in_bytes = stored in LARGEST
         dtype = DTYPES[0] if in_bytes else stored
         parts = rest_of(device, dtype).served(cores, rows, features)
-        if not _serves(Call(shapes, features, rows, dtype), 2) or len(cores) < 2:
-            return parts
         call = Call(shapes_of(parts), features, rows, dtype)
-        figures, best, seconds = device_figures(device, dtype), None, math.inf
-        if not in_bytes:
+        if not _serves(call):
+            return parts
+        figures, cuts = device_figures(device, dtype), range(1, len(shapes))
+        if in_bytes:
+            seconds, splits = math.inf, [tuple(cuts)]
+        else:
             seconds = 1e-6 * rest_of(device, dtype).plan(call, device, parts).predicted_us
-        cuts = range(1, len(shapes))
-        for count, from_left in product(range(2, MAX_PARTS + 1), (True, False)):
-            if in_bytes and count != len(cores):
-                continue
-            for split in combinations(cuts, count - 1):
-                if not (merged := merged_parts(shapes, split)):
-                    continue
-                layouts = tuple((s, laid_out_strides(s, from_left)) for s in merged)
-                chain = _chain(layouts, call, from_left, stored, device, figures)
-                if chain and (now := _time(chain, figures)) < seconds:
-                    seconds, best = now, (split, from_left)
+            splits = [split for n in range(1, MAX_PARTS) for split in combinations(cuts, n)]
+        best: tuple[tuple[int, ...], bool] | None = None
+        sizes = rows, features, stored.itemsize, extension.limits(device)[1]
+        for split in splits:
+            merged = merged_parts(shapes, split)
+            chain = laid_out_chain(merged, *sizes, figures) if merged else None
+            if chain and (now := _time(chain, figures)) < seconds:
+                seconds, best = now, (split, chain.from_left)
         if best is None:
             return parts
         split, from_left = best
-        return [laid_out(part, from_left) for part in (cores if in_bytes else merge(cores, split))]
+        return [laid_out(part, from_left) for part in merge(cores, split)]
 
     def contract(
         self, plan: Plan, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, out_features: int
@@ -95,7 +94,7 @@ class CudaBackend(TorchBackend):
         out_features: int,
     ) -> Tensor:
         call = Call(shapes_of(cores), (x.shape[1], out_features), x.shape[0], x.dtype)
-        if _serves(call, len(cores)):
+        if _serves(call):
             figures, stored = device_figures(x.device, x.dtype), cores[0].dtype
             chain = quantized_chain(call, layouts_of(cores), stored, x.device, figures)
             if chain is not None:
@@ -126,8 +125,8 @@ def rest_of(device: torch.device, dtype: torch.dtype) -> TorchBackend:
     return import_module("mpo_kernels.backends.triton.backend").TritonBackend()
 
 
-def _serves(call: Call, parts: int) -> bool:
-    return call.dtype in DTYPES and 1 <= call.rows <= MAX_ROWS and 2 <= parts <= MAX_PARTS
+def _serves(call: Call) -> bool:
+    return call.dtype in DTYPES and 1 <= call.rows <= MAX_ROWS
 
 
 def layouts_of(cores: Sequence[Tensor]) -> tuple[Layout, ...]:

@@ -142,14 +142,14 @@ def chain_of(
     """The fastest tiles for a problem; None where the kernels do not read cores that lie so.
 
     Args:
-        layouts: of two or three cores.
-        rows: 1 to 16.
+        layouts: of each core; there are kernels for two or three.
+        rows: a few.
         features: true in and out.
         from_left: which core is contracted first.
         itemsize: bytes of a core's element, 2 or 1.
         multiprocessors, figures: of the device.
     """
-    if not (2 <= len(layouts) <= MAX_PARTS and 1 <= rows <= MAX_ROWS):
+    if not 2 <= len(layouts) <= MAX_PARTS:
         return None
     bare = _products(layouts, rows, features, from_left)
     if bare is None:
@@ -169,7 +169,7 @@ def chain_of(
         priced = [
             (_seconds(tile, last, itemsize, multiprocessors, figures), tile)
             for tile in tiles
-            if max(tile.blocks[1:]) <= GRID
+            if max(-(-tile.columns // 8), tile.splits) <= GRID
         ]
         if not priced:
             return None
@@ -183,6 +183,25 @@ def chain_of(
         if shares or not last:
             workspace += -(-size * (4 * shares or 2) // 16) * 16
     return Chain(tuple(made), from_left, features[1], tuple(offsets), workspace, seconds)
+
+
+def laid_out_chain(
+    shapes: Sequence[CoreShape],
+    rows: int,
+    features: tuple[int, int],
+    itemsize: int,
+    multiprocessors: int,
+    figures: DeviceFigures,
+) -> Chain | None:
+    """The faster of both orders for cores that are laid out for it, as :func:`chain_of`."""
+    chains = [
+        chain_of(
+            tuple((shape, laid_out_strides(shape, from_left)) for shape in shapes),
+            *(rows, features, from_left, itemsize, multiprocessors, figures),
+        )
+        for from_left in (True, False)
+    ]
+    return min((c for c in chains if c), key=lambda c: c.seconds, default=None)
 
 
 # Groups of 32 k of a warp, column tiles of eight, warps side by side along k, steps along k.
@@ -228,13 +247,11 @@ def _products(
     layouts: Sequence[Layout], rows: int, features: tuple[int, int], from_left: bool
 ) -> list[Product] | None:
     """One for each core, in order, without tiles; None where one does not lie as it is read."""
-    # The bond that is consumed, i, j, the bond that is made.
+    # Of sizes and strides: the bond that is consumed, i, j, the bond that is made.
     steps = [
-        (sizes, strides) if from_left else (sizes[::-1], strides[::-1])
-        for sizes, strides in (layouts if from_left else reversed(layouts))
+        [(d, i, j, r) if from_left else (r, i, j, d) for d, i, j, r in layout]
+        for layout in (layouts if from_left else reversed(layouts))
     ]
-    if not from_left:
-        steps = [((r, i, j, d), (sr, si, sj, sd)) for (r, j, i, d), (sr, sj, si, sd) in steps]
     ins = [sizes[1] for sizes, _ in steps]
     made: list[Product] = []
     done = 1  # digits of y
