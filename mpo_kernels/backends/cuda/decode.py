@@ -30,8 +30,9 @@ class Seen:
 
     Not where a kernel that writes one may still run. Torch counts the changes of a tensor in place:
     the first call after one, or on another stream, waits for all that is before it, and whatever
-    follows that call on its stream finds the core written. Changes through ``.data`` and in
-    inference mode are not counted; a tensor that is made in that mode is never read early.
+    follows that call on its stream finds the core written. Changes through ``.data``, in inference
+    mode, by the replay of a graph or by what is no operator of torch are not counted; a tensor that
+    is made in inference mode is never read early.
     """
 
     def __init__(self) -> None:
