@@ -93,10 +93,11 @@ def run(
     model: str, output: str, overwrite: bool, device: str, **options: Any
 ) -> tuple[dict[str, Any], str]:
     """What to print as JSON, and for a person."""
+    import torch
+
     import mpop
     from mpop.checkpoints.folder import replaced, write
     from mpop.checkpoints.opening import check_output, copy_companions, load_as_saved
-    from mpop.models.config import STORES
     from mpop.models.light import count_bytes
 
     check_output(output, model, overwrite)
@@ -115,7 +116,7 @@ def run(
     report = mpop.compress(loaded, config, batches)
     floating = count_bytes(loaded)
     if store is not None:
-        mpop.quantize(loaded, STORES[store])
+        mpop.quantize(loaded, getattr(torch, store))
     stored = count_bytes(loaded)
     with replaced(output, wholly=overwrite) as folder:
         write(loaded, folder, None if overwrite else Path(output))
