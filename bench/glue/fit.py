@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 import mpop
 from bench.glue.encoder import say, table
 from mpo_kernels import Decomposition, MPOShape, decompose, reconstruct
-from mpo_kernels.cores.family import choose, judged
+from mpo_kernels.cores.family import choose
+from mpo_kernels.cores.fitting import output_error
 from mpo_kernels.layers.cost import LayerCost
 from mpop.checkpoints.opening import load_as_saved
 from mpop.compression.calibration import Batches, Moments, second_moments
@@ -94,10 +95,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             say(f"{fit}: {names[0]}")
             weight = weight_of(module_at(model, names[0])).detach()
             found = make(weight, options.kept, moments[names])
-            lost = judged(found, weight, _all(unseen[names])).output_error
-            matrices[names[0]][fit] = {"output_error": lost, "shape": found.shape.to_dict()}
             sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
-            module_at(copied, names[0]).weight.data = reconstruct(found.cores, **sizes)
+            new = reconstruct(found.cores, **sizes)
+            lost = output_error(weight, new, _all(unseen[names]))
+            matrices[names[0]][fit] = {"output_error": lost, "shape": found.shape.to_dict()}
+            module_at(copied, names[0]).weight.data = new
         changed[fit] = float((last_hidden(copied, test) - exact).norm() / whole)
     say("ranks shared by allocation")
     low = copy.deepcopy(model)

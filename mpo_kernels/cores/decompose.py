@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from mpo_kernels.cores.chain import check_cores, check_finite, distance, merge_cores, orthogonalise
-from mpo_kernels.cores.fitting import check_second_moment, fit, output_error, padded_moment, scaled
+from mpo_kernels.cores.fitting import (
+    Projection,
+    check_second_moment,
+    fit,
+    output_error,
+    padded_moment,
+    scaled,
+)
 from mpo_kernels.cores.shape import MPOShape
 
 
@@ -29,7 +36,8 @@ class Decomposition:
         shape: factors and the bonds that were kept.
         rel_error: ‖W − MPO‖_F / ‖W‖_F of the cores as they are, in their dtype; 0 for a zero
             matrix.
-        spectra: singular values of each bond before it was cut, descending, float64.
+        spectra: singular values of each bond before it was cut, descending, float64; under the
+            second moment where that alone gave the cut.
         output_error: ‖(W − MPO)S^½‖_F / ‖W S^½‖_F where a second moment S was given.
     """
 
@@ -84,6 +92,7 @@ def decompose(
     rel_error: float | None = None,
     compression: float | None = None,
     second_moment: Tensor | None = None,
+    judge: Tensor | None = None,
     max_sweeps: int = 20,
 ) -> Decomposition:
     """Decompose a dense weight by sequential TT-SVD, at most ``shape.ranks``.
@@ -105,6 +114,7 @@ def decompose(
         second_moment: E[x xᵀ] ``[in_features, in_features]`` in any scale, or ``[in_features]``
             where it is diagonal, as an embedding's counts are. Directions without input are held
             by a little of the identity.
+        judge: the second moment of other inputs, which ``output_error`` is then of.
         max_sweeps: of alternating least squares; it ends where one takes less than a hundredth
             off the error.
 
@@ -116,8 +126,9 @@ def decompose(
     """
     _check_weight(weight, shape)
     _check_bounds(max_rank, rel_error, compression)
-    if second_moment is not None:
-        check_second_moment(second_moment, shape.in_features)
+    for moment in (second_moment, judge):
+        if moment is not None:
+            check_second_moment(moment, shape.in_features)
     work = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     padded = work.new_zeros(math.prod(shape.in_factors), math.prod(shape.out_factors))
     padded[: shape.in_features, : shape.out_features] = work.t()
@@ -128,6 +139,18 @@ def decompose(
 
     caps = shape.ranks if max_rank is None else shape.with_ranks(max_rank).ranks
     caps = tuple(min(a, b) for a, b in zip(caps, shape.ranks, strict=True))
+
+    def of(cores: list[Tensor], spectra: list[Tensor]) -> Decomposition:
+        cores = _stored(cores, shape, weight.dtype)
+        errors = _errors(cores, padded, shape, second_moment if judge is None else judge)
+        return _decomposition(cores, shape, spectra, *errors)
+
+    if second_moment is not None and rel_error is None and Projection.holds(shape):
+        found = Projection(padded, second_moment.to(padded), shape)
+        spectra, ranks = [found.spectrum], caps
+        if compression is not None:
+            ranks = _ranks_within(spectra, shape, compression, caps)
+        return of(found.cores(ranks[0]), spectra)
 
     def cut(bound: float | None) -> Decomposition:
         threshold = _bond_threshold(bound, work, n)
@@ -144,9 +167,8 @@ def decompose(
             kept_ranks = _ranks_within(spectra, shape, compression, caps)
             cores = _truncate(orthogonalise(cores, 0), kept_ranks, None)[0]
         if second_moment is not None:
-            cores = _fitted(cores, padded, second_moment, max_sweeps)
-        cores = _stored(cores, shape, weight.dtype)
-        return _decomposition(cores, shape, spectra, *_errors(cores, padded, shape, second_moment))
+            cores = _fitted(cores, padded, second_moment, shape, max_sweeps)
+        return of(cores, spectra)
 
     is_capped = any(cap < full for cap, full in zip(caps, shape.full_ranks, strict=True))
     return cut(rel_error) if is_capped or second_moment is not None else _within(rel_error, cut)
@@ -211,7 +233,8 @@ def round_cores(
         rounded, spectra = _truncate(canonical, caps, threshold)
         if second_moment is not None:
             matrix = merge_cores(work)[0, :, :, 0]
-            rounded = _stored(_fitted(rounded, matrix, second_moment, max_sweeps), shape, dtype)
+            rounded = _fitted(rounded, matrix, second_moment, shape, max_sweeps)
+            rounded = _stored(rounded, shape, dtype)
             errors = _errors(rounded, matrix, shape, second_moment)
             return _decomposition(rounded, shape, spectra, *errors)
         discarded = sum(
@@ -230,10 +253,12 @@ def round_cores(
 
 
 def _fitted(
-    cores: list[Tensor], matrix: Tensor, second_moment: Tensor, max_sweeps: int
+    cores: list[Tensor], matrix: Tensor, second_moment: Tensor, shape: MPOShape, max_sweeps: int
 ) -> list[Tensor]:
     """Cores of these bonds, closest to ``matrix [∏ i, ∏ j]`` under the second moment."""
     moment = scaled(second_moment.detach()).to(matrix)
+    if Projection.holds(shape):
+        return Projection(matrix, moment, shape).cores(cores[0].shape[3])
     cores = fit(cores, matrix, padded_moment(moment, len(matrix)), max_sweeps=max_sweeps)
     ranks = [core.shape[3] for core in cores[:-1]]
     return _truncate(orthogonalise(cores, 0), ranks, None)[0]

@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, Protocol, TypeAlias, get_args
 
-import torch
 from torch import Tensor
 
-from mpo_kernels.cores.decompose import Decomposition, decompose, reconstruct
-from mpo_kernels.cores.fitting import output_error
+from mpo_kernels.cores.decompose import Decomposition, decompose
 from mpo_kernels.cores.shape import MPOShape
 
 Objective: TypeAlias = Literal["parameters", "memory", "latency"]
@@ -93,10 +91,14 @@ def choose(
     judge = second_moment if judge is None else judge
 
     def fitted(shape: MPOShape, ratio: float, sweeps: int) -> Decomposition:
-        found = decompose(
-            weight, shape, compression=ratio, second_moment=second_moment, max_sweeps=sweeps
+        return decompose(
+            weight,
+            shape,
+            compression=ratio,
+            second_moment=second_moment,
+            judge=judge,
+            max_sweeps=sweeps,
         )
-        return found if judge is None else judged(found, weight, judge)
 
     def lost(found: Decomposition) -> float:
         return found.rel_error if found.output_error is None else found.output_error
@@ -124,19 +126,6 @@ def choose(
     # Chosen on what was held out, which then helps to fit as well.
     refitted = decompose(weight, best.shape, second_moment=second_moment + judge)
     return replace(refitted, output_error=best.output_error)
-
-
-def judged(found: Decomposition, weight: Tensor, second_moment: Tensor) -> Decomposition:
-    """The same, with the ``output_error`` for other inputs."""
-    shape = found.shape
-    work = torch.promote_types(weight.dtype, torch.float32)
-    product = reconstruct(
-        [core.to(work) for core in found.cores],
-        in_features=shape.in_features,
-        out_features=shape.out_features,
-    )
-    lost = output_error(weight.to(work), product, second_moment.to(weight.device, work))
-    return replace(found, output_error=lost)
 
 
 def _ratio_within(shape: MPOShape, budget: float, cost: Cost) -> float | None:

@@ -99,13 +99,13 @@ def weighted_spectrum(weight: Tensor, second_moment: Tensor | None) -> Tensor:
     if second_moment is None:
         # The smaller Gram matrix of the two.
         gram = matrix.t() @ matrix if matrix.shape[1] <= len(matrix) else matrix @ matrix.t()
-        return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
-    moment = regularised(second_moment.double())
-    if matrix.shape[1] <= len(matrix):
-        gram = matrix.t() @ weigh(moment, matrix)
     else:
-        gram = _gram_of_inputs(matrix, moment)[0]
-    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+        moment = regularised(second_moment.double())
+        if matrix.shape[1] <= len(matrix):
+            gram = matrix.t() @ weigh(moment, matrix)
+        else:
+            gram = _gram_of_inputs(matrix, moment)[0]
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
 
 
 def _gram_of_inputs(matrix: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,9 +117,59 @@ def _gram_of_inputs(matrix: Tensor, second_moment: Tensor) -> tuple[Tensor, Tens
     if second_moment.dim() == 1:
         seen = matrix.t() * second_moment.sqrt()
     else:
-        values, vectors = torch.linalg.eigh(second_moment)
-        seen = matrix.t() @ (vectors * values.clamp(min=0).sqrt())
+        seen = matrix.t() @ torch.linalg.cholesky(second_moment)
     return seen.t() @ seen, seen
+
+
+class Projection:
+    """Two cores, of which one carries the whole input: exact at every rank, S is never inverted.
+
+    With the output's digits of the other core as rows, A Aᵀ under S has the directions to keep: one
+    eigendecomposition says all of it.
+
+    Args:
+        matrix: ``[∏ i, ∏ j]``, the transposed weight with its padding.
+        second_moment: S ``[in, in]`` or ``[in]``, of the inputs without their padding, in any scale.
+        shape: for which :meth:`holds`.
+
+    Attributes:
+        spectrum: of the bond under S, descending, float64.
+    """
+
+    def __init__(self, matrix: Tensor, second_moment: Tensor, shape: MPOShape) -> None:
+        self._digits = matrix.view(-1, *shape.out_factors)
+        self._axis = 0 if shape.in_factors[0] == 1 else 1
+        size, other = shape.out_factors[self._axis], shape.out_factors[1 - self._axis]
+        moment = regularised(second_moment.detach())
+        inputs = matrix[: len(moment)]
+        self._seen: Tensor | None = None
+        if other == 1 and len(inputs) < size:
+            gram, self._seen = _gram_of_inputs(inputs.double(), moment.double())
+        else:
+            weighted = weigh(moment.to(matrix), inputs)
+            gram = self._rows(inputs) @ self._rows(weighted).t()
+        values, vectors = torch.linalg.eigh(gram)
+        self.spectrum, self._vectors = values.clamp(min=0).sqrt().flip(0), vectors.flip(1)
+
+    def _rows(self, matrix: Tensor) -> Tensor:
+        """A row for each digit of the outputs whose directions are kept."""
+        digits = matrix.view(-1, *self._digits.shape[1:])
+        return digits.movedim(1 + self._axis, 0).flatten(1).double()
+
+    @staticmethod
+    def holds(shape: MPOShape) -> bool:
+        """Whether one of two cores carries the whole input."""
+        return shape.num_cores == 2 and 1 in shape.in_factors
+
+    def cores(self, rank: int) -> list[Tensor]:
+        """The two, of which the one without inputs has orthonormal directions of outputs."""
+        kept = self._vectors[:, :rank]
+        if self._seen is not None:
+            kept = torch.linalg.qr(self._seen @ kept)[0]
+        kept = kept.to(self._digits.dtype)
+        if self._axis == 0:
+            return [kept[None, None], torch.einsum("iab,ar->rib", self._digits, kept)[..., None]]
+        return [torch.einsum("iab,br->iar", self._digits, kept)[None], kept.t()[:, None, :, None]]
 
 
 def fit(
@@ -130,7 +180,7 @@ def fit(
     max_sweeps: int = 20,
     tolerance: float = 0.01,
 ) -> list[Tensor]:
-    """The cores of these sizes whose product is closest to ``matrix`` under S.
+    """The cores of these sizes whose product is closest to ``matrix`` under S, by alternation.
 
     Args:
         cores: where to start, core k ``[D_k, i_k, j_k, D_{k+1}]``; the error never rises.
@@ -139,43 +189,7 @@ def fit(
         max_sweeps: times that each core is fitted at most.
         tolerance: it ends where a sweep takes less than this fraction off the error.
     """
-    shape = MPOShape([c.shape[1] for c in cores], [c.shape[2] for c in cores])
-    if len(cores) == 2 and 1 in shape.in_factors:
-        return _projected(matrix, second_moment, shape, cores[0].shape[3])
-    return _alternated(list(cores), matrix, second_moment, max_sweeps, tolerance)
-
-
-def _projected(matrix: Tensor, second_moment: Tensor, shape: MPOShape, rank: int) -> list[Tensor]:
-    """Two cores, of which one carries the whole input: exact, and S is never inverted.
-
-    With the output's digits of the other core as rows, A Aᵀ under S has the directions to keep.
-    """
-    (i0, i1), (j0, j1) = shape.in_factors, shape.out_factors
-    if i0 == j1 == 1 and rank < len(matrix) < j0:
-        gram, seen = _gram_of_inputs(matrix.double(), second_moment.double())
-        kept = torch.linalg.qr(seen @ torch.linalg.eigh(gram)[1][:, -rank:].flip(1))[0]
-        return _kept_outputs(matrix.view(-1, j0, j1), kept)
-    weighted = weigh(second_moment, matrix).view(-1, j0, j1)
-    matrix = matrix.view(-1, j0, j1)
-    if i0 == 1:
-        gram = torch.einsum("iaj,ibj->ab", matrix.double(), weighted.double())
-        return _kept_outputs(matrix, torch.linalg.eigh(gram)[1][:, -rank:].flip(1))
-    gram = torch.einsum("ija,ijb->ab", matrix.double(), weighted.double())
-    kept = torch.linalg.eigh(gram)[1][:, -rank:].flip(1).to(matrix.dtype)
-    assert i1 == 1
-    return [torch.einsum("ija,ar->ijr", matrix, kept)[None], kept.t()[:, None, :, None]]
-
-
-def _kept_outputs(matrix: Tensor, kept: Tensor) -> list[Tensor]:
-    """Directions ``kept [j_1, rank]`` of the outputs, and the rest of ``matrix [i, j_1, j_2]``."""
-    kept = kept.to(matrix.dtype)
-    return [kept[None, None], torch.einsum("iaj,ar->rij", matrix, kept)[..., None]]
-
-
-def _alternated(
-    cores: list[Tensor], matrix: Tensor, second_moment: Tensor, max_sweeps: int, tolerance: float
-) -> list[Tensor]:
-    cores, last = orthogonalise(cores, 0), len(cores) - 1
+    cores, last = orthogonalise(list(cores), 0), len(cores) - 1
     residual = matrix - merge_cores(cores)[0, :, :, 0]
     state = residual, weigh(second_moment, residual)
     error = before = float("inf")

@@ -29,14 +29,17 @@ class MatrixPlan(NamedTuple):
         """The compression with every bond 1."""
         return self.shape.with_ranks(1).compression
 
-    def decompose(self, weight: Tensor, second_moment: Tensor | None = None) -> Decomposition:
-        """Cores for the weight ``[out, in]``, as planned."""
+    def decompose(
+        self, weight: Tensor, second_moment: Tensor | None = None, judge: Tensor | None = None
+    ) -> Decomposition:
+        """Cores for the weight ``[out, in]``, as planned; see `mpo_kernels.decompose`."""
         return decompose(
             weight,
             self.shape,
             rel_error=self.config.rel_error,
             compression=self.config.compression,
             second_moment=second_moment,
+            judge=judge,
         )
 
 
