@@ -129,7 +129,7 @@ class Projection:
 
     Args:
         matrix: ``[∏ i, ∏ j]``, the transposed weight with its padding.
-        second_moment: S ``[in, in]`` or ``[in]``, of the inputs without their padding, in any scale.
+        second_moment: S ``[in, in]`` or ``[in]``, of the inputs without their padding.
         shape: for which :meth:`holds`.
 
     Attributes:
