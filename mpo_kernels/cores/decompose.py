@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mpo_kernels.cores.chain import check_cores, check_finite, distance, merge_cores, orthogonalise
 from mpo_kernels.cores.fitting import (
+    GRADIENT_RIDGE,
     Projection,
     check_second_moment,
     fit,
@@ -38,7 +39,8 @@ class Decomposition:
             matrix.
         spectra: singular values of each bond before it was cut, descending, float64; under the
             second moment where that alone gave the cut.
-        output_error: ‖(W − MPO)S^½‖_F / ‖W S^½‖_F where a second moment S was given.
+        output_error: ‖(W − MPO)S^½‖_F / ‖W S^½‖_F where a second moment S was given, and with one G
+            of gradients ‖G^½(W − MPO)S^½‖_F / ‖G^½ W S^½‖_F.
     """
 
     cores: list[Tensor]
@@ -92,6 +94,7 @@ def decompose(
     rel_error: float | None = None,
     compression: float | None = None,
     second_moment: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
     judge: Tensor | None = None,
     max_sweeps: int = 20,
 ) -> Decomposition:
@@ -114,6 +117,9 @@ def decompose(
         second_moment: E[x xᵀ] ``[in_features, in_features]`` in any scale, or ``[in_features]``
             where it is diagonal, as an embedding's counts are. Directions without input are held
             by a little of the identity.
+        gradient_moment: E[g gᵀ] ``[out_features, out_features]`` in any scale, or its diagonal
+            ``[out_features]``, of the gradients of a loss at the layer's output, which then count
+            as well: what the loss rises by is fitted, to second order.
         judge: the second moment of other inputs, which ``output_error`` is then of.
         max_sweeps: of alternating least squares; it ends where one takes less than a hundredth
             off the error.
@@ -122,13 +128,12 @@ def decompose(
         TypeError: a weight or second moment that is not a floating-point tensor.
         ValueError: a weight of another size, with NaN or Inf; bounds outside their range, or more
             than one of ``rel_error`` and ``compression``; a compression no bond of 1 reaches; a
-            second moment of another size, with NaN or Inf, or zero.
+            second moment of another size, with NaN or Inf, or zero, or one of gradients without
+            one of inputs.
     """
     _check_weight(weight, shape)
     _check_bounds(max_rank, rel_error, compression)
-    for moment in (second_moment, judge):
-        if moment is not None:
-            check_second_moment(moment, shape.in_features)
+    _check_moments(shape, gradient_moment, second_moment, judge)
     work = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     padded = work.new_zeros(math.prod(shape.in_factors), math.prod(shape.out_factors))
     padded[: shape.in_features, : shape.out_features] = work.t()
@@ -142,11 +147,13 @@ def decompose(
 
     def of(cores: list[Tensor], spectra: list[Tensor]) -> Decomposition:
         cores = _stored(cores, shape, weight.dtype)
-        errors = _errors(cores, padded, shape, second_moment if judge is None else judge)
+        inputs = second_moment if judge is None else judge
+        errors = _errors(cores, padded, shape, inputs, gradient_moment)
         return _decomposition(cores, shape, spectra, *errors)
 
-    if second_moment is not None and rel_error is None and Projection.holds(shape):
-        found = Projection(padded, second_moment.to(padded), shape)
+    has_form = Projection.holds(shape, gradient_moment is not None)
+    if second_moment is not None and rel_error is None and has_form:
+        found = Projection(padded, second_moment.to(padded), gradient_moment, shape)
         spectra, ranks = [found.spectrum], caps
         if compression is not None:
             ranks = _ranks_within(spectra, shape, compression, caps)
@@ -167,7 +174,7 @@ def decompose(
             kept_ranks = _ranks_within(spectra, shape, compression, caps)
             cores = _truncate(orthogonalise(cores, 0), kept_ranks, None)[0]
         if second_moment is not None:
-            cores = _fitted(cores, padded, second_moment, shape, max_sweeps)
+            cores = _fitted(cores, padded, second_moment, gradient_moment, shape, max_sweeps)
         return of(cores, spectra)
 
     is_capped = any(cap < full for cap, full in zip(caps, shape.full_ranks, strict=True))
@@ -184,6 +191,7 @@ def round_cores(
     in_features: int | None = None,
     out_features: int | None = None,
     second_moment: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
     max_sweeps: int = 20,
 ) -> Decomposition:
     """Cut the bonds of any cores, trained ones included: re-canonicalise, then truncate by SVD.
@@ -199,7 +207,7 @@ def round_cores(
         ranks: exactly these n − 1 bonds, none larger than now.
         in_features: true input size where the factors are padded.
         out_features: true output size, likewise.
-        second_moment, max_sweeps: see :func:`decompose`.
+        second_moment, gradient_moment, max_sweeps: see :func:`decompose`.
 
     Raises:
         ValueError: bounds or ranks that do not fit, NaN or Inf in a core, or a second moment as
@@ -215,8 +223,7 @@ def round_cores(
         in_features=in_features,
         out_features=out_features,
     )
-    if second_moment is not None:
-        check_second_moment(second_moment, shape.in_features)
+    _check_moments(shape, gradient_moment, second_moment)
     bonds = [core.shape[3] for core in cores[:-1]]
     if ranks is not None:
         wanted = shape.with_ranks(tuple(ranks)).ranks
@@ -233,9 +240,9 @@ def round_cores(
         rounded, spectra = _truncate(canonical, caps, threshold)
         if second_moment is not None:
             matrix = merge_cores(work)[0, :, :, 0]
-            rounded = _fitted(rounded, matrix, second_moment, shape, max_sweeps)
+            rounded = _fitted(rounded, matrix, second_moment, gradient_moment, shape, max_sweeps)
             rounded = _stored(rounded, shape, dtype)
-            errors = _errors(rounded, matrix, shape, second_moment)
+            errors = _errors(rounded, matrix, shape, second_moment, gradient_moment)
             return _decomposition(rounded, shape, spectra, *errors)
         discarded = sum(
             float(spectrum[core.shape[3] :].square().sum())
@@ -253,19 +260,32 @@ def round_cores(
 
 
 def _fitted(
-    cores: list[Tensor], matrix: Tensor, second_moment: Tensor, shape: MPOShape, max_sweeps: int
+    cores: list[Tensor],
+    matrix: Tensor,
+    second_moment: Tensor,
+    gradient_moment: Tensor | None,
+    shape: MPOShape,
+    max_sweeps: int,
 ) -> list[Tensor]:
-    """Cores of these bonds, closest to ``matrix [∏ i, ∏ j]`` under the second moment."""
+    """Cores of these bonds, closest to ``matrix [∏ i, ∏ j]`` under the second moments."""
     moment = scaled(second_moment.detach()).to(matrix)
-    if Projection.holds(shape):
-        return Projection(matrix, moment, shape).cores(cores[0].shape[3])
-    cores = fit(cores, matrix, padded_moment(moment, len(matrix)), max_sweeps=max_sweeps)
+    if Projection.holds(shape, gradient_moment is not None):
+        return Projection(matrix, moment, gradient_moment, shape).cores(cores[0].shape[3])
+    moment, gradients = padded_moment(moment, len(matrix)), None
+    if gradient_moment is not None:
+        gradients = scaled(gradient_moment.detach()).to(matrix)
+        gradients = padded_moment(gradients, matrix.shape[1], GRADIENT_RIDGE)
+    cores = fit(cores, matrix, moment, gradients, max_sweeps=max_sweeps)
     ranks = [core.shape[3] for core in cores[:-1]]
     return _truncate(orthogonalise(cores, 0), ranks, None)[0]
 
 
 def _errors(
-    cores: list[Tensor], matrix: Tensor, shape: MPOShape, second_moment: Tensor | None
+    cores: list[Tensor],
+    matrix: Tensor,
+    shape: MPOShape,
+    second_moment: Tensor | None,
+    gradient_moment: Tensor | None,
 ) -> tuple[float, float | None]:
     """Relative errors of cores for ``matrix [∏ i, ∏ j]``: its own, and its output's."""
     merged = merge_cores([core.to(matrix.dtype) for core in cores])[0, :, :, 0]
@@ -274,7 +294,9 @@ def _errors(
     if second_moment is None:
         return error, None
     true, fitted = (m[: shape.in_features, : shape.out_features].t() for m in (matrix, merged))
-    return error, output_error(true, fitted, scaled(second_moment.detach()).to(matrix))
+    inputs = scaled(second_moment.detach()).to(matrix)
+    gradients = None if gradient_moment is None else scaled(gradient_moment.detach()).to(matrix)
+    return error, output_error(true, fitted, inputs, gradients)
 
 
 def _stored(cores: list[Tensor], shape: MPOShape, dtype: torch.dtype) -> list[Tensor]:
@@ -325,6 +347,18 @@ def _check_weight(weight: Tensor, shape: MPOShape) -> None:
         )
     if not torch.isfinite(weight).all():
         raise ValueError("expected a finite weight, got NaN or Inf in it")
+
+
+def _check_moments(
+    shape: MPOShape, gradient_moment: Tensor | None, *second_moments: Tensor | None
+) -> None:
+    for moment in second_moments:
+        if moment is not None:
+            check_second_moment(moment, shape.in_features)
+    if gradient_moment is not None:
+        if second_moments[0] is None:
+            raise ValueError("expected a second moment of inputs beside one of gradients, got none")
+        check_second_moment(gradient_moment, shape.out_features, "gradients")
 
 
 def _check_bounds(max_rank: int | None, rel_error: float | None, compression: float | None) -> None:

@@ -72,6 +72,8 @@ def choose(
     second_moment: Tensor | None = None,
     judge: Tensor | None = None,
     tensor_parallel: int = 1,
+    *,
+    gradient_moment: Tensor | None = None,
 ) -> Decomposition:
     """The member that loses least within the budget, its cores fitted.
 
@@ -84,6 +86,7 @@ def choose(
             The result's ``output_error`` is that of its member on them, fitted without them; its
             cores are then fitted to both.
         tensor_parallel: see :func:`members`.
+        gradient_moment: of a loss's gradients at the output; see :func:`mpo_kernels.decompose`.
 
     Raises:
         ValueError: no member is that cheap, or sizes that ``tensor_parallel`` does not divide.
@@ -96,6 +99,7 @@ def choose(
             shape,
             compression=ratio,
             second_moment=second_moment,
+            gradient_moment=gradient_moment,
             judge=judge,
             max_sweeps=sweeps,
         )
@@ -124,7 +128,9 @@ def choose(
     if second_moment is None or judge is None or judge is second_moment:
         return best
     # Chosen on what was held out, which then helps to fit as well.
-    refitted = decompose(weight, best.shape, second_moment=second_moment + judge)
+    refitted = decompose(
+        weight, best.shape, second_moment=second_moment + judge, gradient_moment=gradient_moment
+    )
     return replace(refitted, output_error=best.output_error)
 
 

@@ -1,9 +1,11 @@
 """Cores fitted to what a layer's output loses, where `decompose` alone minds its weight.
 
-Over inputs x with second moment S = E[x xᵀ], the output loses E‖(W − Ŵ)x‖² = ‖(W − Ŵ)S^½‖²_F.
-Plain low rank has a closed form under it (Wang et al., "SVD-LLM", 2024, in other words); every
-other chain is fitted by alternating least squares, one core at a time by conjugate gradients, so
-that no normal matrix is formed.
+Over inputs x with second moment S = E[x xᵀ], the output loses E‖(W − Ŵ)x‖² = ‖(W − Ŵ)S^½‖²_F. Where
+the second moment G = E[g gᵀ] of a loss's gradients at the output is known too, that loss rises by
+about half of ‖G^½(W − Ŵ)S^½‖²_F (the curvature of Martens and Grosse, "K-FAC", 2015). Plain low
+rank has a closed form under both (Wang et al., "SVD-LLM", 2024, in other words); every other chain
+is fitted by alternating least squares, one core at a time by conjugate gradients, so that no normal
+matrix is formed.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from mpo_kernels.cores.shape import MPOShape
 
 # Directions that no input took count as much as this fraction of a mean one.
 RIDGE = 0.01
+# The same of directions that no gradient took: gradients of other texts take others.
+GRADIENT_RIDGE = 0.1
 # Of one core's least squares, in the first sweep and in the others, which go on from there.
 _FIRST_ITERATIONS, _ITERATIONS = 4, 16
 
 
-def check_second_moment(second_moment: Tensor, in_features: int) -> None:
-    """Raise unless it is ``[in, in]``, or ``[in]`` where it is diagonal, finite and not zero."""
-    sizes = ((in_features, in_features), (in_features,))
+def check_second_moment(second_moment: Tensor, size: int, of: str = "inputs") -> None:
+    """Raise unless it is ``[size, size]``, or ``[size]`` where it is diagonal, finite, not zero."""
+    sizes = ((size, size), (size,))
     if not isinstance(second_moment, Tensor) or not second_moment.is_floating_point():
         got = second_moment.dtype if isinstance(second_moment, Tensor) else type(second_moment)
         raise TypeError(f"expected a floating-point second moment, got {got}")
@@ -35,7 +39,7 @@ def check_second_moment(second_moment: Tensor, in_features: int) -> None:
         )
     diagonal = _diagonal(second_moment)
     if not torch.isfinite(second_moment).all() or (diagonal < 0).any() or not diagonal.any():
-        raise ValueError("expected a finite second moment of inputs that are not all zero")
+        raise ValueError(f"expected a finite second moment of {of} that are not all zero")
     if second_moment.dim() == 2:
         skew = (second_moment - second_moment.t()).abs().max()
         if skew > 0.01 * diagonal.max():
@@ -57,45 +61,67 @@ def scaled(second_moment: Tensor) -> Tensor:
     return ((second_moment.double() / largest) / mean).to(second_moment.dtype)
 
 
-def regularised(second_moment: Tensor) -> Tensor:
+def regularised(second_moment: Tensor, ridge: float = RIDGE) -> Tensor:
     """The same with mean diagonal 1, and a little of the identity where it is singular."""
     moment = scaled(second_moment)
-    _diagonal(moment).add_(RIDGE)
+    _diagonal(moment).add_(ridge)
     return moment
 
 
-def padded_moment(second_moment: Tensor, size: int) -> Tensor:
-    """Regularised, with zeros for the inputs from ``in_features`` to ``size``, the padding."""
+def padded_moment(second_moment: Tensor, size: int, ridge: float = RIDGE) -> Tensor:
+    """Regularised, with zeros for the features from ``len(second_moment)`` to ``size``."""
     more = size - len(second_moment)
-    return torch.nn.functional.pad(regularised(second_moment), (0, more) * second_moment.dim())
+    moment = regularised(second_moment, ridge)
+    return torch.nn.functional.pad(moment, (0, more) * second_moment.dim())
 
 
-def weigh(second_moment: Tensor, matrix: Tensor) -> Tensor:
-    """``S · matrix``, for a matrix ``[in, …]``."""
+def weigh(second_moment: Tensor, matrix: Tensor, gradient_moment: Tensor | None = None) -> Tensor:
+    """``S · matrix · G``, for a matrix ``[in, out]``; without G any ``[in, …]``."""
+    by_inputs = (
+        second_moment @ matrix if second_moment.dim() == 2 else second_moment[:, None] * matrix
+    )
+    return by_inputs if gradient_moment is None else by_inputs @ gradient_moment
+
+
+def output_error(
+    weight: Tensor,
+    approximation: Tensor,
+    second_moment: Tensor,
+    gradient_moment: Tensor | None = None,
+) -> float:
+    """‖G^½(W − Ŵ)S^½‖_F / ‖G^½ W S^½‖_F of weights ``[out, in]``; 0 where the output is zero."""
+
+    def square(matrix: Tensor) -> Tensor:
+        weighted = weigh(second_moment, matrix, gradient_moment)
+        return (matrix * weighted).sum(dtype=torch.float64).clamp(min=0)
+
+    whole = square(weight.t())
+    return float((square((weight - approximation).t()) / whole).sqrt()) if whole > 0 else 0.0
+
+
+def _lower(second_moment: Tensor) -> Tensor:
+    """L with L Lᵀ the regularised moment, ``[size, size]``."""
     if second_moment.dim() == 1:
-        return second_moment[:, None] * matrix
-    return second_moment @ matrix
-
-
-def output_error(weight: Tensor, approximation: Tensor, second_moment: Tensor) -> float:
-    """‖(W − Ŵ)S^½‖_F / ‖W S^½‖_F of weights ``[out, in]``; 0 where the output is zero."""
-    difference = (weight - approximation).t()
-    lost = (difference * weigh(second_moment, difference)).sum(dtype=torch.float64)
-    whole = (weight.t() * weigh(second_moment, weight.t())).sum(dtype=torch.float64)
-    return float((lost.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
+        return torch.diag(second_moment.sqrt())
+    return torch.linalg.cholesky(second_moment)
 
 
 @torch.no_grad()
-def weighted_spectrum(weight: Tensor, second_moment: Tensor | None) -> Tensor:
-    """Singular values of ``W S^½`` (of W without S), descending, float64.
+def weighted_spectrum(
+    weight: Tensor, second_moment: Tensor | None, gradient_moment: Tensor | None = None
+) -> Tensor:
+    """Singular values of ``G^½ W S^½`` (without one, of W without it), descending, float64.
 
     The tail of them, √(Σ_{k>r} λ_k²), is what the output loses at rank r.
 
     Args:
         weight: ``[out, in]``.
-        second_moment: ``[in, in]`` or ``[in]``; see :func:`mpo_kernels.decompose`.
+        second_moment, gradient_moment: see :func:`mpo_kernels.decompose`; both are taken with mean
+            diagonal 1.
     """
     matrix = weight.detach().t().double()
+    if gradient_moment is not None:
+        matrix = matrix @ _lower(regularised(gradient_moment.double(), GRADIENT_RIDGE))
     if second_moment is None:
         # The smaller Gram matrix of the two.
         gram = matrix.t() @ matrix if matrix.shape[1] <= len(matrix) else matrix @ matrix.t()
@@ -125,22 +151,32 @@ class Projection:
     """Two cores, of which one carries the whole input: exact at every rank, S is never inverted.
 
     With the output's digits of the other core as rows, A Aᵀ under S has the directions to keep: one
-    eigendecomposition says all of it.
+    eigendecomposition says all of it. Under gradients, for plain low rank, A is G^½ W and what is
+    kept of it is brought back by G^-½.
 
     Args:
         matrix: ``[∏ i, ∏ j]``, the transposed weight with its padding.
         second_moment: S ``[in, in]`` or ``[in]``, of the inputs without their padding.
+        gradient_moment: G ``[out, out]`` or ``[out]``, likewise.
         shape: for which :meth:`holds`.
 
     Attributes:
-        spectrum: of the bond under S, descending, float64.
+        spectrum: of the bond under S and G, descending, float64.
     """
 
-    def __init__(self, matrix: Tensor, second_moment: Tensor, shape: MPOShape) -> None:
-        self._digits = matrix.view(-1, *shape.out_factors)
-        self._axis = 0 if shape.in_factors[0] == 1 else 1
+    def __init__(
+        self, matrix: Tensor, second_moment: Tensor, gradient_moment: Tensor | None, shape: MPOShape
+    ) -> None:
+        self._axis = shape.in_factors.index(1)
         size, other = shape.out_factors[self._axis], shape.out_factors[1 - self._axis]
         moment = regularised(second_moment.detach())
+        self._lower: Tensor | None = None
+        if gradient_moment is not None:
+            gradients = padded_moment(gradient_moment.detach().double(), size, GRADIENT_RIDGE)
+            gradients.diagonal()[len(gradient_moment) :] = 1.0  # of outputs that are zero
+            self._lower = _lower(gradients)
+            matrix = (matrix.double() @ self._lower).to(matrix.dtype)
+        self._digits = matrix.view(-1, *shape.out_factors)
         inputs = matrix[: len(moment)]
         self._seen: Tensor | None = None
         if other == 1 and len(inputs) < size:
@@ -157,25 +193,31 @@ class Projection:
         return digits.movedim(1 + self._axis, 0).flatten(1).double()
 
     @staticmethod
-    def holds(shape: MPOShape) -> bool:
-        """Whether one of two cores carries the whole input."""
-        return shape.num_cores == 2 and 1 in shape.in_factors
+    def holds(shape: MPOShape, with_gradients: bool = False) -> bool:
+        """Whether one of two cores carries the whole input, and the other the whole output."""
+        if shape.num_cores != 2 or 1 not in shape.in_factors:
+            return False
+        return not with_gradients or shape.out_factors[1 - shape.in_factors.index(1)] == 1
 
     def cores(self, rank: int) -> list[Tensor]:
-        """The two, of which the one without inputs has orthonormal directions of outputs."""
+        """The two, of which the one without inputs keeps directions of outputs."""
         kept = self._vectors[:, :rank]
         if self._seen is not None:
             kept = torch.linalg.qr(self._seen @ kept)[0]
-        kept = kept.to(self._digits.dtype)
+        back = kept
+        if self._lower is not None:
+            back = torch.linalg.solve_triangular(self._lower.t(), kept, upper=True)
+        kept, back = kept.to(self._digits.dtype), back.to(self._digits.dtype)
         if self._axis == 0:
-            return [kept[None, None], torch.einsum("iab,ar->rib", self._digits, kept)[..., None]]
-        return [torch.einsum("iab,br->iar", self._digits, kept)[None], kept.t()[:, None, :, None]]
+            return [back[None, None], torch.einsum("iab,ar->rib", self._digits, kept)[..., None]]
+        return [torch.einsum("iab,br->iar", self._digits, kept)[None], back.t()[:, None, :, None]]
 
 
 def fit(
     cores: Sequence[Tensor],
     matrix: Tensor,
     second_moment: Tensor,
+    gradient_moment: Tensor | None = None,
     *,
     max_sweeps: int = 20,
     tolerance: float = 0.01,
@@ -186,20 +228,22 @@ def fit(
         cores: where to start, core k ``[D_k, i_k, j_k, D_{k+1}]``; the error never rises.
         matrix: ``[∏ i, ∏ j]``, the transposed weight with its padding.
         second_moment: S ``[∏ i, ∏ i]``, or ``[∏ i]`` of a diagonal one, of its dtype.
+        gradient_moment: G ``[∏ j, ∏ j]``, likewise.
         max_sweeps: times that each core is fitted at most.
         tolerance: it ends where a sweep takes less than this fraction off the error.
     """
     cores, last = orthogonalise(list(cores), 0), len(cores) - 1
     residual = matrix - merge_cores(cores)[0, :, :, 0]
-    state = residual, weigh(second_moment, residual)
+    metric = second_moment, gradient_moment
+    state = residual, weigh(second_moment, residual, gradient_moment)
     error = before = float("inf")
     for sweep in range(max_sweeps):
         steps = _ITERATIONS if sweep else _FIRST_ITERATIONS
         for k in range(last):
-            _fit_core(cores, k, state, second_moment, steps)
+            _fit_core(cores, k, state, metric, steps)
             move_centre(cores, k, k + 1)
         for k in range(last, 0, -1):
-            error = _fit_core(cores, k, state, second_moment, steps)
+            error = _fit_core(cores, k, state, metric, steps)
             move_centre(cores, k, k - 1)
         if not error < (1 - tolerance) * before:
             break
@@ -208,11 +252,15 @@ def fit(
 
 
 def _fit_core(
-    cores: list[Tensor], k: int, state: tuple[Tensor, Tensor], second_moment: Tensor, steps: int
+    cores: list[Tensor],
+    k: int,
+    state: tuple[Tensor, Tensor],
+    metric: tuple[Tensor, Tensor | None],
+    steps: int,
 ) -> float:
-    """Least squares for core k with the others as they are; returns the error under S.
+    """Least squares for core k with the others as they are; returns the error under S and G.
 
-    ``state``, updated in place: what the cores leave of the matrix, and S times that.
+    ``state``, updated in place: what the cores leave of the matrix, and the same weighed.
     """
     residual, weighted = state
     one = residual.new_ones(1, 1, 1, 1)
@@ -238,7 +286,7 @@ def _fit_core(
     least = 1e-8 * square
     for _ in range(steps):
         moved = expand(direction)
-        seen = weigh(second_moment, moved)
+        seen = weigh(metric[0], moved, metric[1])
         curved = project(seen)
         curvature = (direction * curved).sum()
         if not (square > least and curvature > 0):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpo_kernels import MPOShape, decompose, reconstruct
 from mpo_kernels.cores.fitting import (
+    GRADIENT_RIDGE,
     RIDGE,
     fit,
     output_error,
@@ -55,6 +56,57 @@ def test_low_rank_is_whitened_svd(features: int, out: int, rank: int, transposed
     assert told == pytest.approx(held, rel=1e-6)
 
 
+@pytest.mark.parametrize(("features", "out"), [(12, 20), (20, 12), (7, 7)])
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_under_gradients_both_sides_are_whitened(
+    features: int, out: int, rank: int, transposed: bool
+) -> None:
+    weight, moment, gradients = (
+        torch.randn(out, features).double(),
+        moment_of(features),
+        moment_of(out),
+    )
+    shape = MPOShape.low_rank(features, out, rank)
+    if transposed:
+        shape = MPOShape((features, 1), (1, out), rank)
+    fitted = decompose(weight, shape, second_moment=moment, gradient_moment=gradients)
+    held = gradients / gradients.diagonal().mean() + GRADIENT_RIDGE * torch.eye(out).double()
+    lower = torch.linalg.cholesky(held)
+    best = whitened_svd(lower.t() @ weight, moment, rank)
+    best = torch.linalg.solve_triangular(lower.t(), best, upper=True)
+    torch.testing.assert_close(reconstruct(fitted.cores), best, rtol=1e-6, atol=1e-8)
+    lost = output_error(weight, best, moment, gradients)
+    assert fitted.output_error == pytest.approx(lost, rel=1e-9)
+    alone = decompose(weight, shape, second_moment=moment)
+    assert lost < output_error(weight, reconstruct(alone.cores), moment, gradients)
+    tail = weighted_spectrum(weight, moment, gradients)
+    told = float(tail[rank:].square().sum().sqrt() / tail.square().sum().sqrt())
+    held_error = output_error(weight, best, regularised(moment), held)
+    assert told == pytest.approx(held_error, rel=1e-6)
+
+
+def test_under_gradients_padded_outputs_stay_zero() -> None:
+    weight = torch.randn(13, 7).double()
+    shape = MPOShape((1, 8), (15, 1), 4, in_features=7, out_features=13)
+    moments = {"second_moment": moment_of(7), "gradient_moment": moment_of(13)}
+    padded = decompose(weight, shape, **moments)
+    tight = decompose(weight, MPOShape.low_rank(7, 13, 4), **moments)
+    whole = reconstruct(padded.cores)
+    torch.testing.assert_close(whole[:13, :7], reconstruct(tight.cores), rtol=1e-9, atol=1e-9)
+    assert whole[13:].abs().max() < 1e-12 and whole[:, 7:].abs().max() < 1e-12
+
+
+def test_gradients_count_only_beside_inputs() -> None:
+    shape = MPOShape.low_rank(7, 13, 4)
+    with pytest.raises(ValueError, match="inputs beside one of gradients"):
+        decompose(torch.randn(13, 7), shape, gradient_moment=moment_of(13))
+    with pytest.raises(ValueError, match=r"\[13, 13\]"):
+        decompose(
+            torch.randn(13, 7), shape, second_moment=moment_of(7), gradient_moment=moment_of(7)
+        )
+
+
 @pytest.mark.parametrize("split", [((1, 12), (4, 5)), ((12, 1), (4, 5))])
 def test_one_core_with_the_whole_input_is_exact(split: tuple) -> None:
     """A chain whose weights are whitened on that core alone is an SVD of that."""
@@ -80,26 +132,30 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 class TestAlternatingLeastSquares:
-    def test_no_core_alone_can_do_better(self, shape: MPOShape) -> None:
+    @pytest.mark.parametrize("with_gradients", [False, True])
+    def test_no_core_alone_can_do_better(self, shape: MPOShape, with_gradients: bool) -> None:
         weight = torch.randn(shape.out_features, shape.in_features).double()
         moment = moment_of(shape.in_features)
         start = decompose(weight, shape)
         ins, outs = (torch.tensor(f).prod().item() for f in (shape.in_factors, shape.out_factors))
         padded = torch.zeros(ins, outs).double()
         padded[: shape.in_features, : shape.out_features] = weight.t()
-        full = padded_moment(moment, ins)
-        cores = fit(start.cores, padded, full, max_sweeps=3000, tolerance=1e-9)
+        full, gradients, alike = padded_moment(moment, ins), None, torch.eye(outs).double()
+        if with_gradients:
+            gradients = alike = padded_moment(moment_of(shape.out_features), outs, GRADIENT_RIDGE)
+        cores = fit(start.cores, padded, full, gradients, max_sweeps=3000, tolerance=1e-9)
         variables = [core.clone().requires_grad_() for core in cores]
         product = variables[0]
         for core in variables[1:]:
             product = torch.einsum("aijb,bklc->aikjlc", product, core).flatten(1, 2).flatten(2, 3)
         lost = padded - product[0, :, :, 0]
-        whole = (padded * (full @ padded)).sum()
-        loss = (lost * (full @ lost)).sum() / whole
+        whole = (padded * (full @ padded @ alike)).sum()
+        loss = (lost * (full @ lost @ alike)).sum() / whole
         for gradient in torch.autograd.grad(loss, variables):
             assert gradient.abs().max() < 2e-4
         plain = reconstruct(start.cores, in_features=weight.shape[1], out_features=len(weight))
-        assert float(loss.detach().sqrt()) < 0.9 * output_error(weight, plain, moment)
+        held = None if gradients is None else alike[: len(weight), : len(weight)]
+        assert float(loss.detach().sqrt()) < 0.9 * output_error(weight, plain, moment, held)
 
     def test_the_error_never_rises(self, shape: MPOShape) -> None:
         weight = torch.randn(shape.out_features, shape.in_features)
