@@ -8,6 +8,7 @@ that no normal matrix is formed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -79,10 +80,18 @@ def weigh(second_moment: Tensor, matrix: Tensor) -> Tensor:
 
 def output_error(weight: Tensor, approximation: Tensor, second_moment: Tensor) -> float:
     """‖(W − Ŵ)S^½‖_F / ‖W S^½‖_F of weights ``[out, in]``; 0 where the output is zero."""
+    lost, whole = output_squares(weight, approximation, second_moment)
+    return math.sqrt(lost / whole) if whole > 0 else 0.0
+
+
+def output_squares(
+    weight: Tensor, approximation: Tensor, second_moment: Tensor
+) -> tuple[float, float]:
+    """‖(W − Ŵ)S^½‖²_F and ‖W S^½‖²_F."""
     difference = (weight - approximation).t()
     lost = (difference * weigh(second_moment, difference)).sum(dtype=torch.float64)
     whole = (weight.t() * weigh(second_moment, weight.t())).sum(dtype=torch.float64)
-    return float((lost.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
+    return max(float(lost), 0.0), float(whole)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ class MPOModule(UnformedLayer):
     @property
     def shape(self) -> MPOShape:
         """Factors, and the bonds that the cores have now."""
-        return self._factors.with_ranks([core.shape[3] for core in list(self.cores)[:-1]])
+        return self._factors.with_ranks([core.shape[-1] for core in list(self.cores)[:-1]])
 
     @property
     def central(self) -> int:
@@ -168,7 +168,7 @@ class MPOModule(UnformedLayer):
         found = {name: state_dict[name].contiguous() for name in names if name in state_dict}
         state_dict.update(found)  # a copy of the caller's; with `assign` they become the cores
         loaded = [tuple(core.shape) for core in found.values()]
-        if len(loaded) == len(names) and loaded != list(self.shape.core_shapes):
+        if len(loaded) == len(names) and loaded != [tuple(core.shape) for core in self.cores]:
             try:
                 self._check_belongs(loaded)
             except ValueError as error:
