@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -24,8 +23,11 @@ def grouped_mm(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
 
     Args:
         offsets: int32 ``[E]``, where each expert's rows end; the last is the number of rows.
+
+    Returns:
+        In x's dtype, which is that of the matrices (the autocast dtype under autocast).
     """
-    product: Tensor = _GroupedMM.apply(x, matrices, offsets)
+    product: Tensor = _GroupedMM.apply(*_cast(x, matrices), offsets)
     return product
 
 
@@ -98,10 +100,7 @@ def grouped_linear(
     Raises:
         TypeError: cores of another dtype or device than x.
     """
-    kind = x.device.type
-    is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if is_cast and x.dtype != torch.float64:
-        x, *cores = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (x, *cores))
+    x, *cores = _cast(x, *cores)
     for core in cores:
         if core.dtype != x.dtype or core.device != x.device:
             raise TypeError(
@@ -112,13 +111,21 @@ def grouped_linear(
     merge = torch.vmap(lambda *parts: merge_cores(parts))
     parts = [merge(*cores[a:b]) for a, b in groups(split, len(cores))]
     state = F.pad(x, (0, steps[0].takes - x.shape[1]))
-    with torch.autocast(kind, enabled=False) if is_cast else nullcontext():
-        for step in steps:
-            rows = state.reshape(-1, step.k, step.n).transpose(1, 2).reshape(-1, step.k)
-            matrices = _matrices(parts[step.part], order)
-            product = grouped_mm(rows, matrices, offsets * (step.batch * step.n))
-            state = product.view(-1, step.n, step.m).transpose(1, 2)
+    for step in steps:
+        rows = state.reshape(-1, step.k, step.n).transpose(1, 2).reshape(-1, step.k)
+        matrices = _matrices(parts[step.part], order)
+        product = grouped_mm(rows, matrices, offsets * (step.batch * step.n))
+        state = product.view(-1, step.n, step.m).transpose(1, 2)
     return state.reshape(len(x), steps[-1].gives)[:, :out_features]
+
+
+def _cast(*operands: Tensor) -> list[Tensor]:
+    """As autocast would above autograd, so that backward sees what forward saw."""
+    kind = operands[0].device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not casts or operands[0].dtype == torch.float64:
+        return list(operands)
+    return [operand.to(torch.get_autocast_dtype(kind)) for operand in operands]
 
 
 def _matrices(part: Tensor, order: str) -> Tensor:

@@ -6,8 +6,8 @@ import pytest
 
 PUBLIC = {
     "mpo_kernels": "Decomposition MPOEmbedding MPOExperts MPOLinear MPOShape Plan "
-    "QuantizedMPOLinear __version__ available_backends decompose mpo_embedding mpo_linear reconstruct round_cores "
-    "use_backend",
+    "QuantizedMPOLinear __version__ available_backends decompose mpo_embedding mpo_linear "
+    "reconstruct round_cores use_backend",
     "mpo_kernels.export": "DECOMPOSITIONS",
     "mpop": "CompressionConfig CompressionReport Exported MPOConfig ParameterCount Settler "
     "SqueezeReport balance compress count_parameters dequantize_centres export format_rows "

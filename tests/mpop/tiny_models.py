@@ -57,6 +57,7 @@ _BART = {
     "eos_token_id": 1,
     "decoder_start_token_id": 0,
 }
+_MOE = {**_BERT, "num_key_value_heads": 1, "head_dim": 8, "num_experts_per_tok": 2}
 _SMALL = {"embedding_size": 16}
 _PAD = {"pad_token_id": 0}
 
@@ -81,6 +82,11 @@ BUILDERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "llama-tied": lambda: hf.LlamaForCausalLM(
         hf.LlamaConfig(**_BERT, **_PAD, tie_word_embeddings=True)
     ),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_MOE, num_local_experts=4)),
+    "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(**_MOE, num_experts=5, moe_intermediate_size=20, mlp_only_layers=[1])
+    ),
+    "gpt-oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**_MOE, num_local_experts=4)),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
     "t5-gated": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(**_T5, feed_forward_proj="gated-gelu")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from mpo_kernels import Decomposition, MPOShape, decompose, reconstruct
 from mpo_kernels.cores.decompose import rounded_up
 from mpo_kernels.cores.family import choose, judged
+from mpo_kernels.cores.stack import judged_stack
 from mpo_kernels.layers.cost import LayerCost
 from mpop.checkpoints.quantizer import MPOQuantizer, attach
 from mpop.compression.allocation import Point, allocate, curve
@@ -129,7 +130,8 @@ def _fit_planned(
     def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition:
         weight, of_inputs = weight_of(module_at(model, names[0])).detach(), moments.get(names)
         found = planned[names].decompose(weight, of_inputs and of_inputs.fit)
-        return judged(found, weight, of_inputs.judge) if of_inputs else found
+        judge = judged_stack if weight.dim() == 3 else judged
+        return judge(found, weight, of_inputs.judge) if of_inputs else found
 
     for group, moments in source.groups(list(planned)):
         yield from over_processes(group, partial(fitted, moments))
