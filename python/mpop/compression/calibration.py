@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mpop.compression.distributed import sum_over_processes
 from mpop.models.matrices import Names, inputs_of, is_embedding, module_at
+from mpop.models.subclasses import DenseExperts
 
 # A model's keyword arguments, such as a tokenizer makes them: tensors [rows, …].
 Batches: TypeAlias = Iterable[Mapping[str, Tensor]]
@@ -24,14 +26,17 @@ MEASURABLE = 1e-3
 MEMORY = 4 * 2**30
 # One batch in so many is kept for judging what was fitted to the others.
 _JUDGE_EVERY = 4
+# An expert that fewer of the tokens reach is fitted to what all experts of its layer are fed.
+_LEAST = 0.01
 
 
 class Moments(NamedTuple):
     """E[x xᵀ] of one matrix's inputs, or of an embedding's ids its diagonal, unscaled, fp32.
 
     Attributes:
-        fit: ``[in, in]`` or ``[in]``, of three batches in four.
-        judge: the same of the fourth.
+        fit: ``[in, in]`` or ``[in]``, of three batches in four; of experts ``[E, in, in]``, each
+            scaled by itself.
+        judge: the same of the fourth, of experts in one scale.
         rows: inputs that were seen for the former.
     """
 
@@ -46,6 +51,10 @@ def second_moments(
 ) -> dict[Names, Moments]:
     """Second moments of the inputs of matrices, over all positions that no mask hides.
 
+    Of experts each one's, over what is routed to it, by the square of its gate; with n rows it is
+    n / (n + in) of what is fitted to, and that of all experts of the layer the rest. A UserWarning
+    lists experts that less than 1 % of the tokens reach, which are fitted to the latter alone.
+
     Args:
         model: in any mode, on any device; it is as it was afterwards.
         batches: what the model is called with, `**batch`; at least two.
@@ -55,7 +64,7 @@ def second_moments(
     Raises:
         ValueError: fewer rows than a matrix has inputs, or NaN or Inf in an input.
     """
-    streams = {names: _Stream(model, names) for names in matrices}
+    streams = {names: _stream(model, names) for names in matrices}
     training, device = model.training, next(model.parameters()).device
     model.eval()
     with ExitStack() as hooks:
@@ -74,7 +83,15 @@ def second_moments(
             model(**inputs)
     for stream in streams.values():
         stream.add_other_processes()
-    return {names: stream.moments() for names, stream in streams.items()}
+    moments = {names: stream.moments() for names, stream in streams.items()}
+    if few := {owner: lone for stream in streams.values() for owner, lone in stream.few()}:
+        listed = "; ".join(f"{owner} {', '.join(map(str, lone))}" for owner, lone in few.items())
+        warnings.warn(
+            f"experts that less than {_LEAST:.0%} of the calibration's tokens reach are fitted to "
+            f"what all experts of their layer are fed: {listed}",
+            stacklevel=2,
+        )
+    return moments
 
 
 class Calibration:
@@ -166,6 +183,8 @@ class Calibration:
             module = module_at(self._model, names[0])
             size = inputs_of(module)
             needed = 2 * 4 * (size if is_embedding(module) else size**2)
+            if isinstance(module, DenseExperts):
+                needed *= len(module.weight)
             if group and used + needed > self._memory:
                 yield group
                 group, used = [], 0
@@ -196,6 +215,8 @@ class _Mask:
     def rows(self, x: Tensor, positions: torch.Size, is_decoder: bool) -> Tensor:
         """``x [*positions, …]`` as the rows that count."""
         mask = self._masks[is_decoder]
+        if mask is not None and positions == (mask.numel(),):
+            mask = mask.flatten()  # as of what is fed to experts
         if mask is not None and mask.shape == positions:
             return x[mask]
         return x.flatten(0, len(positions) - 1)
@@ -236,12 +257,12 @@ class _Stream:
 
     def moments(self) -> Moments:
         fit, judge = self._sums
-        fitted, judging = self._rows.tolist()
-        if not self.is_diagonal and min(fitted, 4 * judging) < len(fit):
+        fitted, judging = self._rows.view(2, -1).sum(1).tolist()
+        if not self.is_diagonal and min(fitted, 4 * judging) < fit.shape[-1]:
             raise ValueError(
-                f"{self.name}: expected at least {len(fit)} rows (tokens; of a pooler, texts) to "
-                f"calibrate with, and a quarter as many to judge by, got {fitted} and {judging}: "
-                "give more text, in several batches, or leave this matrix dense "
+                f"{self.name}: expected at least {fit.shape[-1]} rows (tokens; of a pooler, texts) "
+                f"to calibrate with, and a quarter as many to judge by, got {fitted} and {judging}"
+                ": give more text, in several batches, or leave this matrix dense "
                 "(mpop compress --exclude)"
             )
         if not (fit.any() and judge.any()):
@@ -252,3 +273,61 @@ class _Stream:
         if not (torch.isfinite(fit).all() and torch.isfinite(judge).all()):
             raise ValueError(f"{self.name}: expected finite inputs, got NaN or Inf in calibration")
         return Moments(fit, judge, fitted)
+
+    def few(self) -> Iterator[tuple[str, list[int]]]:
+        """Experts that hardly any token reached, by the name of what holds them."""
+        yield from ()
+
+
+class _ExpertsStream(_Stream):
+    """Those of one projection of experts."""
+
+    def __init__(self, experts: DenseExperts, name: str) -> None:
+        count, size, device = len(experts.weight), inputs_of(experts), experts.weight.device
+        self.name, self.is_judging, self.is_diagonal = name, False, False
+        self._sums = [
+            torch.zeros(count, size, size, dtype=torch.float32, device=device) for _ in range(2)
+        ]
+        self._rows = torch.zeros(2, count, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def hook(self, mask: _Mask, is_decoder: bool) -> Any:
+        def add(experts: DenseExperts, inputs: tuple[Tensor, ...]) -> None:
+            which = int(self.is_judging)
+            x, index, gates = (mask.rows(part, part.shape[:1], is_decoder) for part in inputs)
+            rows, offsets, gates = experts.inputs(x, index, gates)
+            rows = rows.float() * gates.float()[:, None]
+            counts = offsets.diff(prepend=offsets.new_zeros(1))
+            for total, part in zip(self._sums[which], rows.split(counts.tolist()), strict=True):
+                total.addmm_(part.t(), part)
+            self._rows[which] += counts
+            self._tokens += 0 if which else len(x)
+
+        return add
+
+    def add_other_processes(self) -> None:
+        super().add_other_processes()
+        sum_over_processes(self._tokens)
+
+    def moments(self) -> Moments:
+        found = super().moments()
+        rows = self._rows[0]
+        pooled = found.fit.sum(0) / rows.sum()
+        own = rows / (rows + len(pooled)) * ~self._is_few()
+        for moment, share, count in zip(found.fit, own, rows, strict=True):
+            moment.mul_(share / count.clamp(min=1)).add_((1 - share) * pooled)
+        return found
+
+    def _is_few(self) -> Tensor:
+        return self._rows[0] < _LEAST * self._tokens
+
+    def few(self) -> Iterator[tuple[str, list[int]]]:
+        if lone := self._is_few().nonzero().flatten().tolist():
+            yield self.name.rpartition(".")[0], lone
+
+
+def _stream(model: nn.Module, names: Names) -> _Stream:
+    module = module_at(model, names[0])
+    if isinstance(module, DenseExperts):
+        return _ExpertsStream(module, names[0])
+    return _Stream(model, names)
