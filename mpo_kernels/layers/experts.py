@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mpo_kernels.cores.decompose import Decomposition, reconstruct
+from mpo_kernels.cores.decompose import Decomposition
 from mpo_kernels.cores.gauge import balanced
 from mpo_kernels.cores.shape import MPOShape
+from mpo_kernels.cores.stack import reconstruct_stack
 from mpo_kernels.layers.module import MPOModule
 from mpo_kernels.ops.functional import check_input
 from mpo_kernels.ops.grouped import grouped_linear
@@ -94,8 +95,7 @@ class MPOExperts(MPOModule):
     @torch.no_grad()
     def to_weight(self) -> Tensor:
         """The dense weights ``[E, out_features, in_features]``."""
-        size = {"in_features": self.in_features, "out_features": self.out_features}
-        return torch.stack([reconstruct(each, **size) for each in zip(*self.cores, strict=True)])
+        return reconstruct_stack(list(self.cores), self.shape)
 
     def _check_belongs(self, core_shapes: Sequence[tuple[int, ...]]) -> None:
         if any(size[:1] != (self.num_experts,) for size in core_shapes):

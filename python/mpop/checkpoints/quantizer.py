@@ -38,13 +38,13 @@ from mpop.models.matrices import (
     replace,
     sorted_matrices,
     swap,
+    turned,
     update_ties,
     weight_key,
     weight_of,
 )
 from mpop.models.plain import check_unwrapped
 from mpop.models.selection import MatrixPlan, plan
-from mpop.models.subclasses import DenseExperts
 
 # transformers initialises what was not loaded; a weight without values bears its mark of what was.
 # So does what some of their models initialise by the name of experts' parameters.
@@ -236,13 +236,8 @@ class _Decompose(ConversionOps):
     ) -> dict[str, Tensor]:
         name = matrix.names[0]
         keys = {weight_key(model, each) for each in matrix.names}
-        dense = module_at(model, name)
-        if isinstance(dense, DenseExperts):
-            weight = dense.turned(weight)
-        elif not isinstance(dense, nn.Linear):
-            weight = weight.t()
         try:
-            cores = matrix.decompose(weight)
+            cores = matrix.decompose(turned(module_at(model, name), weight))
         except (TypeError, ValueError) as error:
             # Raised here it would become a page of transformers' own; it is raised after loading.
             self.quantizer.refused = f"{name}: {error}"

@@ -34,9 +34,8 @@ class Moments(NamedTuple):
     """E[x xᵀ] of one matrix's inputs, or of an embedding's ids its diagonal, unscaled, fp32.
 
     Attributes:
-        fit: ``[in, in]`` or ``[in]``, of three batches in four; of experts ``[E, in, in]``, each
-            scaled by itself.
-        judge: the same of the fourth, of experts in one scale.
+        fit: ``[in, in]`` or ``[in]``, of three batches in four; of experts ``[E, in, in]``.
+        judge: the same of the fourth.
         rows: inputs that were seen for the former.
     """
 
@@ -315,7 +314,8 @@ class _ExpertsStream(_Stream):
         pooled = found.fit.sum(0) / rows.sum()
         own = rows / (rows + len(pooled)) * ~self._is_few()
         for moment, share, count in zip(found.fit, own, rows, strict=True):
-            moment.mul_(share / count.clamp(min=1)).add_((1 - share) * pooled)
+            # In one scale for all of them; what no token reached counts as if one had.
+            moment.mul_(share).add_((1 - share) * count.clamp(min=1) * pooled)
         return found
 
     def _is_few(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -12,13 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mpo_kernels import Decomposition, MPOShape, decompose, reconstruct
+from mpo_kernels import Decomposition, MPOShape
 from mpo_kernels.cores.decompose import rounded_up
-from mpo_kernels.cores.family import choose, judged
-from mpo_kernels.cores.stack import judged_stack
+from mpo_kernels.cores.stack import choose_stack, decompose_stack, judged_stack, reconstruct_stack
 from mpo_kernels.layers.cost import LayerCost
 from mpop.checkpoints.quantizer import MPOQuantizer, attach
-from mpop.compression.allocation import Point, allocate, curve
+from mpop.compression.allocation import Point, allocate, curve, dense_cost
 from mpop.compression.calibration import MEASURABLE, MEMORY, Batches, Calibration, Moments
 from mpop.compression.distributed import over_processes
 from mpop.compression.permute import sort_hidden_units
@@ -26,7 +26,16 @@ from mpop.compression.report import CompressionReport, row_of
 from mpop.models.config import CompressionConfig, MPOConfig
 from mpop.models.left import left_dense
 from mpop.models.light import count_parameters
-from mpop.models.matrices import Names, densify, module_at, mpo_matrices, replace, weight_of
+from mpop.models.matrices import (
+    Names,
+    densify,
+    module_at,
+    mpo_matrices,
+    replace,
+    turned,
+    weight_key,
+    weight_of,
+)
 from mpop.models.plain import check_unwrapped
 from mpop.models.selection import MatrixPlan, devices_of, plan, select
 
@@ -130,8 +139,7 @@ def _fit_planned(
     def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition:
         weight, of_inputs = weight_of(module_at(model, names[0])).detach(), moments.get(names)
         found = planned[names].decompose(weight, of_inputs and of_inputs.fit)
-        judge = judged_stack if weight.dim() == 3 else judged
-        return judge(found, weight, of_inputs.judge) if of_inputs else found
+        return judged_stack(found, weight, of_inputs.judge) if of_inputs else found
 
     for group, moments in source.groups(list(planned)):
         yield from over_processes(group, partial(fitted, moments))
@@ -158,17 +166,16 @@ def _fit_within(
         weight = weight_at(names)
         if not moments:
             return curve(weight, None, cost)
-        out_features, in_features = weight.shape
+        size = out_features, in_features = weight.shape[-2:]
         moment = moments[names].fit
-        rank = max(1, int(budget * weight.numel() / sum(weight.shape)))
+        rank = max(1, int(budget * math.prod(size) / sum(size)))
         while True:
-            shape = MPOShape.low_rank(in_features, out_features, min(rank, *weight.shape))
-            cut = decompose(weight, shape, second_moment=moment)
+            shape = MPOShape.low_rank(in_features, out_features, min(rank, *size))
+            cut = decompose_stack(weight, shape, second_moments=moment)
             lost = cut.output_error or 0.0
             if lost > MEASURABLE:
-                new = reconstruct(cut.cores)
-                is_linear = isinstance(module_at(model, names[0]), nn.Linear)
-                change = source.change({f"{names[0]}.weight": new if is_linear else new.t()})
+                new = turned(module_at(model, names[0]), reconstruct_stack(cut.cores, shape))
+                change = source.change({weight_key(model, names[0]): new})
                 return curve(weight, moment, cost, change / lost**2)
             if rank == 1:
                 return curve(weight, moment, cost)
@@ -177,7 +184,7 @@ def _fit_within(
     curves: dict[Names, list[Point]] = {}
     for group, moments in source.groups(selected):
         curves.update(over_processes(group, partial(losses, moments)))
-    dense = {names: cost.of_dense(*weight_at(names).shape[::-1]) for names in selected}
+    dense = {names: dense_cost(weight_at(names), cost) for names in selected}
     whole, least = sum(dense.values()), sum(points[0].cost for points in curves.values())
     if budget * whole < least:
         raise ValueError(
@@ -198,7 +205,7 @@ def _fit_within(
             return None
         fit, judge = (moments[names].fit, moments[names].judge) if moments else (None, None)
         devices = devices_of(model, names, config)
-        return choose(weight_at(names), budgets[names], cost, fit, judge, devices)
+        return choose_stack(weight_at(names), budgets[names], cost, fit, judge, devices)
 
     for group, moments in source.groups(selected):
         yield from over_processes(group, partial(fitted, moments))

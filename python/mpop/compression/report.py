@@ -98,7 +98,15 @@ class CompressionReport:
         before = sum(row.parameters_before for row in self.rows)
         after = sum(row.parameters_after for row in self.rows)
         totals = [
-            (f"{len(self.rows)} matrices", "", "", *_counts(before, after), "", "", ""),
+            (
+                f"{sum(row.experts for row in self.rows)} matrices",
+                "",
+                "",
+                *_counts(before, after),
+                "",
+                "",
+                "",
+            ),
             (
                 *("whole model", "", ""),
                 *_counts(self.parameters_before, self.parameters_after),

@@ -23,7 +23,14 @@ from mpo_kernels.cores.gauge import bond_maps, carried
 from mpo_kernels.layers.embedding import MPOTiedLinear
 from mpop.compression.calibration import MEASURABLE, Batches, Calibration, Moments
 from mpop.models.light import count_parameters
-from mpop.models.matrices import MPO, check_own_cores, is_embedding, mpo_matrices, mpo_modules
+from mpop.models.matrices import (
+    MPO,
+    check_no_experts,
+    check_own_cores,
+    is_embedding,
+    mpo_matrices,
+    mpo_modules,
+)
 from mpop.models.plain import check_unwrapped
 
 # A round that cuts less than this fraction is not tried.
@@ -143,13 +150,14 @@ def squeeze(
     bound.
 
     Raises:
-        ValueError: no MPO modules, adapters, no bond above 1, a bound below zero, a metric that is
-            NaN at the start, a state that is there without `resume`, or one to resume that is of
-            another model or other settings. The model is as it was.
+        ValueError: no MPO modules, adapters, experts held as cores, no bond above 1, a bound below
+            zero, a metric that is NaN at the start, a state that is there without `resume`, or one
+            to resume that is of another model or other settings. The model is as it was.
     """
     check_bounds(max_drop, step, max_steps)
     check_unwrapped(model)
     check_own_cores(model)
+    check_no_experts(model, "leave them dense (mpop compress --exclude '*.experts.*')")
     modules = dict(mpo_modules(model))
     if not modules:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")

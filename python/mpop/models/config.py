@@ -16,7 +16,8 @@ from mpo_kernels.cores.quantize import LARGEST
 from mpo_kernels.layers.cost import LayerCost
 
 FORMAT_VERSION = 1
-KINDS = ("linear", "conv1d", "embedding", "experts")
+LINEARS = ("linear", "conv1d")
+KINDS = (*LINEARS, "embedding", "experts")
 # What cores can be stored in beside the dtype of the model.
 STORES = {str(dtype).removeprefix("torch."): dtype for dtype in LARGEST}
 # What says how much of a matrix is kept, or trained.
@@ -358,8 +359,7 @@ class MPOConfig(QuantizationConfigMixin):
                     raise ValueError(
                         f"experts: expected a number of them, got {experts!r} of {kind}"
                     )
-                is_linear = kind in ("linear", "conv1d")
-                if store is not None and (store not in STORES or not is_linear or frozen):
+                if store is not None and (store not in STORES or kind not in LINEARS or frozen):
                     raise ValueError(
                         f"store: expected one of {list(STORES)}, of a linear or conv1d that is not "
                         f"frozen, got {store!r} of a {kind}, frozen: {frozen}"

@@ -166,6 +166,20 @@ def mpo_matrices(model: nn.Module) -> list[Names]:
     return compressed_matrices(model)
 
 
+def expert_names(model: nn.Module) -> list[str]:
+    """The names of the stacks of cores that are experts'."""
+    return [name for name, module in model.named_modules() if isinstance(module, MPOExperts)]
+
+
+def check_no_experts(model: nn.Module, instead: str) -> None:
+    """Raise a ValueError where cores are experts', which says what to do `instead`."""
+    if names := expert_names(model):
+        raise ValueError(
+            f"{names[0]}: expected cores of layers, got those of experts, for which this is not "
+            f"done: {instead}"
+        )
+
+
 def check_centres(model: nn.Module) -> None:
     """Raise a ValueError where centres are quantised."""
     if any(isinstance(module, BlockwiseLayer) for module in model.modules()):
@@ -291,9 +305,14 @@ def weight_of(dense: Dense) -> Tensor:
 
     Those of experts as `[E, out, in]`.
     """
+    return turned(dense, dense.weight)
+
+
+def turned(dense: Dense, weight: Tensor) -> Tensor:
+    """From the layout that a dense module has its weight in to that of `weight_of`, or back."""
     if isinstance(dense, DenseExperts):
-        return dense.turned(dense.weight)
-    return dense.weight if isinstance(dense, nn.Linear) else dense.weight.t()
+        return weight.mT if dense.owner.is_transposed else weight
+    return weight if isinstance(dense, nn.Linear) else weight.t()
 
 
 def inputs_of(module: Dense | MPO) -> int:
@@ -414,7 +433,7 @@ def _swap_experts(model: nn.Module, name: str, new: MPOExperts | nn.Parameter) -
         new.train(experts.training)
         new.label = name
     else:
-        new = nn.Parameter(DenseExperts(experts, leaf).turned(new.detach()).contiguous())
+        new = nn.Parameter(turned(DenseExperts(experts, leaf), new.detach()).contiguous())
     hold(experts, leaf, new)
 
 

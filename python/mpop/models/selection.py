@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mpo_kernels import Decomposition, MPOShape, decompose
+from mpo_kernels import Decomposition, MPOShape
 from mpo_kernels.cores.decompose import rounded_up
 from mpo_kernels.cores.stack import decompose_stack
 from mpop.models.config import CompressionConfig, MatrixConfig, matches
@@ -37,10 +37,13 @@ class MatrixPlan(NamedTuple):
         Args:
             second_moment: of the inputs, ``[in, in]``, of each expert's ``[E, in, in]``.
         """
-        bounds: Any = {"rel_error": self.config.rel_error, "compression": self.config.compression}
-        if weight.dim() == 3:
-            return decompose_stack(weight, self.shape, **bounds, second_moments=second_moment)
-        return decompose(weight, self.shape, **bounds, second_moment=second_moment)
+        return decompose_stack(
+            weight,
+            self.shape,
+            rel_error=self.config.rel_error,
+            compression=self.config.compression,
+            second_moments=second_moment,
+        )
 
 
 def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:

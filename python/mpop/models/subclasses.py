@@ -105,10 +105,6 @@ class DenseExperts(NamedTuple):
         """As the model has it."""
         return self.owner.get_parameter(self.name)
 
-    def turned(self, weights: Tensor) -> Tensor:
-        """From the model's layout to ``[E, out, in]``, and back."""
-        return weights.mT if self.owner.is_transposed else weights
-
     def inputs(self, x: Tensor, index: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the matrices are fed in a call of the experts, by expert.
 
@@ -149,8 +145,7 @@ class _Routes:
         if isinstance(held, MPOExperts):
             y = held(x, self.offsets)
         else:
-            weights = DenseExperts(self.experts, name).turned(held)
-            y = grouped_mm(x, weights.mT, self.offsets)
+            y = grouped_mm(x, held if self.experts.is_transposed else held.mT, self.offsets)
         if self.experts.has_bias:
             y = y + getattr(self.experts, f"{name}_bias")[self.chosen]
         return y

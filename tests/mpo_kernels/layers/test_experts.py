@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from mpo_kernels import MPOShape
-from mpo_kernels.cores.decompose import reconstruct
-from mpo_kernels.cores.stack import decompose_stack, judged_stack
+from mpo_kernels.cores.stack import decompose_stack, judged_stack, reconstruct_stack
 from mpo_kernels.layers.experts import MPOExperts
 from mpo_kernels.ops import grouped
 
@@ -156,10 +155,7 @@ def test_bounds_hold_for_all_experts_with_one_rank_set(cores: int) -> None:
     shape = MPOShape.balanced(12, 16, cores)
     for bounds in ({"compression": 0.5}, {"rel_error": 0.4}):
         found = decompose_stack(weights, shape, **bounds)
-        each = [
-            reconstruct(part, in_features=12, out_features=16)
-            for part in zip(*found.cores, strict=True)
-        ]
+        each = reconstruct_stack(found.cores, found.shape)
         errors = [torch.linalg.norm(a - b) for a, b in zip(each, weights, strict=True)]
         total = torch.stack(errors).norm() / weights.norm()
         assert found.rel_error == pytest.approx(float(total))
