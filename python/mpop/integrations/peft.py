@@ -523,7 +523,7 @@ class MPOLoraModel(lora.LoraModel):
         for name, module in model.named_modules():
             # Of a layer that has an adapter already, what is within.
             place = name.removesuffix(".base_layer")
-            if _auxiliary(module) and _fits(peft_config, place):
+            if isinstance(module, MPOModule | BlockwiseLayer) and _fits(peft_config, place):
                 _check_lone(place, model.get_submodule(place), lora.LoraLayer)
                 _check_plain(peft_config, place, module)
 
@@ -603,6 +603,8 @@ def _check_plain(config: LoraConfig, name: str, module: nn.Module) -> None:
     """Raise an error unless LoRA of this kind needs no dense weight of this module."""
     if isinstance(module, MPOEmbedding | BlockwiseEmbedding):
         raise TypeError(f"{name}: LoRA takes MPO linears, got an embedding: use LightConfig for it")
+    if isinstance(module, MPOExperts):
+        raise TypeError(f"{name}: LoRA takes MPO linears, got experts: name others")
     variants = [
         field.name
         for field in fields(config)
