@@ -50,6 +50,11 @@ class Decomposition:
     output_error: float | None = None
 
     @property
+    def stacked(self) -> int:
+        """How many matrices the cores are of; see :mod:`mpo_kernels.cores.stack`."""
+        return math.prod(self.cores[0].shape[:-4])
+
+    @property
     def entropies(self) -> list[float]:
         """Entanglement entropy of each bond, −Σ v ln v with v = λ² / Σ λ², in nats."""
         entropies = []

@@ -10,6 +10,7 @@ matrix is formed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -90,13 +91,17 @@ def output_error(
     gradient_moment: Tensor | None = None,
 ) -> float:
     """‖G^½(W − Ŵ)S^½‖_F / ‖G^½ W S^½‖_F of weights ``[out, in]``; 0 where the output is zero."""
+    whole = output_square(weight, second_moment, gradient_moment)
+    lost = output_square(weight - approximation, second_moment, gradient_moment)
+    return math.sqrt(lost / whole) if whole > 0 else 0.0
 
-    def square(matrix: Tensor) -> Tensor:
-        weighted = weigh(second_moment, matrix, gradient_moment)
-        return (matrix * weighted).sum(dtype=torch.float64).clamp(min=0)
 
-    whole = square(weight.t())
-    return float((square((weight - approximation).t()) / whole).sqrt()) if whole > 0 else 0.0
+def output_square(
+    weight: Tensor, second_moment: Tensor, gradient_moment: Tensor | None = None
+) -> float:
+    """‖G^½ W S^½‖²_F of a weight ``[out, in]``."""
+    weighted = weigh(second_moment, weight.t(), gradient_moment)
+    return max(float((weight.t() * weighted).sum(dtype=torch.float64)), 0.0)
 
 
 def _lower(second_moment: Tensor) -> Tensor:

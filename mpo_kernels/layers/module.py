@@ -88,7 +88,7 @@ class MPOModule(UnformedLayer):
     @property
     def shape(self) -> MPOShape:
         """Factors, and the bonds that the cores have now."""
-        return self._factors.with_ranks([core.shape[3] for core in list(self.cores)[:-1]])
+        return self._factors.with_ranks([core.shape[-1] for core in list(self.cores)[:-1]])
 
     @property
     def central(self) -> int:
@@ -136,6 +136,7 @@ class MPOModule(UnformedLayer):
         rel_error: float | None = None,
         ranks: Iterable[int] | None = None,
         second_moment: Tensor | None = None,
+        gradient_moment: Tensor | None = None,
     ) -> Decomposition:
         """Cut the bonds in place, from canonical form; see :func:`mpo_kernels.round_cores`.
 
@@ -150,6 +151,7 @@ class MPOModule(UnformedLayer):
             in_features=self.shape.in_features,
             out_features=self.shape.out_features,
             second_moment=second_moment,
+            gradient_moment=gradient_moment,
         )
         self._replace_cores(rounded.cores)
         return rounded
@@ -168,7 +170,7 @@ class MPOModule(UnformedLayer):
         found = {name: state_dict[name].contiguous() for name in names if name in state_dict}
         state_dict.update(found)  # a copy of the caller's; with `assign` they become the cores
         loaded = [tuple(core.shape) for core in found.values()]
-        if len(loaded) == len(names) and loaded != list(self.shape.core_shapes):
+        if len(loaded) == len(names) and loaded != [tuple(core.shape) for core in self.cores]:
             try:
                 self._check_belongs(loaded)
             except ValueError as error:

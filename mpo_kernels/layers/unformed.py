@@ -97,7 +97,7 @@ class UnformedLayer(nn.Module):
     label = ""
 
     @abstractmethod
-    def _unformed(self) -> tuple[tuple[int, int], Sequence[Tensor]]:
+    def _unformed(self) -> tuple[tuple[int, ...], Sequence[Tensor]]:
         """Size of the dense weight, and the tensors that stand for it."""
 
     @property

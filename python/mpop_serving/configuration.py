@@ -13,11 +13,17 @@ def specs_of(config: dict[str, Any]) -> dict[str, Any]:
     """The compressed matrices by name, of a checkpoint's ``quantization_config``.
 
     Raises:
-        ValueError: it is not one that this version reads.
+        ValueError: it is not one that this version reads, or experts are held as cores.
     """
     from mpop.models.config import MPOConfig  # takes seconds, which other models need not wait for
 
-    return MPOConfig(**config).specs()
+    specs = MPOConfig(**config).specs()
+    if experts := [name for name, spec in specs.items() if spec.kind == "experts"]:
+        raise ValueError(
+            f"{experts[0]}: expected experts as dense weights, got cores, which are not served: "
+            "compress with --exclude '*.experts.*', or merge (mpop merge)"
+        )
+    return specs
 
 
 class Configuration:

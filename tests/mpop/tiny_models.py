@@ -57,6 +57,7 @@ _BART = {
     "eos_token_id": 1,
     "decoder_start_token_id": 0,
 }
+_MOE = {**_BERT, "num_key_value_heads": 1, "head_dim": 8, "num_experts_per_tok": 2}
 _SMALL = {"embedding_size": 16}
 _PAD = {"pad_token_id": 0}
 
@@ -89,11 +90,20 @@ BUILDERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "bart-classifier": lambda: hf.BartForSequenceClassification(hf.BartConfig(**_BART)),
 }
 
+# With experts in one tensor; in the second the other layer has none, in the third they have biases.
+MIXTURES: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_MOE, num_local_experts=4)),
+    "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(**_MOE, num_experts=5, moe_intermediate_size=20, mlp_only_layers=[1])
+    ),
+    "gpt-oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**_MOE, **_PAD, num_local_experts=4)),
+}
+
 
 def build(name: str) -> hf.PreTrainedModel:
     """A model in evaluation mode, the same at every call, with weights of usual size."""
     torch.manual_seed(0)
-    model = BUILDERS[name]().eval()
+    model = {**BUILDERS, **MIXTURES}[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -11,7 +11,14 @@ from transformers import PreTrainedModel
 
 from mpop.models.left import describe_left, left_dense
 from mpop.models.light import count_bytes, count_parameters
-from mpop.models.matrices import compressed_matrices, module_at, store_of
+from mpop.models.matrices import (
+    compressed_matrices,
+    matrices_in,
+    module_at,
+    parameters_of,
+    sizes,
+    store_of,
+)
 
 # From the sentence that says what the matrices are to the one that says what their errors are.
 _WRITTEN = re.compile(
@@ -41,11 +48,11 @@ def model_card(
         base_model=source, license=license, library_name="transformers", tags=["mpo", "mpop"]
     )
     total = count_parameters(model).total
-    dense = total + sum(
-        module.shape.dense_parameters - module.shape.num_parameters for _, module in modules
-    )
+    counts = [parameters_of(module) for _, module in modules]
+    held, of_dense = (sum(each) for each in zip(*counts, strict=True))
+    dense = total + of_dense - held
     rows = [
-        f"| `{name}` | {module.shape.in_features} × {module.shape.out_features} "
+        f"| `{name}` | {sizes(module.shape, matrices_in(module))} "
         f"| {'·'.join(map(str, module.shape.in_factors))} "
         f"| {'·'.join(map(str, module.shape.out_factors))} "
         f"| {' '.join(map(str, module.shape.ranks))} | {module.shape.compression:.3f} "
@@ -53,9 +60,6 @@ def model_card(
         for name, module in modules
     ]
     cls = type(model).__name__
-    matrices = sum(module.shape.num_parameters for _, module in modules) / sum(
-        module.shape.dense_parameters for _, module in modules
-    )
     left = describe_left(left_dense(model), dense)
     lines = [
         f"---\n{data.to_yaml()}\n---",
@@ -63,7 +67,8 @@ def model_card(
         f"{f'`{source}`' if source else f'A {cls}'} whose "
         "matrices are matrix product operators: chains of small cores, contracted without ever "
         f"forming the weight. {total:,} parameters, {total / dense:.3f} of the {dense:,} of the "
-        f"dense model; the {len(modules)} matrices have {matrices:.3f} of theirs. {_sizes(model)}",
+        f"dense model; the {sum(matrices_in(module) for _, module in modules)} matrices have "
+        f"{held / of_dense:.3f} of theirs. {_sizes(model)}",
         "```\n" + "\n".join(left) + "\n```",
         "```python\n"
         "import mpop  # teaches from_pretrained to read it; without it the weights are random\n\n"

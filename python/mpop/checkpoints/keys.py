@@ -24,8 +24,15 @@ from transformers.pytorch_utils import id_tensor_storage
 from transformers.quantizers import get_module_from_name
 
 from mpo_kernels.layers.blockwise import BlockwiseLayer
-from mpop.models.config import STORES
-from mpop.models.matrices import Names, compressed_matrices, drop_broken_ties, module_at, spec_of
+from mpop.models.config import STORES, ModuleSpec
+from mpop.models.matrices import (
+    Names,
+    compressed_matrices,
+    drop_broken_ties,
+    module_at,
+    spec_of,
+    weight_key,
+)
 
 # Of a prefix that a file may have or lack; the first versions of transformers 5 know none.
 _PREFIXES = getattr(core_model_loading, "PrefixChange", ())
@@ -85,23 +92,24 @@ class Contents:
             found[name] = Found(key, self.shapes.get(key) if fused is None else None)
         return found
 
-    def places(self, names: Iterable[str], known: dict[str, Any]) -> dict[str, str]:
+    def places(self, specs: Mapping[str, ModuleSpec], known: dict[str, Any]) -> dict[str, str]:
         """By the modules of a model, those of a checkpoint's configuration.
 
         They have the names of a model, of another class perhaps or of an older transformers.
         """
         places = {}
-        for name in names:
-            key, _ = rename_source_key(f"{name}.weight", [], [], self.prefix, known)
+        for name, spec in specs.items():
+            weight = spec.weight(name)
+            key, _ = rename_source_key(weight, [], [], self.prefix, known)
             if key not in known:
-                (key,) = self.renamed([f"{name}.weight"], known)
+                (key,) = self.renamed([weight], known)
             places[key.removesuffix(".weight")] = name
         return places
 
     def of_dense(self, model: PreTrainedModel) -> dict[str, Found]:
         """For a model whose matrices are dense still, those held as cores by the first of these."""
         known = dict(model.state_dict())
-        stems = [key[:-6] for key in known if key.endswith("weight")]
+        stems = [key[:-6] if key.endswith("weight") else f"{key}." for key in known]
         cores = {f"{stem}{first}": True for stem in stems for first in _FIRST}
         return self.renamed(self.shapes, known | cores)
 
@@ -163,12 +171,12 @@ def tie(model: PreTrainedModel, contents: Contents, compressed: Collection[str])
     drop_broken_ties(model)
 
 
-def are_dense(matrices: Iterable[Names], found: Mapping[str, Found]) -> bool:
+def are_dense(matrices: Iterable[tuple[Names, ModuleSpec]], found: Mapping[str, Found]) -> bool:
     """Whether a checkpoint holds all of these as weights and none as cores."""
     return all(
-        any(f"{name}.weight" in found for name in names)
+        any(spec.weight(name) in found for name in names)
         and not any(f"{name}.{first}" in found for name in names for first in _FIRST)
-        for names in matrices
+        for names, spec in matrices
     )
 
 
@@ -242,7 +250,7 @@ def state_to_save(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str,
 
 def keep_whole(model: PreTrainedModel) -> None:
     """Let `save_pretrained` fuse neither cores nor what they were fused with in the files."""
-    held = [f"{name}.weight" for names in compressed_matrices(model) for name in names]
+    held = [weight_key(model, name) for names in compressed_matrices(model) for name in names]
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         # Those that it would take itself.
@@ -274,10 +282,12 @@ class _Whole:
             __slots__ = ()
 
             def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-                dense = _PARTS.sub(".weight", source_key)
-                if super().rename_source_key(dense)[0] in apart:
+                # What it is a part of, of a layer or of experts.
+                rename = super().rename_source_key
+                weights = [_PARTS.sub(end, source_key) for end in (".weight", "")]
+                if any(rename(weight)[0] in apart for weight in weights):
                     return source_key, None
-                return super().rename_source_key(source_key)
+                return rename(source_key)
 
         reverse.__class__ = Reverse
         return reverse

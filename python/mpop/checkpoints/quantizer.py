@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from mpo_kernels import MPOEmbedding, QuantizedMPOLinear
+from mpo_kernels import MPOEmbedding, MPOExperts, QuantizedMPOLinear
 from mpo_kernels.layers.unformed import UnformedWeight
 from mpop.checkpoints.keys import (
     Contents,
@@ -38,15 +38,19 @@ from mpop.models.matrices import (
     replace,
     sorted_matrices,
     swap,
+    turned,
     update_ties,
+    weight_key,
     weight_of,
 )
 from mpop.models.plain import check_unwrapped
 from mpop.models.selection import MatrixPlan, plan
 
 # transformers initialises what was not loaded; a weight without values bears its mark of what was.
-_weight: Any = UnformedWeight
-_weight._is_hf_initialized = True
+# So does what some of their models initialise by the name of experts' parameters.
+_made: Any
+for _made in (UnformedWeight, MPOExperts):
+    _made._is_hf_initialized = True
 
 
 @register_quantizer("mpo")
@@ -97,7 +101,7 @@ class MPOQuantizer(HfQuantizer):
         if config.compress is not None:
             # Whichever name of a matrix a file has.
             self.planned = {
-                f"{name}.weight": matrix
+                weight_key(model, name): matrix
                 for matrix in plan(model, config.compress)
                 for name in matrix.names
             }
@@ -120,7 +124,7 @@ class MPOQuantizer(HfQuantizer):
                 f"none of the {len(specs)} compressed matrices of this checkpoint, such as "
                 f"{next(iter(specs))!r}, has its place in a {type(model).__name__}"
             )
-        self.is_dense = are_dense(matched, found)
+        self.is_dense = are_dense(matched.items(), found)
         if self.is_dense:
             return
         for names, spec in matched.items():
@@ -231,10 +235,9 @@ class _Decompose(ConversionOps):
         self, matrix: MatrixPlan, weight: Tensor, model: PreTrainedModel, missing_keys: set[str]
     ) -> dict[str, Tensor]:
         name = matrix.names[0]
-        if not isinstance(module_at(model, name), nn.Linear):
-            weight = weight.t()
+        keys = {weight_key(model, each) for each in matrix.names}
         try:
-            cores = matrix.decompose(weight)
+            cores = matrix.decompose(turned(module_at(model, name), weight))
         except (TypeError, ValueError) as error:
             # Raised here it would become a page of transformers' own; it is raised after loading.
             self.quantizer.refused = f"{name}: {error}"
@@ -242,7 +245,7 @@ class _Decompose(ConversionOps):
         replace(model, matrix.names, cores)
         update_ties(model)
         self.quantizer.hide_padding(model)
-        missing_keys.difference_update(f"{name}.weight" for name in matrix.names)
+        missing_keys.difference_update(keys)
         return {f"{name}.cores.{k}": core for k, core in enumerate(cores.cores)}
 
 
@@ -268,9 +271,10 @@ def attach(model: PreTrainedModel) -> None:
 def _empty(model: PreTrainedModel, name: str, spec: ModuleSpec) -> MPO | QuantizedMPOLinear:
     """What the checkpoint has in the place of a dense module, without values."""
     dense, shape = module_at(model, name), spec.shape
-    out_features, in_features = weight_of(dense).shape
-    expected = (kind_of(dense), out_features, in_features)
-    found = (spec.kind, shape.out_features, shape.in_features)
+    *experts, out_features, in_features = weight_of(dense).shape
+    expected = (kind_of(dense), *experts, out_features, in_features)
+    stack = () if spec.experts is None else (spec.experts,)
+    found = (spec.kind, *stack, shape.out_features, shape.in_features)
     if found == expected:
         made: Any = empty_mpo(dense, shape)
         return made if spec.store is None else made.quantized(STORES[spec.store])
@@ -280,7 +284,7 @@ def _empty(model: PreTrainedModel, name: str, spec: ModuleSpec) -> MPO | Quantiz
         table = MPOEmbedding(out_features, in_features, shape, device=device, dtype=dtype)
         return table.as_linear()
     raise ValueError(
-        f"{name}: expected (kind, out, in) = {expected} in a {type(model).__name__}, "
+        f"{name}: expected (kind, [experts,] out, in) = {expected} in a {type(model).__name__}, "
         f"got {found} in the checkpoint's configuration"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,34 +11,41 @@ import torch
 from torch import Tensor
 
 from mpo_kernels.cores.family import Cost, low_ranks
-from mpo_kernels.cores.fitting import weighted_spectrum
+from mpo_kernels.cores.stack import stack_spectrum
+from mpop.compression.calibration import Moments
 
 
 class Point(NamedTuple):
     """A size that a matrix may have."""
 
     cost: float
-    lost: float  # a squared relative error, of the model's output where it was measured
+    lost: float  # a squared relative error, or what the model's output loses by second order
 
 
-def curve(
-    weight: Tensor, second_moment: Tensor | None, cost: Cost, sensitivity: float = 1.0
-) -> list[Point]:
+def curve(weight: Tensor, moments: Moments | None, cost: Cost) -> list[Point]:
     """The lower convex hull of (cost, loss) of one matrix, from one rank to dense, cheapest first.
 
-    Low rank stands for the family here: its losses at all ranks are known from one spectrum.
-    ``sensitivity`` is what the model's output loses for each unit that the matrix's output does.
+    Or of those of experts together, ``[E, out, in]``, which have one rank. Low rank stands for the
+    family here: its losses at all ranks are known from one spectrum.
     """
-    out_features, in_features = weight.shape
-    squares = weighted_spectrum(weight, second_moment).square()
-    whole = float(squares.sum())
+    *experts, out_features, in_features = weight.shape
+    count = math.prod(experts)
+    fit, gradients = (moments.fit, moments.gradients) if moments else (None, None)
+    squares = stack_spectrum(weight, fit, gradients).square()
+    squares *= (moments.whole(weight) if moments else 1.0) / squares.sum().clamp(min=1e-300)
     tails = torch.cat((squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1))).tolist()
     points = [
-        Point(cost.of(shape), sensitivity * tails[shape.ranks[0]] / whole if whole else 0.0)
+        Point(count * cost.of(shape), tails[shape.ranks[0]])
         for shape in low_ranks(in_features, out_features, cost)
     ]
-    points.append(Point(cost.of_dense(in_features, out_features), 0.0))
+    points.append(Point(dense_cost(weight, cost), 0.0))
     return _hull(points)
+
+
+def dense_cost(weight: Tensor, cost: Cost) -> float:
+    """Of a matrix, or of those of experts, that stays as it is."""
+    *experts, out_features, in_features = weight.shape
+    return math.prod(experts) * cost.of_dense(in_features, out_features)
 
 
 def _hull(points: Sequence[Point]) -> list[Point]:

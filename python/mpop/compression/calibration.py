@@ -1,7 +1,8 @@
-"""What a model's matrices are fed: second moments of their inputs, streamed over batches."""
+"""What a model's matrices are fed, and what it loses by their outputs, streamed over batches."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -9,72 +10,145 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from mpo_kernels.cores.fitting import output_square, scaled
 from mpop.compression.distributed import sum_over_processes
+from mpop.compression.gradients import ExpertsGradients, Gradients, backward_pass, probe
 from mpop.models.matrices import Names, inputs_of, is_embedding, module_at
+from mpop.models.subclasses import DenseExperts
 
 # A model's keyword arguments, such as a tokenizer makes them: tensors [rows, …].
 Batches: TypeAlias = Iterable[Mapping[str, Tensor]]
 
-# A relative error whose effect on the model is not lost in rounding.
-MEASURABLE = 1e-3
 # Bytes for second moments at a time.
 MEMORY = 4 * 2**30
 # One batch in so many is kept for judging what was fitted to the others.
 _JUDGE_EVERY = 4
+# Gradients at so many positions are enough: what is taken of them are means.
+_POSITIONS = 2**15
+# With fewer rows for an input feature a second moment is shrunk.
+_ENOUGH = 10
+_SHRINKAGES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+# An expert that fewer of the tokens reach is fitted to what all experts of its layer are fed.
+_LEAST = 0.01
 
 
 class Moments(NamedTuple):
-    """E[x xᵀ] of one matrix's inputs, or of an embedding's ids its diagonal, unscaled, fp32.
+    """Of one matrix: E[x xᵀ] of its inputs and E[g gᵀ] of gradients at its output, fp32.
+
+    Of an embedding's ids the former is diagonal. Gradients are those of the model's own
+    log-likelihood at labels drawn from it, whose second moment is the curvature of its
+    Kullback-Leibler divergence; of a model without logits those of its relative squared change.
 
     Attributes:
-        fit: ``[in, in]`` or ``[in]``, of three batches in four.
+        fit: sums over inputs, ``[in, in]`` or ``[in]``, of three batches in four; of experts
+            ``[E, in, in]``.
         judge: the same of the fourth.
         rows: inputs that were seen for the former.
+        slope: mean over rows and outputs of the squared gradient.
+        gradients: ``[out, out]``, mean over rows; None of experts and of a very wide output.
     """
 
     fit: Tensor
     judge: Tensor
     rows: int
+    slope: float
+    gradients: Tensor | None
+
+    def whole(self, weight: Tensor) -> float:
+        """What the model loses by second order over the batches fitted to, were the matrix zero.
+
+        Args:
+            weight: ``[out, in]``, or of experts ``[E, out, in]``.
+        """
+        work = weight.float()
+        if work.dim() == 3:
+            pairs = zip(work, self.fit, strict=True)
+            return 0.5 * self.slope * sum(output_square(each, moment) for each, moment in pairs)
+        gradients = None if self.gradients is None else scaled(self.gradients)
+        return 0.5 * self.slope * output_square(work, self.fit, gradients)
 
 
 @torch.no_grad()
 def second_moments(
     model: PreTrainedModel, batches: Batches, matrices: Sequence[Names]
 ) -> dict[Names, Moments]:
-    """Second moments of the inputs of matrices, over all positions that no mask hides.
+    """Second moments of inputs and of gradients, over all positions that no mask hides.
+
+    Of experts each one's, over what is routed to it, by the square of its gate; with n rows it is
+    n / (n + in) of what is fitted to, and that of all experts of the layer the rest. A UserWarning
+    lists experts that less than 1 % of the tokens reach, which are fitted to the latter alone.
+
+    With fewer than ten rows for an input feature, what is fitted to is shrunk to a multiple of the
+    identity, as far as makes the rows to judge by most likely; a UserWarning says how far.
 
     Args:
         model: in any mode, on any device; it is as it was afterwards.
-        batches: what the model is called with, `**batch`; at least two.
+        batches: what the model is called with, `**batch`; at least two. The first of them, up to
+            32,768 rows, are passed back through it as well.
         matrices: as `dense_matrices` or `mpo_matrices` gives them. A matrix that
             several modules share sees the inputs of all of them.
 
     Raises:
-        ValueError: fewer rows than a matrix has inputs, or NaN or Inf in an input.
+        ValueError: inputs that are all zero, or NaN or Inf in an input or a gradient.
     """
-    streams = {names: _Stream(model, names) for names in matrices}
+    streams = {names: _stream(model, names) for names in matrices}
     training, device = model.training, next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
     model.eval()
     with ExitStack() as hooks:
-        mask = _Mask(model)
+        mask, products = _Mask(model), _Products()
+        has_decoder = bool(model.config.is_encoder_decoder)
         for names, stream in streams.items():
             for name in names:
-                if is_embedding(module_at(model, name)) == stream.is_diagonal:
-                    hook = stream.hook(mask, mask.is_decoder(name))
-                    hooks.callback(module_at(model, name).register_forward_pre_hook(hook).remove)
+                for handle in stream.hooks(module_at(model, name), name, mask, products):
+                    hooks.callback(handle.remove)
         hooks.callback(model.train, training)
+        positions = 0
         for number, batch in enumerate(batches):
             inputs = {key: value.to(device) for key, value in batch.items()}
             mask.of(inputs)
+            is_judging = number % _JUDGE_EVERY == 1
             for stream in streams.values():
-                stream.is_judging = number % _JUDGE_EVERY == 1
-            model(**inputs)
+                stream.is_judging = is_judging
+            if is_judging or positions >= _POSITIONS:
+                model(**inputs)
+            else:
+                positions += max(value.shape[:2].numel() for value in inputs.values())
+                with backward_pass(model):
+                    for stream in streams.values():
+                        stream.gradients.begin()
+                    loss = probe(model(**inputs), mask, has_decoder, generator)
+                    if loss is not None:  # inputs are not finite then, which is told below
+                        loss.backward()
+                    for stream in streams.values():
+                        stream.gradients.end()
+            products.forget()
     for stream in streams.values():
         stream.add_other_processes()
-    return {names: stream.moments() for names, stream in streams.items()}
+    moments = {names: stream.moments() for names, stream in streams.items()}
+    _say_what_was_few(streams.values())
+    return moments
+
+
+def _say_what_was_few(streams: Iterable[_Stream]) -> None:
+    shrunk = {stream.name: stream.shrinkage for stream in streams if stream.shrinkage > 0}
+    if shrunk:
+        name, most = max(shrunk.items(), key=lambda item: item[1])
+        warnings.warn(
+            f"little text to calibrate with: the second moments of {len(shrunk)} matrices have "
+            f"fewer than {_ENOUGH} rows for an input and are shrunk to the identity, as the rows "
+            f"held out ask, by {most:.0%} at most ({name})",
+            stacklevel=3,
+        )
+    if few := {owner: lone for stream in streams for owner, lone in stream.few()}:
+        listed = "; ".join(f"{owner} {', '.join(map(str, lone))}" for owner, lone in few.items())
+        warnings.warn(
+            f"experts that less than {_LEAST:.0%} of the calibration's tokens reach are fitted to "
+            f"what all experts of their layer are fed: {listed}",
+            stacklevel=3,
+        )
 
 
 class Calibration:
@@ -90,7 +164,6 @@ class Calibration:
     def __init__(self, model: Any, batches: Batches | None, memory: int = MEMORY) -> None:
         self._model, self._batches, self._memory = model, batches, memory
         self._kept: dict[Names, Moments] = {}
-        self._unchanged: list[Tensor] | None = None
         if batches is not None:
             first = next(iter(batches), None)
             if first is None:
@@ -102,42 +175,8 @@ class Calibration:
                     "calibration: expected batches of named tensors, as a tokenizer makes them "
                     f"with return_tensors='pt', got {type(first).__name__}"
                 )
-            self._probe = first
             if iter(batches) is batches:
                 self._batches = chain([first], batches)
-
-    @torch.no_grad()
-    def change(self, parameters: Mapping[str, Tensor]) -> float:
-        """Relative squared change of the model's output with these in place of its parameters.
-
-        Its logits, or where it has no head its hidden state and what is pooled of it, on the
-        first batch.
-        """
-        if self._unchanged is None:
-            self._unchanged = self._outputs({})
-        return sum(
-            float((after - before).square().sum() / before.square().sum())
-            for before, after in zip(self._unchanged, self._outputs(parameters), strict=True)
-        )
-
-    def _outputs(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
-        model = self._model
-        device, training = next(model.parameters()).device, model.training
-        inputs = {key: value.to(device) for key, value in self._probe.items()}
-        model.eval()
-        try:
-            output = functional_call(model, dict(parameters), (), inputs)
-        finally:
-            model.train(training)
-        mask = _Mask(model)
-        mask.of(inputs)
-        is_decoder = bool(model.config.is_encoder_decoder)
-        tensors = (output.logits,) if "logits" in output else output.to_tuple()
-        return [
-            mask.rows(tensor, tensor.shape[:-1], is_decoder).float()
-            for tensor in tensors
-            if isinstance(tensor, Tensor) and tensor.is_floating_point()
-        ]
 
     def groups(
         self, matrices: Sequence[Names]
@@ -166,6 +205,10 @@ class Calibration:
             module = module_at(self._model, names[0])
             size = inputs_of(module)
             needed = 2 * 4 * (size if is_embedding(module) else size**2)
+            if isinstance(module, DenseExperts):
+                needed *= len(module.weight)
+            else:
+                needed += 4 * Gradients.size_of(module) ** 2
             if group and used + needed > self._memory:
                 yield group
                 group, used = [], 0
@@ -196,6 +239,8 @@ class _Mask:
     def rows(self, x: Tensor, positions: torch.Size, is_decoder: bool) -> Tensor:
         """``x [*positions, …]`` as the rows that count."""
         mask = self._masks[is_decoder]
+        if mask is not None and positions == (mask.numel(),):
+            mask = mask.flatten()  # as of what is fed to experts
         if mask is not None and mask.shape == positions:
             return x[mask]
         return x.flatten(0, len(positions) - 1)
@@ -205,50 +250,155 @@ _CROSS = {"EncDecAttention", "encoder_attn", "crossattention"}
 _KEYS_AND_VALUES = {"k", "v", "k_proj", "v_proj", "key", "value"}
 
 
+class _Products:
+    """xᵀ x of the input seen last, which several matrices in a row may be fed."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Between batches."""
+        self._seen: Tensor | None = None
+
+    def of(self, x: Tensor, mask: _Mask, is_decoder: bool) -> tuple[Tensor, int]:
+        """Of the rows that count, and their number."""
+        if self._seen is not x:
+            rows = mask.rows(x, x.shape[:-1], is_decoder).float()
+            self._seen, self._product, self._rows = x, rows.t() @ rows, len(rows)
+        return self._product, self._rows
+
+
 class _Stream:
     """The sums of one matrix."""
 
+    gradients: Gradients
+
     def __init__(self, model: nn.Module, names: Names) -> None:
         module = module_at(model, names[0])
-        self.name, self.is_judging = names[0], False
+        self.name, self.is_judging, self.shrinkage = names[0], False, 0.0
         self.is_diagonal = is_embedding(module)
         size = (inputs_of(module),) * (1 if self.is_diagonal else 2)
         device = next(module.parameters()).device
         self._sums = [torch.zeros(size, dtype=torch.float32, device=device) for _ in range(2)]
         self._rows = torch.zeros(2, dtype=torch.int64, device=device)
+        self.gradients = Gradients(model, names)
 
-    def hook(self, mask: _Mask, is_decoder: bool) -> Any:
+    def hooks(self, module: Any, name: str, mask: _Mask, products: _Products) -> Iterator[Any]:
+        """Handles to end them with."""
+        is_decoder = mask.is_decoder(name)
+        yield self.gradients.watch(module, mask, is_decoder)
+
+        @torch.no_grad()
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x, which = inputs[0], int(self.is_judging)
+            x, which = inputs[0].detach(), int(self.is_judging)
             if self.is_diagonal:
                 rows = mask.rows(x, x.shape, is_decoder)
                 self._sums[which] += torch.bincount(rows, minlength=len(self._sums[which]))
+                self._rows[which] += len(rows)
             else:
-                rows = mask.rows(x, x.shape[:-1], is_decoder).float()
-                self._sums[which].addmm_(rows.t(), rows)
-            self._rows[which] += len(rows)
+                product, count = products.of(inputs[0], mask, is_decoder)
+                self._sums[which] += product
+                self._rows[which] += count
 
-        return add
+        if is_embedding(module) == self.is_diagonal:
+            yield module.register_forward_pre_hook(add)
 
     def add_other_processes(self) -> None:
         for tensor in (*self._sums, self._rows):
             sum_over_processes(tensor)
+        self.gradients.add_other_processes()
 
     def moments(self) -> Moments:
         fit, judge = self._sums
-        fitted, judging = self._rows.tolist()
-        if not self.is_diagonal and min(fitted, 4 * judging) < len(fit):
-            raise ValueError(
-                f"{self.name}: expected at least {len(fit)} rows (tokens; of a pooler, texts) to "
-                f"calibrate with, and a quarter as many to judge by, got {fitted} and {judging}: "
-                "give more text, in several batches, or leave this matrix dense "
-                "(mpop compress --exclude)"
-            )
+        fitted = int(self._rows[0].sum())
         if not (fit.any() and judge.any()):
             raise ValueError(
                 f"{self.name}: expected inputs to calibrate with that are not all zero, and others "
                 "to judge by, in two batches or more: give more text"
             )
-        if not (torch.isfinite(fit).all() and torch.isfinite(judge).all()):
+        slope, gradients = self.gradients.slope, self.gradients.moment
+        held = (fit, judge, fit.new_tensor(slope), *([] if gradients is None else [gradients]))
+        if not all(torch.isfinite(tensor).all() for tensor in held):
             raise ValueError(f"{self.name}: expected finite inputs, got NaN or Inf in calibration")
-        return Moments(fit, judge, fitted)
+        if fit.dim() == 2 and fitted < _ENOUGH * len(fit):
+            self.shrinkage = _shrinkage(fit / fitted, judge / int(self._rows[1].sum()))
+            mean = fit.diagonal().mean()
+            fit.mul_(1 - self.shrinkage).diagonal().add_(self.shrinkage * mean)
+        return Moments(fit, judge, fitted, slope, gradients)
+
+    def few(self) -> Iterator[tuple[str, list[int]]]:
+        """Experts that hardly any token reached, by the name of what holds them."""
+        yield from ()
+
+
+class _ExpertsStream(_Stream):
+    """Those of one projection of experts."""
+
+    def __init__(self, experts: DenseExperts, name: str) -> None:
+        count, size, device = len(experts.weight), inputs_of(experts), experts.weight.device
+        self.name, self.is_judging, self.shrinkage = name, False, 0.0
+        self._sums = [
+            torch.zeros(count, size, size, dtype=torch.float32, device=device) for _ in range(2)
+        ]
+        self._rows = torch.zeros(2, count, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(1, dtype=torch.int64, device=device)
+        self.gradients = ExpertsGradients(experts)
+
+    def hooks(self, module: Any, name: str, mask: _Mask, products: _Products) -> Iterator[Any]:
+        is_decoder = mask.is_decoder(name)
+
+        @torch.no_grad()
+        def add(experts: DenseExperts, inputs: tuple[Tensor, ...]) -> None:
+            which = int(self.is_judging)
+            x, index, gates = (mask.rows(part, part.shape[:1], is_decoder) for part in inputs)
+            rows, offsets, gates = experts.inputs(x, index, gates)
+            rows = rows.float() * gates.float()[:, None]
+            counts = offsets.diff(prepend=offsets.new_zeros(1))
+            for total, part in zip(self._sums[which], rows.split(counts.tolist()), strict=True):
+                total.addmm_(part.t(), part)
+            self._rows[which] += counts
+            self._tokens += 0 if which else len(x)
+            if experts.weight.requires_grad:
+                self.gradients.rows += rows.double().square().sum()
+
+        yield module.register_forward_pre_hook(add)
+
+    def add_other_processes(self) -> None:
+        super().add_other_processes()
+        sum_over_processes(self._tokens)
+
+    def moments(self) -> Moments:
+        found = super().moments()
+        rows = self._rows[0]
+        pooled = found.fit.sum(0) / rows.sum()
+        own = rows / (rows + len(pooled)) * ~self._is_few()
+        for moment, share, count in zip(found.fit, own, rows, strict=True):
+            # In one scale for all of them; what no token reached counts as if one had.
+            moment.mul_(share).add_((1 - share) * count.clamp(min=1) * pooled)
+        return found
+
+    def _is_few(self) -> Tensor:
+        return self._rows[0] < _LEAST * self._tokens
+
+    def few(self) -> Iterator[tuple[str, list[int]]]:
+        if lone := self._is_few().nonzero().flatten().tolist():
+            yield self.name.rpartition(".")[0], lone
+
+
+def _stream(model: nn.Module, names: Names) -> _Stream:
+    module = module_at(model, names[0])
+    if isinstance(module, DenseExperts):
+        return _ExpertsStream(module, names[0])
+    return _Stream(model, names)
+
+
+def _shrinkage(fit: Tensor, judge: Tensor) -> float:
+    """How far towards the identity a second moment makes that of other rows most likely."""
+    values, vectors = torch.linalg.eigh(fit.double())
+    others = (vectors * (judge.double() @ vectors)).sum(0)
+
+    def unlikely(shrinkage: float) -> float:
+        spread = (1 - shrinkage) * values.clamp(min=0) + shrinkage * values.mean()
+        return float((others / spread + spread.log()).sum())
+
+    return min(_SHRINKAGES, key=unlikely)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mpo_kernels import Decomposition, MPOShape, decompose, reconstruct
+from mpo_kernels import Decomposition
 from mpo_kernels.cores.decompose import rounded_up
-from mpo_kernels.cores.family import choose
+from mpo_kernels.cores.stack import choose_stack
 from mpo_kernels.layers.cost import LayerCost
 from mpop.checkpoints.quantizer import MPOQuantizer, attach
-from mpop.compression.allocation import Point, allocate, curve
-from mpop.compression.calibration import MEASURABLE, MEMORY, Batches, Calibration, Moments
+from mpop.compression.allocation import Point, allocate, curve, dense_cost
+from mpop.compression.calibration import MEMORY, Batches, Calibration, Moments
 from mpop.compression.distributed import over_processes
 from mpop.compression.permute import sort_hidden_units
 from mpop.compression.report import CompressionReport, row_of
@@ -127,9 +127,8 @@ def _fit_planned(
     planned = {matrix.names: matrix for matrix in matrices}
 
     def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition:
-        weight, of_inputs = weight_of(module_at(model, names[0])).detach(), moments.get(names)
-        fit, judge = (of_inputs.fit, of_inputs.judge) if of_inputs else (None, None)
-        return planned[names].decompose(weight, fit, judge)
+        weight = weight_of(module_at(model, names[0])).detach()
+        return planned[names].decompose(weight, **_given(moments.get(names)))
 
     for group, moments in source.groups(list(planned)):
         yield from over_processes(group, partial(fitted, moments))
@@ -138,11 +137,7 @@ def _fit_planned(
 def _fit_within(
     model: PreTrainedModel, selected: list[Names], config: CompressionConfig, source: Calibration
 ) -> Iterator[Fitted]:
-    """All the matrices under one budget.
-
-    A matrix's loss counts by what it does to the model: each is cut by itself to the budget's
-    fraction, and the change of the model's output is measured.
-    """
+    """All the matrices under one budget, each by what the model's output loses with it."""
 
     def weight_at(names: Names) -> Tensor:
         return weight_of(module_at(model, names[0])).detach()
@@ -153,29 +148,12 @@ def _fit_within(
     cost = LayerCost(config.objective, config.rows, first.dtype, first.device)
 
     def losses(moments: dict[Names, Moments], names: Names) -> list[Point]:
-        weight = weight_at(names)
-        if not moments:
-            return curve(weight, None, cost)
-        out_features, in_features = weight.shape
-        moment = moments[names].fit
-        rank = max(1, int(budget * weight.numel() / sum(weight.shape)))
-        while True:
-            shape = MPOShape.low_rank(in_features, out_features, min(rank, *weight.shape))
-            cut = decompose(weight, shape, second_moment=moment)
-            lost = cut.output_error or 0.0
-            if lost > MEASURABLE:
-                new = reconstruct(cut.cores)
-                is_linear = isinstance(module_at(model, names[0]), nn.Linear)
-                change = source.change({f"{names[0]}.weight": new if is_linear else new.t()})
-                return curve(weight, moment, cost, change / lost**2)
-            if rank == 1:
-                return curve(weight, moment, cost)
-            rank //= 2  # a matrix of low rank loses nothing yet
+        return curve(weight_at(names), moments.get(names), cost)
 
     curves: dict[Names, list[Point]] = {}
     for group, moments in source.groups(selected):
         curves.update(over_processes(group, partial(losses, moments)))
-    dense = {names: cost.of_dense(*weight_at(names).shape[::-1]) for names in selected}
+    dense = {names: dense_cost(weight_at(names), cost) for names in selected}
     whole, least = sum(dense.values()), sum(points[0].cost for points in curves.values())
     if budget * whole < least:
         raise ValueError(
@@ -194,12 +172,22 @@ def _fit_within(
     def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition | None:
         if budgets[names] >= dense[names]:
             return None
-        fit, judge = (moments[names].fit, moments[names].judge) if moments else (None, None)
         devices = devices_of(model, names, config)
-        return choose(weight_at(names), budgets[names], cost, fit, judge, devices)
+        given = _given(moments.get(names))
+        return choose_stack(
+            weight_at(names), budgets[names], cost, **given, tensor_parallel=devices
+        )
 
     for group, moments in source.groups(selected):
         yield from over_processes(group, partial(fitted, moments))
+
+
+def _given(moments: Moments | None) -> dict[str, Tensor | None]:
+    """As `decompose_stack` takes them."""
+    if moments is None:
+        return {}
+    fit, judge, gradients = moments.fit, moments.judge, moments.gradients
+    return {"second_moments": fit, "gradient_moment": gradients, "judges": judge}
 
 
 def _check_weight(model: PreTrainedModel, name: str) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mpo_kernels import Decomposition, MPOShape, round_cores
+from mpo_kernels import Decomposition, MPOExperts, MPOShape, round_cores
+from mpo_kernels.cores.stack import decompose_stack
 from mpop.compression.report import table
 from mpop.models.config import CompressionConfig
 from mpop.models.matrices import module_at, mpo_modules, weight_of
@@ -26,7 +27,9 @@ class InspectRow:
         shape: factors and ranks; for a dense matrix, those it would have at full rank.
         is_dense: whether the model holds it as a dense matrix.
         entropies: of each bond, in nats; at most ln(rank).
-        spectra: singular values of each bond, descending, float64.
+        spectra: singular values of each bond, descending, float64; of experts, their root mean
+            squares.
+        experts: how many have such a matrix, 1 where it is a layer's own.
     """
 
     name: str
@@ -34,17 +37,20 @@ class InspectRow:
     is_dense: bool
     entropies: tuple[float, ...]
     spectra: tuple[Tensor, ...]
+    experts: int = 1
 
     @property
     def parameters(self) -> int:
         """What the model holds for the matrix now, without a bias."""
-        return self.shape.dense_parameters if self.is_dense else self.shape.num_parameters
+        of_one = self.shape.dense_parameters if self.is_dense else self.shape.num_parameters
+        return self.experts * of_one
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable dictionary, without the spectra."""
         return {
             "name": self.name,
             "shape": self.shape.to_dict(),
+            "experts": self.experts,
             "is_dense": self.is_dense,
             "parameters": self.parameters,
             "entropies": list(self.entropies),
@@ -71,7 +77,10 @@ def _rows(model: PreTrainedModel, config: CompressionConfig) -> Iterator[Inspect
     for name, module in modules:
         sizes = {name: getattr(module.shape, name) for name in ("in_features", "out_features")}
         try:
-            yield _row(name, False, round_cores(list(module.cores), **sizes))
+            if isinstance(module, MPOExperts):
+                yield _row(name, False, decompose_stack(module.to_weight(), module.shape))
+            else:
+                yield _row(name, False, round_cores(list(module.cores), **sizes))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if not modules:
@@ -87,6 +96,7 @@ def _row(name: str, is_dense: bool, decomposition: Decomposition) -> InspectRow:
         is_dense,
         tuple(decomposition.entropies),
         tuple(spectrum.cpu() for spectrum in decomposition.spectra),
+        decomposition.stacked,
     )
 
 
@@ -96,7 +106,7 @@ def format_rows(rows: Iterable[InspectRow]) -> str:
     columns = ("matrix", "in factors", "out factors", "ranks", "parameters", "entropy per bond")
     lines = [
         (
-            row.name,
+            row.name if row.experts == 1 else f"{row.name} × {row.experts}",
             "·".join(map(str, row.shape.in_factors)),
             "·".join(map(str, row.shape.out_factors)),
             "dense" if row.is_dense else " ".join(map(str, row.shape.ranks)),
@@ -105,8 +115,8 @@ def format_rows(rows: Iterable[InspectRow]) -> str:
         )
         for row in rows
     ]
-    total = sum(row.parameters for row in rows)
-    return table(columns, lines, [(f"{len(rows)} matrices", "", "", "", f"{total:,}", "")])
+    count, total = sum(row.experts for row in rows), sum(row.parameters for row in rows)
+    return table(columns, lines, [(f"{count} matrices", "", "", "", f"{total:,}", "")])
 
 
 def plot_spectra(

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpo_kernels import Decomposition, MPOShape
 from mpop.models.left import LeftDense, describe_left
-from mpop.models.matrices import Names
+from mpop.models.matrices import Names, sizes
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,12 @@ class CompressionRow:
 
     Attributes:
         name: of the module that holds it, the first where several share it.
-        shape: factors and ranks.
-        rel_error: relative Frobenius error.
+        shape: factors and ranks; of experts, of each.
+        rel_error: relative Frobenius error; of experts, of all together.
         entropy: of the bonds next to the central core, the larger one, in nats.
         output_error: relative error of the layer's output on calibration data that the cores were
             not fitted to; None without calibration.
+        experts: how many have such a matrix, 1 where it is a layer's own.
     """
 
     name: str
@@ -29,6 +30,7 @@ class CompressionRow:
     rel_error: float
     entropy: float
     output_error: float | None = None
+    experts: int = 1
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -36,11 +38,11 @@ class CompressionRow:
 
     @property
     def parameters_before(self) -> int:
-        return self.shape.dense_parameters
+        return self.experts * self.shape.dense_parameters
 
     @property
     def parameters_after(self) -> int:
-        return self.shape.num_parameters
+        return self.experts * self.shape.num_parameters
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class CompressionReport:
                 {
                     "name": row.name,
                     "shape": row.shape.to_dict(),
+                    "experts": row.experts,
                     "ranks": list(row.ranks),
                     "parameters_before": row.parameters_before,
                     "parameters_after": row.parameters_after,
@@ -78,12 +81,12 @@ class CompressionReport:
         }
 
     def __str__(self) -> str:
-        sizes = ("matrix", "in × out", "ranks", "before", "after", "ratio")
-        columns = (*sizes, "entropy", "error", "output")
+        counts = ("matrix", "in × out", "ranks", "before", "after", "ratio")
+        columns = (*counts, "entropy", "error", "output")
         lines = [
             (
                 row.name,
-                f"{row.shape.in_features} × {row.shape.out_features}",
+                sizes(row.shape, row.experts),
                 " ".join(map(str, row.ranks)),
                 *_counts(row.parameters_before, row.parameters_after),
                 f"{row.entropy:.2f}",
@@ -95,7 +98,15 @@ class CompressionReport:
         before = sum(row.parameters_before for row in self.rows)
         after = sum(row.parameters_after for row in self.rows)
         totals = [
-            (f"{len(self.rows)} matrices", "", "", *_counts(before, after), "", "", ""),
+            (
+                f"{sum(row.experts for row in self.rows)} matrices",
+                "",
+                "",
+                *_counts(before, after),
+                "",
+                "",
+                "",
+            ),
             (
                 *("whole model", "", ""),
                 *_counts(self.parameters_before, self.parameters_after),
@@ -138,6 +149,7 @@ def row_of(names: Names, decomposition: Decomposition) -> CompressionRow:
         decomposition.rel_error,
         central_entropy(decomposition),
         decomposition.output_error,
+        decomposition.stacked,
     )
 
 

@@ -21,9 +21,16 @@ from mpo_kernels import reconstruct, round_cores
 from mpo_kernels.cores.fitting import weighted_spectrum
 from mpo_kernels.cores.gauge import bond_maps, carried
 from mpo_kernels.layers.embedding import MPOTiedLinear
-from mpop.compression.calibration import MEASURABLE, Batches, Calibration, Moments
+from mpop.compression.calibration import Batches, Calibration, Moments
 from mpop.models.light import count_parameters
-from mpop.models.matrices import MPO, check_own_cores, is_embedding, mpo_matrices, mpo_modules
+from mpop.models.matrices import (
+    MPO,
+    check_no_experts,
+    check_own_cores,
+    is_embedding,
+    mpo_matrices,
+    mpo_modules,
+)
 from mpop.models.plain import check_unwrapped
 
 # A round that cuts less than this fraction is not tried.
@@ -143,13 +150,14 @@ def squeeze(
     bound.
 
     Raises:
-        ValueError: no MPO modules, adapters, no bond above 1, a bound below zero, a metric that is
-            NaN at the start, a state that is there without `resume`, or one to resume that is of
-            another model or other settings. The model is as it was.
+        ValueError: no MPO modules, adapters, experts held as cores, no bond above 1, a bound below
+            zero, a metric that is NaN at the start, a state that is there without `resume`, or one
+            to resume that is of another model or other settings. The model is as it was.
     """
     check_bounds(max_drop, step, max_steps)
     check_unwrapped(model)
     check_own_cores(model)
+    check_no_experts(model, "leave them dense (mpop compress --exclude '*.experts.*')")
     modules = dict(mpo_modules(model))
     if not modules:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
@@ -280,7 +288,7 @@ class _Run:
         matrices, losses = mpo_matrices(self.model), {}
         for group, moments in source.groups(matrices):
             for names in group:
-                losses[names[0]] = self.losses(source, names[0], moments.get(names))
+                losses[names[0]] = self.losses(names[0], moments.get(names))
         if not self.rounds:
             self.save()  # what is wrong with the batches has shown by now
         ranks, estimate = choose_cuts(self.modules, losses, self.fraction)
@@ -294,8 +302,8 @@ class _Run:
                     continue
                 before = module.shape.ranks
                 cuts += sum(a != b for a, b in zip(ranks[name], before, strict=True))
-                moment = _fitting_moment(module, moments.get(names))
-                round_trained(module, ranks[name], self.tuner.optimizer, moment)
+                fitting = _fitting(module, moments.get(names))
+                round_trained(module, ranks[name], self.tuner.optimizer, **fitting)
         parameters = count_parameters(self.model).total
         try:
             loss: float | None = self.tuner()
@@ -327,27 +335,12 @@ class _Run:
         self.save()
         return made
 
-    def losses(self, source: Calibration, name: str, moments: Moments | None) -> list[list[float]]:
-        """Squared relative errors of a matrix, or with calibration of the model's output."""
+    def losses(self, name: str, moments: Moments | None) -> list[list[float]]:
+        """Squared relative errors of a matrix, or what the model's output loses by them."""
         module = self.modules[name]
-        moment = _fitting_moment(module, moments)
-        squares = relative_squares(module, moment)
-        if moments is None:
-            return squares
-        # Cut by itself, it shows what its error does to the model.
-        ranks, error = choose_cuts({name: module}, {name: squares}, self.fraction)
-        if name not in ranks or error < MEASURABLE:
-            return squares
-        cut = round_cores(
-            list(module.cores),
-            ranks=ranks[name],
-            in_features=module.shape.in_features,
-            out_features=module.shape.out_features,
-            second_moment=moment,
-        )
-        cores = {f"{name}.cores.{k}": core for k, core in enumerate(cut.cores)}
-        sensitivity = source.change(cores) / error**2
-        return [[sensitivity * square for square in bond] for bond in squares]
+        squares = relative_squares(module, **_fitting(module, moments))
+        whole = 1.0 if moments is None else moments.whole(_weight_of(module))
+        return [[whole * square for square in bond] for bond in squares]
 
 
 def choose_cuts(
@@ -406,22 +399,33 @@ def choose_cuts(
     return changed, math.sqrt(error)
 
 
-def relative_squares(module: MPO, second_moment: Tensor | None = None) -> list[list[float]]:
-    """λ² / Σλ² of each bond of the cores as they are now, of plain low rank under S if given."""
+def relative_squares(
+    module: MPO, second_moment: Tensor | None = None, gradient_moment: Tensor | None = None
+) -> list[list[float]]:
+    """λ² / Σλ² of each bond of the cores as they are now, of plain low rank under S and G if given.
+
+    Args:
+        second_moment, gradient_moment: see `mpo_kernels.decompose`.
+    """
     if second_moment is not None and module.shape.is_low_rank:
-        size = {"in_features": module.shape.in_features, "out_features": module.shape.out_features}
-        spectra = [weighted_spectrum(reconstruct(list(module.cores), **size), second_moment)]
+        spectra = [weighted_spectrum(_weight_of(module), second_moment, gradient_moment)]
     else:
         spectra = round_cores(list(module.cores)).spectra
     squares = [spectrum.square() for spectrum in spectra]
     return [(square / square.sum().clamp(min=1e-300)).tolist() for square in squares]
 
 
-def _fitting_moment(module: MPO, moments: Moments | None) -> Tensor | None:
-    """Of a linear layer's inputs; a table's cores are too large to be fitted at every cut."""
+def _weight_of(module: MPO) -> Tensor:
+    """``[out, in]`` of its cores, of a table the map from the vocabulary."""
+    size = {"in_features": module.shape.in_features, "out_features": module.shape.out_features}
+    return reconstruct(list(module.cores), **size)
+
+
+def _fitting(module: MPO, moments: Moments | None) -> dict[str, Tensor | None]:
+    """What a linear layer's cores are fitted to; a table's are too large for it at every cut."""
     if moments is None or is_embedding(module) or isinstance(module, MPOTiedLinear):
-        return None
-    return moments.fit + moments.judge
+        return {}
+    return {"second_moment": moments.fit + moments.judge, "gradient_moment": moments.gradients}
 
 
 def round_trained(
@@ -429,14 +433,20 @@ def round_trained(
     ranks: tuple[int, ...],
     optimizer: torch.optim.Optimizer,
     second_moment: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
 ) -> None:
     """Round a module's cores in place, and carry what an optimizer knows of them over.
 
     First moments follow the change of gauge exactly, second ones as those of independent entries.
     Of an optimizer whose moments are not known by name, what it knows of the core is dropped.
+
+    Args:
+        second_moment, gradient_moment: see `mpo_kernels.round_cores`.
     """
     old = [core.detach().clone() for core in module.cores]
-    new = module.round(ranks=ranks, second_moment=second_moment).cores
+    new = module.round(
+        ranks=ranks, second_moment=second_moment, gradient_moment=gradient_moment
+    ).cores
     maps = bond_maps(old, new, module.central)
     for k, core in enumerate(module.cores):
         known = optimizer.state.get(core, {})

@@ -37,12 +37,12 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from mpo_kernels import MPOEmbedding, MPOLinear
+from mpo_kernels import MPOEmbedding, MPOExperts, MPOLinear
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
 from mpo_kernels.layers.module import MPOModule
 from mpop.checkpoints.keys import read_shapes
-from mpop.models.matrices import check_not_quantized, is_dense
+from mpop.models.matrices import check_no_experts, check_not_quantized, is_dense
 
 _PREFIX = "mpo_light_"
 _CORES = f"{_PREFIX}cores"
@@ -66,7 +66,7 @@ class LightConfig(PeftConfig):
 
     Args:
         target_modules: names of MPO layers, or the ends of their names; or one regular expression
-            for whole names; default all of them.
+            for whole names; default all of them. Experts are not adapted: name others.
         exclude_modules: layers left out, given in the same way.
         modules_to_save: modules that train whole and are saved with the adapter, such as a head.
         bias: `"none"`; `"all"` or `"mpo_light_only"` train the model's or these layers' biases
@@ -252,6 +252,8 @@ class LightModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # peft calls this before it changes anything.
         check_not_quantized(self.model)
+        if peft_config.target_modules is None:
+            check_no_experts(self.model, "name other layers in target_modules")
         matrices = _selected(self.model, peft_config)
         if peft_config.saved_shapes is not None:
             _check_saved(self.model, peft_config, matrices)
@@ -372,7 +374,7 @@ def _give(
 
 def _auxiliary(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The auxiliary cores of an MPO layer by their names in it; of another module, none."""
-    if isinstance(layer, MPOModule):
+    if isinstance(layer, MPOModule) and not isinstance(layer, MPOExperts):
         return {f"cores.{k}": c for k, c in enumerate(layer.cores) if k != layer.central}
     if isinstance(layer, BlockwiseLayer):
         return {f"auxiliary.{k}": core for k, core in enumerate(layer.auxiliary)}
@@ -521,7 +523,7 @@ class MPOLoraModel(lora.LoraModel):
         for name, module in model.named_modules():
             # Of a layer that has an adapter already, what is within.
             place = name.removesuffix(".base_layer")
-            if _auxiliary(module) and _fits(peft_config, place):
+            if isinstance(module, MPOModule | BlockwiseLayer) and _fits(peft_config, place):
                 _check_lone(place, model.get_submodule(place), lora.LoraLayer)
                 _check_plain(peft_config, place, module)
 
@@ -601,6 +603,8 @@ def _check_plain(config: LoraConfig, name: str, module: nn.Module) -> None:
     """Raise an error unless LoRA of this kind needs no dense weight of this module."""
     if isinstance(module, MPOEmbedding | BlockwiseEmbedding):
         raise TypeError(f"{name}: LoRA takes MPO linears, got an embedding: use LightConfig for it")
+    if isinstance(module, MPOExperts):
+        raise TypeError(f"{name}: LoRA takes MPO linears, got experts: name others")
     variants = [
         field.name
         for field in fields(config)

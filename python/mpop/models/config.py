@@ -16,7 +16,8 @@ from mpo_kernels.cores.quantize import LARGEST
 from mpo_kernels.layers.cost import LayerCost
 
 FORMAT_VERSION = 1
-KINDS = ("linear", "conv1d", "embedding")
+LINEARS = ("linear", "conv1d")
+KINDS = (*LINEARS, "embedding", "experts")
 # What cores can be stored in beside the dtype of the model.
 STORES = {str(dtype).removeprefix("torch."): dtype for dtype in LARGEST}
 # What says how much of a matrix is kept, or trained.
@@ -251,6 +252,11 @@ class ModuleSpec(NamedTuple):
     shape: MPOShape
     frozen: bool  # whether all its cores but the central one are trained
     store: str | None = None  # one of STORES where the cores are quantised
+    experts: int | None = None  # whose cores are stacked
+
+    def weight(self, name: str) -> str:
+        """What a dense model holds in the place of a module of this name."""
+        return name if self.kind == "experts" else f"{name}.weight"
 
     def core(self, k: int) -> str:
         """The name of core k in the module's state."""
@@ -260,7 +266,8 @@ class ModuleSpec(NamedTuple):
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what holds the matrix, by their names in the module's state."""
         shapes: dict[str, tuple[int, ...]]
-        shapes = {self.core(k): size for k, size in enumerate(self.shape.core_shapes)}
+        stack = () if self.experts is None else (self.experts,)
+        shapes = {self.core(k): (*stack, *size) for k, size in enumerate(self.shape.core_shapes)}
         if self.store is not None:
             shapes |= {f"scale_{k}": (rank,) for k, rank in enumerate(self.shape.ranks)}
         return shapes
@@ -272,8 +279,9 @@ class MPOConfig(QuantizationConfigMixin):
 
     Args:
         modules: of a saved model, `{module name: {"kind", "frozen", and MPOShape.to_dict()}}`,
-            with a `"store"` where the cores are quantised: `"int8"` or `"float8_e4m3fn"`. A head
-            tied to an embedding has no entry: it follows from the tie.
+            with a `"store"` where the cores are quantised: `"int8"` or `"float8_e4m3fn"`, and the
+            number of `"experts"` whose cores are stacked. A head tied to an embedding has no entry:
+            it follows from the tie.
         version: of this format.
         compress: what `from_pretrained` is to make of a dense checkpoint, a `CompressionConfig` or
             its fields; one matrix at a time is decomposed and freed.
@@ -325,8 +333,11 @@ class MPOConfig(QuantizationConfigMixin):
         entries: dict[str, dict[str, Any]] = {}
         for name, spec in specs.items():
             entries[name] = {"kind": spec.kind, "frozen": spec.frozen, **spec.shape.to_dict()}
-            if spec.store is not None:
-                entries[name]["store"] = spec.store
+            entries[name] |= {
+                key: value
+                for key in ("store", "experts")
+                if (value := getattr(spec, key)) is not None
+            }
         return cls(entries)
 
     def specs(self) -> dict[str, ModuleSpec]:
@@ -340,15 +351,21 @@ class MPOConfig(QuantizationConfigMixin):
             try:
                 shape = dict(entry)
                 kind, frozen = shape.pop("kind"), shape.pop("frozen")
-                store = shape.pop("store", None)
+                store, experts = shape.pop("store", None), shape.pop("experts", None)
                 if kind not in KINDS or not isinstance(frozen, bool):
                     raise ValueError(f"expected a kind of {KINDS} and frozen as a bool")
-                if store is not None and (store not in STORES or kind == "embedding" or frozen):
+                is_count = _is_int(experts) and experts >= 1
+                if not (is_count if kind == "experts" else experts is None):
+                    raise ValueError(
+                        f"experts: expected a number of them, got {experts!r} of {kind}"
+                    )
+                if store is not None and (store not in STORES or kind not in LINEARS or frozen):
                     raise ValueError(
                         f"store: expected one of {list(STORES)}, of a linear or conv1d that is not "
                         f"frozen, got {store!r} of a {kind}, frozen: {frozen}"
                     )
-                specs[name] = ModuleSpec(kind, MPOShape.from_dict(shape), frozen, store)
+                made = MPOShape.from_dict(shape)
+                specs[name] = ModuleSpec(kind, made, frozen, store, experts)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"bad MPO configuration of {name!r}: {error}") from error
         return specs

@@ -42,10 +42,10 @@ def left_dense(model: PreTrainedModel) -> tuple[LeftDense, ...]:
     for module in model.modules():
         if isinstance(module, QuantizedMPOLinear) and module.bias is not None:
             counts[_SMALL] += module.bias.numel()  # a buffer, as all of it
-        for parameter in module.parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in counted:
                 counted.add(id(parameter))
-                counts[_reason(module, parameter)] += parameter.numel()
+                counts[_reason(module, name, parameter)] += parameter.numel()
     return tuple(LeftDense(reason, count) for reason, count in counts.most_common())
 
 
@@ -55,8 +55,8 @@ def _cores(module: nn.Module) -> Iterable[nn.Parameter]:
     return module.auxiliary if isinstance(module, BlockwiseLayer) else ()
 
 
-def _reason(module: nn.Module, parameter: nn.Parameter) -> str:
-    if parameter.dim() < 2:
+def _reason(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    if parameter.dim() < 2 or name.endswith("bias"):  # of experts, a row each
         return _SMALL
     if isinstance(module, nn.modules.conv._ConvNd):
         return _CONVOLUTIONS

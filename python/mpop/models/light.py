@@ -15,6 +15,7 @@ from mpop.models.matrices import (
     compressed_matrices,
     module_at,
     mpo_modules,
+    parameters_of,
     tensors_of,
 )
 from mpop.models.plain import check_unwrapped
@@ -62,7 +63,7 @@ def count_bytes(model: nn.Module) -> ByteCount:
         if isinstance(module, QuantizedMPOLinear):
             matrices += sum(tensor.nbytes for tensor in held)
         else:
-            matrices += module.shape.num_parameters * held[0].itemsize
+            matrices += parameters_of(module)[0] * held[0].itemsize
     return ByteCount(matrices, matrices + sum(others.values()))
 
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape, QuantizedMPOLinear
+from mpo_kernels import (
+    Decomposition,
+    MPOEmbedding,
+    MPOExperts,
+    MPOLinear,
+    MPOShape,
+    QuantizedMPOLinear,
+)
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer
 from mpo_kernels.layers.embedding import MPOTiedLinear
@@ -21,22 +28,32 @@ from mpo_kernels.layers.unformed import UnformedLayer
 from mpop.models.config import STORES, ModuleSpec, MPOConfig
 from mpop.models.plain import check_unwrapped
 from mpop.models.reads import weights_read
-from mpop.models.subclasses import adopt
+from mpop.models.subclasses import DenseExperts, adopt, expert_parameters, hold
 
-Dense: TypeAlias = nn.Linear | Conv1D | nn.Embedding
-MPO: TypeAlias = MPOLinear | MPOEmbedding
+DenseLayer: TypeAlias = nn.Linear | Conv1D | nn.Embedding
+Dense: TypeAlias = DenseLayer | DenseExperts
+MPO: TypeAlias = MPOLinear | MPOEmbedding | MPOExperts
 Compressed: TypeAlias = MPO | BlockwiseLayer | QuantizedMPOLinear
 Names: TypeAlias = tuple[str, ...]  # the modules that hold one matrix, its owner first
 
-_KINDS: dict[type[Dense], str] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Embedding: "embedding"}
+_KINDS: dict[type[DenseLayer], str] = {
+    nn.Linear: "linear",
+    Conv1D: "conv1d",
+    nn.Embedding: "embedding",
+}
 
 
 OTHER_EMBEDDINGS = "embeddings other than of words"
 
 
 def module_at(model: nn.Module, name: str) -> Any:
-    """The submodule of this dotted name, of whatever type the caller knows it to be."""
-    return model.get_submodule(name)
+    """The submodule of this dotted name, of whatever type the caller knows it to be.
+
+    Where it is that of a parameter, which experts have their matrices in, what stands for it.
+    """
+    owner, _, leaf = name.rpartition(".")
+    holder = model.get_submodule(owner)
+    return DenseExperts(holder, leaf) if leaf in holder._parameters else model.get_submodule(name)
 
 
 def _shared(model: nn.Module, held: dict[str, tuple[Tensor, ...]]) -> list[Names]:
@@ -60,19 +77,23 @@ def sorted_matrices(model: PreTrainedModel) -> dict[Names, str | None]:
     """All dense matrices of layers, and why one cannot be compressed; None where it can.
 
     A matrix can be where its modules do no more than `nn.Linear`, `Conv1D` or `nn.Embedding` do,
-    and nothing reads its values but they.
+    and nothing reads its values but they; those of experts, which stand for one, where transformers
+    knows how they are computed.
     """
-    held: dict[str, tuple[Tensor, ...]] = {
-        name: (module.weight,)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if is_dense(module)
-    }
+    held: dict[str, tuple[Tensor, ...]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_dense(module):
+            held[name] = (module.weight,)
+        for leaf in expert_parameters(module):
+            if leaf in module._parameters:
+                held[f"{name}.{leaf}"] = (module._parameters[leaf],)
     try:
         words = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:  # a model without words, such as of images
         words = None
     layers = [module_at(model, name) for name in held]
-    alike = [type(each).forward for each in layers if not is_embedding(each) and _is_alike(each)]
+    linears = [each for each in layers if isinstance(each, nn.Linear | Conv1D)]
+    alike = [type(each).forward for each in linears if _is_alike(each)]
     read = weights_read(model, alike)
 
     def reason(names: Names) -> str | None:
@@ -90,9 +111,11 @@ def sorted_matrices(model: PreTrainedModel) -> dict[Names, str | None]:
     return {names: reason(names) for names in _shared(model, held)}
 
 
-def _is_alike(module: nn.Module) -> bool:
+def _is_alike(module: nn.Module | DenseExperts) -> bool:
     """Whether a module computes what its base class does, or, of an embedding, above that."""
-    if isinstance(module, nn.Embedding) or type(module).forward in (k.forward for k in _KINDS):
+    if isinstance(module, nn.Embedding | DenseExperts) or type(module).forward in (
+        k.forward for k in _KINDS
+    ):
         return True
     adds = vars(module).keys() - vars(nn.Linear(1, 1, device="meta")).keys()
     if not isinstance(module, nn.Linear) or any(name != "_is_hf_initialized" for name in adds):
@@ -141,6 +164,20 @@ def mpo_matrices(model: nn.Module) -> list[Names]:
     check_centres(model)
     check_not_quantized(model)
     return compressed_matrices(model)
+
+
+def expert_names(model: nn.Module) -> list[str]:
+    """The names of the stacks of cores that are experts'."""
+    return [name for name, module in model.named_modules() if isinstance(module, MPOExperts)]
+
+
+def check_no_experts(model: nn.Module, instead: str) -> None:
+    """Raise a ValueError where cores are experts', which says what to do `instead`."""
+    if names := expert_names(model):
+        raise ValueError(
+            f"{names[0]}: expected cores of layers, got those of experts, for which this is not "
+            f"done: {instead}"
+        )
 
 
 def check_centres(model: nn.Module) -> None:
@@ -237,27 +274,67 @@ def spec_of(module: Compressed) -> ModuleSpec:
     else:
         trained = [core.requires_grad for core in module.cores]
         is_light = trained == [k != module.central for k in range(len(trained))]
-    return ModuleSpec(_kind_of_mpo(module), module.shape, is_light, store_of(module))
+    experts = module.num_experts if isinstance(module, MPOExperts) else None
+    return ModuleSpec(_kind_of_mpo(module), module.shape, is_light, store_of(module), experts)
+
+
+def weight_key(model: nn.Module, name: str) -> str:
+    """What the dense model's state holds, or did, in the place of the module of this name."""
+    is_of_experts = isinstance(module_at(model, name), DenseExperts | MPOExperts)
+    return name if is_of_experts else f"{name}.weight"
+
+
+def matrices_in(module: Compressed) -> int:
+    """How many have this shape: those of experts, or one."""
+    return module.num_experts if isinstance(module, MPOExperts) else 1
+
+
+def sizes(shape: MPOShape, count: int) -> str:
+    """Of a matrix, or of so many, as text."""
+    return f"{f'{count} × ' if count > 1 else ''}{shape.in_features} × {shape.out_features}"
+
+
+def parameters_of(module: Compressed) -> tuple[int, int]:
+    """What a module holds for its matrix, or those of experts, and what the dense one does."""
+    count = matrices_in(module)
+    return count * module.shape.num_parameters, count * module.shape.dense_parameters
 
 
 def weight_of(dense: Dense) -> Tensor:
-    """The weight as `[out, in]`, where an embedding is a map from the vocabulary."""
-    return dense.weight if isinstance(dense, nn.Linear) else dense.weight.t()
+    """The weight as `[out, in]`, where an embedding is a map from the vocabulary.
+
+    Those of experts as `[E, out, in]`.
+    """
+    return turned(dense, dense.weight)
+
+
+def turned(dense: Dense, weight: Tensor) -> Tensor:
+    """From the layout that a dense module has its weight in to that of `weight_of`, or back."""
+    if isinstance(dense, DenseExperts):
+        return weight.mT if dense.owner.is_transposed else weight
+    return weight if isinstance(dense, nn.Linear) else weight.t()
 
 
 def inputs_of(module: Dense | MPO) -> int:
     """The size of what a matrix maps: features, or the vocabulary."""
     if isinstance(module, MPOTiedLinear):
         return module.in_features  # its cores are a table's
-    return module.shape.in_features if isinstance(module, MPO) else weight_of(module).shape[1]
+    return module.shape.in_features if isinstance(module, MPO) else weight_of(module).shape[-1]
+
+
+def outputs_of(module: Dense | MPO) -> int:
+    """The size of what a matrix maps to: features, of an embedding its dimension."""
+    if isinstance(module, MPOTiedLinear):
+        return module.out_features
+    return module.shape.out_features if isinstance(module, MPO) else weight_of(module).shape[-2]
 
 
 def is_dense(module: nn.Module) -> bool:
     """Whether it holds a matrix as such."""
-    return isinstance(module, Dense) and not isinstance(module, UnformedLayer)
+    return isinstance(module, DenseLayer) and not isinstance(module, UnformedLayer)
 
 
-def is_embedding(module: nn.Module) -> bool:
+def is_embedding(module: nn.Module | DenseExperts) -> bool:
     """Whether its inputs are ids."""
     return isinstance(module, nn.Embedding | MPOEmbedding)
 
@@ -266,6 +343,8 @@ def empty_mpo(dense: Dense, shape: MPOShape) -> MPO:
     """An MPO module of this shape without values, on the device of `dense`."""
     size = (shape.in_features, shape.out_features)
     device, dtype = dense.weight.device, dense.weight.dtype
+    if isinstance(dense, DenseExperts):
+        return MPOExperts(len(dense.weight), shape, device=device, dtype=dtype)
     if isinstance(dense, nn.Embedding):
         return MPOEmbedding(*size, shape, dense.padding_idx, device=device, dtype=dtype)
     return MPOLinear(*size, shape, dense.bias is not None, device=device, dtype=dtype)
@@ -273,6 +352,8 @@ def empty_mpo(dense: Dense, shape: MPOShape) -> MPO:
 
 def kind_of(dense: Dense) -> str:
     """One of `config.KINDS`."""
+    if isinstance(dense, DenseExperts):
+        return "experts"
     return next(kind for cls, kind in _KINDS.items() if isinstance(dense, cls))
 
 
@@ -280,17 +361,23 @@ def _kind_of_mpo(module: Compressed) -> str:
     """That of its cores: of a head that was tied once they are an embedding's."""
     if isinstance(module, MPOEmbedding | MPOTiedLinear | BlockwiseEmbedding):
         return "embedding"
+    if isinstance(module, MPOExperts):
+        return "experts"
     return getattr(module, "kind", None) or "linear"
 
 
-def to_dense(module: MPO | QuantizedMPOLinear, dtype: torch.dtype = torch.float32) -> Dense:
-    """A dense module of the kind that was replaced, with the weights of now.
+def to_dense(
+    module: MPO | QuantizedMPOLinear, dtype: torch.dtype = torch.float32
+) -> DenseLayer | nn.Parameter:
+    """A dense module of the kind that was replaced, or of experts `[E, out, in]`, as it is now.
 
     Args:
         dtype: for the weight of quantised cores; others keep theirs.
     """
     if isinstance(module, MPOEmbedding):
         return module.to_embedding()
+    if isinstance(module, MPOExperts):
+        return nn.Parameter(module.to_weight())
     linear = (
         module.to_linear(dtype) if isinstance(module, QuantizedMPOLinear) else module.to_linear()
     )
@@ -326,12 +413,17 @@ def densify(model: PreTrainedModel) -> None:
     update_ties(model)
 
 
-def swap(model: PreTrainedModel, names: Names, new: MPO | QuantizedMPOLinear | Dense) -> None:
+def swap(
+    model: PreTrainedModel, names: Names, new: MPO | QuantizedMPOLinear | DenseLayer | nn.Parameter
+) -> None:
     """Put `new` in the place of the modules `names`, which go on sharing one matrix.
 
     Biases, training modes, hooks and what an embedding's own class adds are kept; call
     `update_ties` after the last swap.
     """
+    if isinstance(new, MPOExperts | nn.Parameter):
+        _swap_experts(model, names[0], new)
+        return
     parts: dict[nn.Module, Any] = {}
     for name in names:
         old = module_at(model, name)
@@ -340,7 +432,19 @@ def swap(model: PreTrainedModel, names: Names, new: MPO | QuantizedMPOLinear | D
         put(model, name, parts[old])
 
 
-def _part(new: MPO | QuantizedMPOLinear | Dense, old: Any, shared: bool) -> Any:
+def _swap_experts(model: nn.Module, name: str, new: MPOExperts | nn.Parameter) -> None:
+    """By one of the names, which all are of the same module."""
+    owner, _, leaf = name.rpartition(".")
+    experts = module_at(model, owner)
+    if isinstance(new, MPOExperts):
+        new.train(experts.training)
+        new.label = name
+    else:
+        new = nn.Parameter(turned(DenseExperts(experts, leaf), new.detach()).contiguous())
+    hold(experts, leaf, new)
+
+
+def _part(new: MPO | QuantizedMPOLinear | DenseLayer, old: Any, shared: bool) -> Any:
     """What takes the place of one of the modules that share a matrix."""
     part: Any = new
     if isinstance(new, nn.Embedding | MPOEmbedding):
@@ -392,7 +496,9 @@ def replace(model: PreTrainedModel, names: Names, decomposition: Decomposition) 
     """Put cores in the place of a dense matrix; they train where it did."""
     dense = module_at(model, names[0])
     module: Any
-    if isinstance(dense, nn.Embedding):
+    if isinstance(dense, DenseExperts):
+        module = MPOExperts.from_decomposition(decomposition)
+    elif isinstance(dense, nn.Embedding):
         module = MPOEmbedding.from_decomposition(decomposition, dense.padding_idx)
     else:
         module = MPOLinear.from_decomposition(decomposition, dense.bias)

@@ -54,11 +54,18 @@ def check_plain(model: nn.Module, matrices: Iterable[tuple[str, ...]]) -> None:
     """Raise a ValueError unless dense matrices are whole in the weights of their modules.
 
     Args:
-        matrices: names of Linears, Conv1Ds and Embeddings, those that share a weight together.
+        matrices: names of Linears, Conv1Ds, Embeddings and parameters of experts; those that
+            share a weight together.
     """
     for name in chain.from_iterable(matrices):
-        module = model.get_submodule(name)
-        if found := _put_on(module):
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._parameters:  # of experts
+            found = _own_forward(module)
+        else:
+            module = model.get_submodule(name)
+            found = _put_on(module)
+        if found:
             kind = type_before_parametrizations(module).__name__
             raise ValueError(
                 f"{name}: expected a plain {kind}, got one with {found}: undo "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -10,10 +11,11 @@ from torch import nn
 
 from mpo_kernels import MPOEmbedding, QuantizedMPOLinear
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
-from mpop.models.config import STORES, matches
+from mpop.models.config import LINEARS, STORES, matches
 from mpop.models.matrices import (
     check_centres,
     compressed_matrices,
+    expert_names,
     module_at,
     mpo_matrices,
     put,
@@ -37,7 +39,8 @@ def quantize(
     """Hold the MPO linears in one byte a number, for serving: nothing of them trains any more.
 
     Each slice of a bond has an fp32 scale; see `mpo_kernels.MPOLinear.quantized`. Word embeddings,
-    and an output head with the cores of one, stay as they are. Saved and loaded, bytes stay bytes.
+    an output head with the cores of one, and experts (a UserWarning says so) stay as they are.
+    Saved and loaded, bytes stay bytes.
 
     Args:
         model: compressed, in place.
@@ -62,13 +65,14 @@ def quantize(
     compressed = compressed_matrices(model)
     if not compressed:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
-    linears = [n for n in compressed if spec_of(module_at(model, n[0])).kind != "embedding"]
+    linears = [n for n in compressed if spec_of(module_at(model, n[0])).kind in LINEARS]
     patterns = ["*"] if include is None else list(include)
     for pattern in patterns:
         if not any(matches(pattern, names) for names in linears):
             raise ValueError(
                 f"include: expected MPO linears, got {pattern!r}, which fits none of {len(linears)}"
             )
+    _warn_of_experts(model)
     made: dict[nn.Module, QuantizedMPOLinear] = {}
     chosen = [n for n in linears if any(matches(pattern, n) for pattern in patterns)]
     for names in chosen:
@@ -91,6 +95,18 @@ def quantize(
     return memory
 
 
+def _warn_of_experts(model: nn.Module) -> list[str]:
+    """Say which matrices stay as they are."""
+    experts = expert_names(model)
+    if experts:
+        warnings.warn(
+            f"only layers are quantised: the cores of {len(experts)} stacks of experts, such as "
+            f"{experts[0]}, stay as they are",
+            stacklevel=3,
+        )
+    return experts
+
+
 def _bytes_of(layers: Iterable[Any]) -> int:
     return sum(tensor.nbytes for layer in layers for tensor in tensors_of(layer))
 
@@ -99,8 +115,8 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> Memory:
     """Hold the centre of each MPO in ``bits`` bits a number, frozen; the rest trains as before.
 
     Codes have a scale for 64 numbers each: 8 bits of even steps, or 4 of QLoRA's NF4. A matrix
-    that an output head shares stays as it is. Saved, they are plain MPO modules, as
-    :func:`dequantize_centres` makes them.
+    that an output head shares stays as it is, and so do experts, as a UserWarning says. Saved, they
+    are plain MPO modules, as :func:`dequantize_centres` makes them.
 
     Args:
         model: compressed, in place.
@@ -113,11 +129,12 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> Memory:
     matrices = [names for names in mpo_matrices(model) if len(names) == 1]
     if not matrices:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+    experts = set(_warn_of_experts(model))
     made: dict[str, BlockwiseLayer] = {}
     before = after = 0
     for (name,) in matrices:
         module = module_at(model, name)
-        if len(module.cores) < 2:
+        if len(module.cores) < 2 or name in experts:
             continue
         kind = BlockwiseEmbedding if isinstance(module, MPOEmbedding) else BlockwiseLinear
         made[name] = kind(module, bits)

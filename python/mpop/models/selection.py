@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mpo_kernels import Decomposition, MPOShape, decompose
+from mpo_kernels import Decomposition, MPOShape
 from mpo_kernels.cores.decompose import rounded_up
+from mpo_kernels.cores.stack import decompose_stack
 from mpop.models.config import CompressionConfig, MatrixConfig, matches
 from mpop.models.matrices import Names, dense_matrices, is_embedding, module_at, weight_of
 from mpop.models.plain import check_plain, check_unwrapped
+from mpop.models.subclasses import DenseExperts
 
 # Heads of models that are their own base, as a T5ForConditionalGeneration is.
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs")
@@ -29,17 +31,18 @@ class MatrixPlan(NamedTuple):
         """The compression with every bond 1."""
         return self.shape.with_ranks(1).compression
 
-    def decompose(
-        self, weight: Tensor, second_moment: Tensor | None = None, judge: Tensor | None = None
-    ) -> Decomposition:
-        """Cores for the weight ``[out, in]``, as planned; see `mpo_kernels.decompose`."""
-        return decompose(
+    def decompose(self, weight: Tensor, **moments: Tensor | None) -> Decomposition:
+        """Cores for the weight ``[out, in]``, or those of experts, as planned.
+
+        Args:
+            moments: see `mpo_kernels.cores.stack.decompose_stack`.
+        """
+        return decompose_stack(
             weight,
             self.shape,
             rel_error=self.config.rel_error,
             compression=self.config.compression,
-            second_moment=second_moment,
-            judge=judge,
+            **moments,
         )
 
 
@@ -64,7 +67,7 @@ def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
         raise ValueError(f"nothing to compress in this {type(model).__name__}")
     check_plain(model, chosen)
     for names in chosen:
-        out_features, in_features = weight_of(module_at(model, names[0])).shape
+        out_features, in_features = weight_of(module_at(model, names[0])).shape[-2:]
         devices = devices_of(model, names, config)
         if in_features % devices or out_features % devices:
             raise ValueError(
@@ -104,10 +107,15 @@ def _included(
         inside = set(base.modules())
         if base is model:
             inside -= {module for name, module in model.named_children() if name in _HEADS}
-        return [names for names in candidates if module_at(model, names[0]) in inside]
+        return [names for names in candidates if _holder(model, names[0]) in inside]
     for pattern in include:
         _check_matches("include", pattern, candidates)
     return [names for names in candidates if any(matches(p, names) for p in include)]
+
+
+def _holder(model: PreTrainedModel, name: str) -> nn.Module:
+    module = module_at(model, name)
+    return module.owner if isinstance(module, DenseExperts) else module
 
 
 def _check_matches(where: str, pattern: str, candidates: list[Names]) -> None:
@@ -128,7 +136,7 @@ def _plan_matrix(
     model: PreTrainedModel, names: Names, config: MatrixConfig, devices: int
 ) -> MatrixPlan:
     module = module_at(model, names[0])
-    out_features, in_features = weight_of(module).shape
+    out_features, in_features = weight_of(module).shape[-2:]
     try:
         shape = config.shape(in_features, out_features, devices, is_embedding(module))
     except ValueError as error:
