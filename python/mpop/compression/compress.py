@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -19,18 +19,29 @@ from mpo_kernels.layers.cost import LayerCost
 from mpop.checkpoints.quantizer import MPOQuantizer, attach
 from mpop.compression.allocation import Point, allocate, curve
 from mpop.compression.calibration import MEASURABLE, MEMORY, Batches, Calibration, Moments
-from mpop.compression.distributed import over_processes
+from mpop.compression.distributed import over_processes, sum_over_processes
 from mpop.compression.permute import sort_hidden_units
 from mpop.compression.report import CompressionReport, row_of
 from mpop.models.config import CompressionConfig, MPOConfig
 from mpop.models.left import left_dense
-from mpop.models.light import count_parameters
-from mpop.models.matrices import Names, densify, module_at, mpo_matrices, replace, weight_of
+from mpop.models.light import count_bytes, count_parameters
+from mpop.models.matrices import (
+    Names,
+    densify,
+    inputs_of,
+    is_embedding,
+    module_at,
+    mpo_matrices,
+    replace,
+    weight_of,
+)
 from mpop.models.plain import check_unwrapped
-from mpop.models.selection import MatrixPlan, devices_of, plan, select
+from mpop.models.selection import MatrixPlan, devices_of, plan, select, warn_uncalibrated
 
 # Below this many weights no progress bar is shown: it is done at once.
 _QUICK = 10_000_000
+# Fewer do not tell the second moments of a matrix's inputs.
+_TOKENS_AN_INPUT = 10
 
 
 def compress(
@@ -53,9 +64,10 @@ def compress(
     Args:
         model: a model of transformers, in any floating dtype, on any device.
         config: which matrices and how; default all of them, at full rank.
-        calibration: batches that the model is called with, `model(**batch)`: the cores are then
-            fitted to what the layers' outputs lose on them, and a quarter of them is kept to
-            report it (`output_error`).
+        calibration: batches that the model is called with, `model(**batch)`, such as `text_batches`
+            makes: the cores are then fitted to what the layers' outputs lose on them, and a quarter
+            of them is kept to report it (`output_error`). A cut without any warns, and so does
+            one with few tokens.
         calibration_memory: bytes for second moments at a time; where that is too little for all
             matrices, the batches are passed through the model several times.
 
@@ -79,8 +91,13 @@ def compress(
         selected = [matrix.names for matrix in planned]
     for names in selected:
         _check_weight(model, names[0])
-    before = count_parameters(model).total
+    before, bytes_before = count_parameters(model).total, count_bytes(model).total
     source = Calibration(model, calibration, calibration_memory)
+    if calibration is None:
+        if config.factors == "auto" or not all(matrix.is_exact for matrix in planned):
+            warn_uncalibrated()
+    elif isinstance(calibration, Sequence):
+        _warn_of_few(model, calibration, selected)
     undo: Callable[[], None] | None = None
     if config.factors == "auto":
         undo = sort_hidden_units(model, selected)
@@ -114,7 +131,8 @@ def compress(
             f"{unasked[0].parameters / before:.0%} of it; the report lists the rest",
             stacklevel=2,
         )
-    return CompressionReport(tuple(rows), before, count_parameters(model).total, left)
+    after, bytes_after = count_parameters(model).total, count_bytes(model).total
+    return CompressionReport(tuple(rows), before, after, bytes_before, bytes_after, left)
 
 
 # A matrix and what takes its place, None where it stays dense.
@@ -200,6 +218,23 @@ def _fit_within(
 
     for group, moments in source.groups(selected):
         yield from over_processes(group, partial(fitted, moments))
+
+
+def _warn_of_few(
+    model: PreTrainedModel, calibration: Sequence[Mapping[str, Tensor]], selected: list[Names]
+) -> None:
+    modules = (module_at(model, names[0]) for names in selected)
+    widest = max((inputs_of(module) for module in modules if not is_embedding(module)), default=0)
+    tokens = sum(next(iter(batch.values())).shape[:2].numel() for batch in calibration)
+    shown = torch.tensor(tokens, dtype=torch.int64, device=model.device)
+    sum_over_processes(shown)
+    if shown < _TOKENS_AN_INPUT * widest:
+        warnings.warn(
+            f"calibration has {int(shown):,} tokens, fewer than {_TOKENS_AN_INPUT} for each of "
+            f"{widest:,} inputs: what they do not show counts as an average input; more text cuts "
+            "better (mpop compress --samples, --calibrate)",
+            stacklevel=3,
+        )
 
 
 def _check_weight(model: PreTrainedModel, name: str) -> None:

@@ -61,7 +61,7 @@ def text_batches(
             f"got {seqlen}"
         )
     text = read_text(tokenizer, source, _CHARACTERS * samples * seqlen)
-    ids = _tensor(encode(tokenizer, text, add_special_tokens=False))
+    ids = _tensor(_encode(tokenizer, text, False))
     count = len(ids) // size
     if count == 0:
         raise ValueError(
@@ -109,12 +109,10 @@ def read_text(
     return text
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
-) -> list[int]:
-    """A text's tokens, however many."""
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, is_whole: bool) -> list[int]:
+    """A text's tokens, however many; a whole one has what the tokenizer adds."""
     # `verbose` would say that they are more than the model takes at a time.
-    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+    ids: list[int] = tokenizer(text, add_special_tokens=is_whole, verbose=False).input_ids
     return ids
 
 
@@ -124,7 +122,7 @@ def _tensor(ids: list[int]) -> Tensor:
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What the tokenizer adds before and after a text."""
-    bare, whole = (encode(tokenizer, "a", add_special_tokens=added) for added in (False, True))
+    bare, whole = (_encode(tokenizer, "a", added) for added in (False, True))
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return whole[:start], whole[start + len(bare) :]
