@@ -82,6 +82,7 @@ def test_windows_are_those_that_were_asked_for(dense: Path, texts: Path, tmp_pat
     assert [row["output_error"] for row in rows] == [row["output_error"] for row in expected]
 
 
+@pytest.mark.filterwarnings("default:a cut without calibration:UserWarning")
 def test_what_may_ruin_a_model_is_said(dense: Path, texts: Path, tmp_path: Path, capsys: Any):
     few = compress(dense, tmp_path / "few", texts / "a.txt", "--samples", "8")
     assert main(few) == 0
