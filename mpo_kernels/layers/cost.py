@@ -19,6 +19,8 @@ class LayerCost:
             of them; ``"latency"``, by the planner of the back end that would compute.
         rows: of x, for memory and latency.
         dtype, device: what the layer is served in and on, likewise.
+        interpolative: plain low rank as :class:`mpo_kernels.InterpolativeLinear` holds it; its
+            parameters.
 
     Raises:
         ValueError: another objective, or no row.
@@ -30,6 +32,8 @@ class LayerCost:
         rows: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        *,
+        interpolative: bool = False,
     ) -> None:
         if objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {OBJECTIVES}, got {objective!r}")
@@ -37,11 +41,13 @@ class LayerCost:
             raise ValueError(f"rows: expected at least 1, got {rows}")
         self.objective, self.rows, self.dtype = objective, rows, dtype
         self.device = torch.device("cpu") if device is None else device
+        self.interpolative = interpolative
 
     def of(self, shape: MPOShape) -> float:
         """Of a layer with these cores."""
         if self.objective == "parameters":
-            return shape.num_parameters
+            saved = shape.ranks[0] ** 2 if self.interpolative else 0
+            return shape.num_parameters - saved
         if self.objective == "memory":
             return self.dtype.itemsize * (shape.num_parameters + self.rows * _widest_state(shape))
         cores = [torch.empty(size, dtype=self.dtype, device="meta") for size in shape.core_shapes]

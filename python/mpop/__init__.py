@@ -15,9 +15,11 @@ if find_spec("transformers") is not None:  # without it, the command still says 
     from mpop.checkpoints.quantizer import ON_ATTACH
     from mpop.compression.compress import compress, merge
     from mpop.compression.report import CompressionReport
+    from mpop.data.text import text_batches
     from mpop.finetuning.settle import Settler
     from mpop.finetuning.squeeze import SqueezeReport, squeeze
     from mpop.integrations.export import Exported, export
+    from mpop.language.perplexity import Perplexity, perplexity
     from mpop.models.config import CompressionConfig, MPOConfig
     from mpop.models.light import (
         ParameterCount,
@@ -48,6 +50,7 @@ __all__ = [
     "Exported",
     "MPOConfig",
     "ParameterCount",
+    "Perplexity",
     "Settler",
     "SqueezeReport",
     "balance",
@@ -61,6 +64,7 @@ __all__ = [
     "load",
     "merge",
     "model_card",
+    "perplexity",
     "plot_spectra",
     "plot_trace",
     "push_to_hub",
@@ -68,6 +72,7 @@ __all__ = [
     "quantize_centres",
     "save",
     "squeeze",
+    "text_batches",
     "unfreeze",
 ]
 

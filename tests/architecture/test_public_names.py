@@ -9,10 +9,10 @@ PUBLIC = {
     "QuantizedMPOLinear __version__ available_backends decompose mpo_embedding mpo_linear "
     "reconstruct round_cores use_backend",
     "mpo_kernels.export": "DECOMPOSITIONS",
-    "mpop": "CompressionConfig CompressionReport Exported MPOConfig ParameterCount Settler "
-    "SqueezeReport balance compress count_parameters dequantize_centres export format_rows "
-    "freeze_central inspect_model load merge model_card plot_spectra plot_trace push_to_hub "
-    "quantize quantize_centres save squeeze unfreeze",
+    "mpop": "CompressionConfig CompressionReport Exported MPOConfig ParameterCount Perplexity "
+    "Settler SqueezeReport balance compress count_parameters dequantize_centres export format_rows "
+    "freeze_central inspect_model load merge model_card perplexity plot_spectra plot_trace "
+    "push_to_hub quantize quantize_centres save squeeze text_batches unfreeze",
     "mpop.benchmark": "benchmark",
     "mpop.cli": "main",
     "mpop.demo": "default_model main",

@@ -20,8 +20,8 @@ PACKAGES = {"bench": "bench", "mpo_kernels": "mpo_kernels"} | {
 FLOORS = (
     *("bench.__main__", "bench.train_step", "bench.gpu", "bench.glue", "bench.layer", "bench"),
     *("mpop_serving", "mpop.__main__", "mpop.cli", "mpop"),
-    *("mpop.integrations", "mpop.finetuning", "mpop.compression", "mpop.checkpoints"),
-    *("mpop.models", "mpop.data"),
+    *("mpop.integrations", "mpop.language", "mpop.finetuning", "mpop.compression"),
+    *("mpop.checkpoints", "mpop.models", "mpop.data"),
     *("mpo_kernels.__main__", "mpo_kernels", "mpo_kernels.layers", "mpo_kernels.ops"),
     *("mpo_kernels.backends", "mpo_kernels.backends.cuda", "mpo_kernels.backends.triton"),
     *("mpo_kernels.backends.torch", "mpo_kernels.planning", "mpo_kernels.cores"),

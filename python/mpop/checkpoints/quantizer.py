@@ -44,7 +44,7 @@ from mpop.models.matrices import (
     weight_of,
 )
 from mpop.models.plain import check_unwrapped
-from mpop.models.selection import MatrixPlan, plan
+from mpop.models.selection import MatrixPlan, plan, warn_uncalibrated
 
 # transformers initialises what was not loaded; a weight without values bears its mark of what was.
 # So does what some of their models initialise by the name of experts' parameters.
@@ -100,10 +100,11 @@ class MPOQuantizer(HfQuantizer):
         tie(model, contents, places)
         if config.compress is not None:
             # Whichever name of a matrix a file has.
+            matrices = plan(model, config.compress)
+            if not all(matrix.is_exact for matrix in matrices):
+                warn_uncalibrated()
             self.planned = {
-                weight_key(model, name): matrix
-                for matrix in plan(model, config.compress)
-                for name in matrix.names
+                weight_key(model, name): matrix for matrix in matrices for name in matrix.names
             }
             self.asked = first_targets(self.planned, contents.conversions)
             return

@@ -7,23 +7,37 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
-from mpop.cli import bench, compress, evaluate, export, finetune, inspect, merge, squeeze
+from mpop.cli import (
+    bench,
+    compress,
+    evaluate,
+    export,
+    finetune,
+    inspect,
+    merge,
+    perplexity,
+    squeeze,
+)
 from mpop.cli.options import Parser
 
-COMMANDS = (compress, finetune, evaluate, squeeze, inspect, merge, bench, export)
+COMMANDS = (compress, finetune, evaluate, perplexity, squeeze, inspect, merge, bench, export)
 
 EPILOG = """examples:
   mpop finetune --model bert-base-uncased --task rte --method light --output rte-light
   mpop evaluate --model rte-light --task rte
-  mpop compress --model bert-base-uncased --compression 0.5 --output bert-half
   mpop compress --model rte-dense --compression 0.5 --factors auto --calibrate rte --output half
+  mpop compress --model LLAMA --compression 0.8 --factors auto --calibrate text.jsonl --output small
+  mpop perplexity --model small --against LLAMA --text test.txt
   mpop squeeze --model rte-light --task rte --max-drop 0.01 --output rte-small
-  mpop inspect --model bert-half --plot spectra.png
+  mpop inspect --model half --plot spectra.png
   mpop merge --model rte-light --output rte-dense
-  mpop bench --model bert-half --plot bench.png
-  mpop export --model bert-half --format onnx --output bert-onnx
+  mpop bench --model half --plot bench.png
+  mpop export --model half --format onnx --output half-onnx
 
 `mpop COMMAND --help` lists a command's options. Bad arguments and files end with exit code 2.
 """
@@ -35,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, run, as_json = (options.pop(name) for name in ("command", "run", "json"))
     try:
         # Whatever libraries print, stdout's last line is the result.
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+        with quiet, warnings.catch_warnings():
+            warnings.showwarning = partial(_warn, command)
             result, text = run(**options)
     except ModuleNotFoundError as error:
         extra = "export" if command == "export" else "mpop"
@@ -50,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(result) if as_json else text)
     return 0
+
+
+def _warn(command: str, message: Warning | str, category: type[Warning], *_: Any) -> None:
+    line = str(message).strip().partition("\n")[0]
+    print(f"mpop {command}: warning: {line}", file=sys.stderr)
 
 
 def _fail(command: str, error: object, code: int = 2) -> int:

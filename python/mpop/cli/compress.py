@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpop.cli.options import command, positive_float, positive_int, share, task
+from mpop.cli.options import command, positive_float, positive_int, share
 
+FACTORS = ("balanced", "auto", "interpolative")
 OBJECTIVES = ("parameters", "memory", "latency")
 STORES = ("int8", "float8_e4m3fn")
 
@@ -57,10 +59,11 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--factors",
-        choices=("balanced", "auto"),
+        choices=FACTORS,
         default="balanced",
-        help="auto: for each matrix the member of the family that loses least, within "
-        "--compression over all of them (balanced: --num-cores even factors)",
+        help="within --compression over all matrices, auto: for each the member of the family that "
+        "loses least, interpolative: rows of it and what makes the others of them, for language "
+        "models (balanced: --num-cores even factors)",
     )
     parser.add_argument(
         "--objective",
@@ -80,11 +83,16 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--calibrate",
-        type=task,
-        metavar="TASK",
-        help="fit what the layers' outputs lose on this GLUE task's training rows",
+        metavar="SOURCE",
+        help="fit what the layers' outputs lose on this text: a .txt or .jsonl file (text, or "
+        "messages through the chat template), a folder of them, a GLUE task's training rows, or a "
+        "data set of the hub, owner/name or owner/name:configuration",
     )
-    parser.number("--calibration-samples", 1500, "rows to calibrate with")
+    parser.number("--samples", None, "windows of text to calibrate with (256), or rows (1500)")
+    parser.number("--seqlen", 2048, "tokens of a window, at most what the model takes")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of which windows are taken (0)"
+    )
     parser.add_data_dir()
     parser.add_device()
 
@@ -104,27 +112,47 @@ def run(
     ranks = options["ranks"]
     if ranks and len(ranks) == 1:
         options["ranks"] = ranks[0]
-    task, samples, data_dir, store = (
-        options.pop(name) for name in ("calibrate", "calibration_samples", "data_dir", "store")
-    )
+    text = {name: options.pop(name) for name in ("samples", "seqlen", "seed", "data_dir")}
+    calibrate, store = options.pop("calibrate"), options.pop("store")
     config = mpop.CompressionConfig(**options)
-    loaded, batches = load_as_saved(model).to(device), None  # type: ignore[arg-type]
-    if task is not None:
-        from mpop.finetuning.rows import calibration_batches
-
-        batches = calibration_batches(loaded, model, task, data_dir, samples)
+    loaded = load_as_saved(model).to(device)  # type: ignore[arg-type]
+    batches = None if calibrate is None else _batches(loaded, model, calibrate, **text)
     report = mpop.compress(loaded, config, batches)
-    floating = count_bytes(loaded)
     if store is not None:
         mpop.quantize(loaded, getattr(torch, store))
     stored = count_bytes(loaded)
+    report = replace(report, bytes_after=stored.total)
     with replaced(output, wholly=overwrite) as folder:
         write(loaded, folder, None if overwrite else Path(output))
         copy_companions(model, folder)
     result = {"model": model, "output": output, **report.to_dict(), "store": store}
-    result |= {"matrix_bytes": stored.matrices, "model_bytes": stored.total}
-    before = (
-        "" if store is None else f" ({floating.matrices:,} and {floating.total:,} before {store})"
+    result["matrix_bytes"] = stored.matrices
+    return result, str(report)
+
+
+def _batches(
+    model: Any,
+    name: str,
+    source: str,
+    samples: int | None,
+    seqlen: int,
+    seed: int,
+    data_dir: str | None,
+) -> list[dict[str, Any]]:
+    """What to calibrate with: a path goes before a GLUE task, and that before the hub."""
+    import mpop
+    from mpop.checkpoints.opening import load_tokenizer
+    from mpop.data.glue import find_task
+    from mpop.models.lengths import longest
+
+    if task := None if Path(source).exists() else find_task(source):
+        from mpop.finetuning.rows import calibration_batches
+
+        return calibration_batches(model, name, task.name, data_dir, samples or 1500)
+    return mpop.text_batches(
+        load_tokenizer(name),
+        source,
+        samples=samples or 256,
+        seqlen=min(seqlen, longest(model) or seqlen),
+        seed=seed,
     )
-    sizes = f"bytes: {stored.matrices:,} of the matrices, {stored.total:,} of the model{before}"
-    return result, f"{report}\n{sizes}"

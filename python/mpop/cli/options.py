@@ -113,14 +113,14 @@ class Parser(argparse.ArgumentParser):
             help="replace all files of an --output that holds a model, not the folders in it",
         )
 
-    def add_device(self) -> None:
-        """Where matrices are decomposed."""
+    def add_device(self, what: str = "decompose") -> None:
+        """Where the work is done."""
         self.add_argument(
             "--device",
             type=device,
             default="cpu",
             metavar="D",
-            help="decompose there, e.g. on cuda (cpu)",
+            help=f"{what} there, e.g. on cuda (cpu)",
         )
 
     def add_training_set(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mpo_kernels import Decomposition
 from mpo_kernels.cores.decompose import rounded_up
@@ -22,12 +23,12 @@ from mpop.compression.calibration import MEMORY, Batches, Calibration, Moments
 from mpop.compression.distributed import over_processes
 from mpop.compression.permute import sort_hidden_units
 from mpop.compression.report import CompressionReport, row_of
-from mpop.models.config import CompressionConfig, MPOConfig
+from mpop.models.config import INTERPOLATIVE, CompressionConfig, MPOConfig
 from mpop.models.left import left_dense
-from mpop.models.light import count_parameters
+from mpop.models.light import count_bytes, count_parameters
 from mpop.models.matrices import Names, densify, module_at, mpo_matrices, replace, weight_of
 from mpop.models.plain import check_unwrapped
-from mpop.models.selection import MatrixPlan, devices_of, plan, select
+from mpop.models.selection import MatrixPlan, devices_of, plan, select, warn_uncalibrated
 
 # Below this many weights no progress bar is shown: it is done at once.
 _QUICK = 10_000_000
@@ -53,9 +54,10 @@ def compress(
     Args:
         model: a model of transformers, in any floating dtype, on any device.
         config: which matrices and how; default all of them, at full rank.
-        calibration: batches that the model is called with, `model(**batch)`: the cores are then
-            fitted to what the layers' outputs lose on them, and a quarter of them is kept to
-            report it (`output_error`).
+        calibration: batches that the model is called with, `model(**batch)`, such as `text_batches`
+            makes: the cores are then fitted to what the layers' outputs lose on them, and a quarter
+            of them is kept to report it (`output_error`). A cut without any warns, and so does
+            one with few tokens.
         calibration_memory: bytes for second moments at a time; where that is too little for all
             matrices, the batches are passed through the model several times.
 
@@ -72,18 +74,23 @@ def compress(
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
     if mpo_matrices(model) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("expected a dense model, got one that is already compressed or quantized")
-    if config.factors == "auto":
+    if config.shares_budget:
         selected = select(model, config)
     else:
         planned = plan(model, config)
         selected = [matrix.names for matrix in planned]
     for names in selected:
         _check_weight(model, names[0])
-    before = count_parameters(model).total
+    before, bytes_before = count_parameters(model).total, count_bytes(model).total
     source = Calibration(model, calibration, calibration_memory)
+    if calibration is None and (
+        config.shares_budget or not all(matrix.is_exact for matrix in planned)
+    ):
+        warn_uncalibrated()
     undo: Callable[[], None] | None = None
-    if config.factors == "auto":
-        undo = sort_hidden_units(model, selected)
+    if config.shares_budget:
+        if config.factors == "auto":
+            undo = sort_hidden_units(model, selected)
         work = _fit_within(model, selected, config, source)
     else:
         work = _fit_planned(model, planned, source)
@@ -93,13 +100,14 @@ def compress(
     try:
         # `disable=None`: no bar where stderr is not a terminal.
         fitted: Iterable[Fitted] = tqdm(work, "compress", len(selected), disable=is_quick or None)
-        if calibration is not None or config.factors == "auto":
+        if calibration is not None or config.shares_budget:
             # What is wrong with the batches may show late: nothing is replaced before all is there.
             fitted = list(fitted)
         for names, decomposition in fitted:
             if decomposition is not None:
-                replace(model, names, decomposition)
-                rows.append(row_of(names, decomposition))
+                form = _form(model, names, config)
+                rows.append(row_of(names, decomposition, form))
+                replace(model, names, decomposition, form)
     finally:
         # After an interrupt too, so that the model says truthfully what it holds.
         if rows:
@@ -114,7 +122,15 @@ def compress(
             f"{unasked[0].parameters / before:.0%} of it; the report lists the rest",
             stacklevel=2,
         )
-    return CompressionReport(tuple(rows), before, count_parameters(model).total, left)
+    after, bytes_after = count_parameters(model).total, count_bytes(model).total
+    return CompressionReport(tuple(rows), before, after, bytes_before, bytes_after, left)
+
+
+def _form(model: PreTrainedModel, names: Names, config: CompressionConfig) -> str | None:
+    """How a matrix is held that is cut to low rank."""
+    module = module_at(model, names[0])
+    is_linear = isinstance(module, nn.Linear | Conv1D)
+    return INTERPOLATIVE if config.factors == INTERPOLATIVE and is_linear else None
 
 
 # A matrix and what takes its place, None where it stays dense.
@@ -145,15 +161,22 @@ def _fit_within(
     budget = config.compression
     assert budget is not None
     first = weight_at(selected[0])
-    cost = LayerCost(config.objective, config.rows, first.dtype, first.device)
+    served = config.rows, first.dtype, first.device
+    costs = {
+        form: LayerCost(config.objective, *served, interpolative=form is not None)
+        for form in (None, INTERPOLATIVE)
+    }
+
+    def cost_of(names: Names) -> LayerCost:
+        return costs[_form(model, names, config)]
 
     def losses(moments: dict[Names, Moments], names: Names) -> list[Point]:
-        return curve(weight_at(names), moments.get(names), cost)
+        return curve(weight_at(names), moments.get(names), cost_of(names))
 
     curves: dict[Names, list[Point]] = {}
     for group, moments in source.groups(selected):
         curves.update(over_processes(group, partial(losses, moments)))
-    dense = {names: dense_cost(weight_at(names), cost) for names in selected}
+    dense = {names: dense_cost(weight_at(names), cost_of(names)) for names in selected}
     whole, least = sum(dense.values()), sum(points[0].cost for points in curves.values())
     if budget * whole < least:
         raise ValueError(

@@ -47,15 +47,18 @@ class CompressionRow:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """One row a matrix, and the parameters of the whole model before and after.
+    """One row a matrix, and the whole model before and after.
 
     Attributes:
+        bytes_before: of all tensors, as the model is saved.
         left: what stays dense, and why; most first.
     """
 
     rows: tuple[CompressionRow, ...]
     parameters_before: int
     parameters_after: int
+    bytes_before: int
+    bytes_after: int
     left: tuple[LeftDense, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,6 +66,8 @@ class CompressionReport:
         return {
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
             "rows": [
                 {
                     "name": row.name,
@@ -97,22 +102,12 @@ class CompressionReport:
         ]
         before = sum(row.parameters_before for row in self.rows)
         after = sum(row.parameters_after for row in self.rows)
-        totals = [
-            (
-                f"{sum(row.experts for row in self.rows)} matrices",
-                "",
-                "",
-                *_counts(before, after),
-                "",
-                "",
-                "",
-            ),
-            (
-                *("whole model", "", ""),
-                *_counts(self.parameters_before, self.parameters_after),
-                *("", "", ""),
-            ),
-        ]
+        whole = {
+            f"{sum(row.experts for row in self.rows)} matrices": (before, after),
+            "whole model": (self.parameters_before, self.parameters_after),
+            "its bytes": (self.bytes_before, self.bytes_after),
+        }
+        totals = [(name, "", "", *_counts(*both), "", "", "") for name, both in whole.items()]
         left = describe_left(self.left, self.parameters_before)
         return "\n".join([table(columns, lines, totals), *left])
 

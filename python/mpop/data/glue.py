@@ -178,13 +178,18 @@ TASKS: dict[str, Task] = {
 }
 
 
+def find_task(name: str) -> Task | None:
+    """The task called `name`: case, hyphens and underscores do not matter (SST-2 is sst2)."""
+    return TASKS.get(re.sub(r"[-_ ]", "", name).lower())
+
+
 def get_task(name: str) -> Task:
-    """The task called `name`: case, hyphens and underscores do not matter (SST-2 is sst2).
+    """The same.
 
     Raises:
         ValueError: No such task.
     """
-    task = TASKS.get(re.sub(r"[-_ ]", "", name).lower())
+    task = find_task(name)
     if task is None:
         raise ValueError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
     return task

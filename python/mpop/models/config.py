@@ -159,7 +159,9 @@ class CompressionConfig:
         factors: `"balanced"`: `num_cores` even factors for each matrix, as in the paper. `"auto"`:
             for each the member of the family that loses least, or none where dense is worth it,
             under one budget: `compression` is of all the matrices together, and `num_cores` is
-            not used.
+            not used. `"interpolative"`: under one budget too, linears as r of their rows and what
+            makes the others of them (see `mpo_kernels.InterpolativeLinear`), r² numbers fewer than
+            two cores; embeddings and experts, where they are cut, as two cores.
         objective: what the budget of `"auto"` counts: `"parameters"`, `"memory"` (bytes of
             weights and states) or `"latency"` (predicted by the planner).
         rows: rows of x that memory and latency are meant for.
@@ -180,24 +182,29 @@ class CompressionConfig:
     exclude: tuple[str, ...] = ()
     embeddings: bool = True
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    factors: Literal["balanced", "auto"] = "balanced"
+    factors: Literal["balanced", "auto", "interpolative"] = "balanced"
     objective: Objective = "parameters"
     rows: int = 1
     tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
-        if self.factors not in ("balanced", "auto"):
-            raise ValueError(f"factors: expected 'balanced' or 'auto', got {self.factors!r}")
+        if self.factors not in FACTORS:
+            expected = " or ".join(map(repr, FACTORS))
+            raise ValueError(f"factors: expected {expected}, got {self.factors!r}")
         LayerCost(self.objective, self.rows)
         _check_ints("tensor_parallel", (self.tensor_parallel,))
-        if self.factors == "auto":
-            if self.compression is None or self.overrides:
-                raise ValueError(
-                    "factors 'auto' share one budget: expected a compression (--compression 0.5) "
-                    f"and no overrides, got {self.compression} and {list(self.overrides)}"
-                )
-        elif (self.objective, self.rows) != ("parameters", 1):
+        if self.shares_budget and (self.compression is None or self.overrides):
+            raise ValueError(
+                f"factors {self.factors!r} share one budget: expected a compression (--compression "
+                f"0.5) and no overrides, got {self.compression} and {list(self.overrides)}"
+            )
+        if self.factors != "auto" and (self.objective, self.rows) != ("parameters", 1):
             raise ValueError(f"objective {self.objective!r}: expected factors 'auto'")
+        if self.factors == INTERPOLATIVE and self.tensor_parallel > 1:
+            raise ValueError(
+                "factors 'interpolative' are not dealt to devices: expected a tensor_parallel of "
+                f"1, got {self.tensor_parallel}"
+            )
         budgets = {name: getattr(self, name) for name in _BUDGETS}
         self.ranks = MatrixConfig(self.num_cores, **budgets).ranks
         if self.include is not None:
@@ -221,6 +228,11 @@ class CompressionConfig:
                 MatrixConfig(**settings)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"overrides[{pattern!r}]: {error}") from None
+
+    @property
+    def shares_budget(self) -> bool:
+        """Whether `compression` is of all the matrices together."""
+        return self.factors != "balanced"
 
     @staticmethod
     def _patterns(name: str, values: Any) -> tuple[str, ...]:
@@ -288,7 +300,7 @@ class MPOConfig(QuantizationConfigMixin):
 
     Raises:
         ValueError: a version newer than `FORMAT_VERSION`, unknown fields, a bad entry, both of
-            `modules` and `compress`, or `factors="auto"`, which needs the whole model.
+            `modules` and `compress`, or factors that share a budget, which need the whole model.
     """
 
     def __init__(
@@ -316,9 +328,9 @@ class MPOConfig(QuantizationConfigMixin):
             compress = CompressionConfig(**compress)
         if compress is not None and self.modules:
             raise ValueError("expected modules, of a saved model, or compress, got both")
-        if compress is not None and compress.factors == "auto":
+        if compress is not None and compress.shares_budget:
             raise ValueError(
-                "factors 'auto' look at the whole model: load it, then call mpop.compress"
+                f"factors {compress.factors!r} look at the whole model: load it, then call mpop.compress"
             )
         self.compress = compress
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -31,6 +32,12 @@ class MatrixPlan(NamedTuple):
         """The compression with every bond 1."""
         return self.shape.with_ranks(1).compression
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing of the matrix is lost."""
+        is_whole = self.shape.ranks == self.shape.full_ranks
+        return is_whole and self.config.compression is None and not self.config.rel_error
+
     def decompose(self, weight: Tensor, **moments: Tensor | None) -> Decomposition:
         """Cores for the weight ``[out, in]``, or those of experts, as planned.
 
@@ -44,6 +51,16 @@ class MatrixPlan(NamedTuple):
             compression=self.config.compression,
             **moments,
         )
+
+
+def warn_uncalibrated() -> None:
+    """Say what a cut that sees no data costs."""
+    warnings.warn(
+        "a cut without calibration keeps what the weights say, not what the model uses: a language "
+        "model is ruined by it long before half is gone; give text to calibrate with "
+        "(mpop compress --calibrate FILE, or mpop.text_batches for mpop.compress)",
+        stacklevel=3,
+    )
 
 
 def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:

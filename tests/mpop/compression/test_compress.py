@@ -6,12 +6,13 @@ import copy
 import json
 import math
 import re
+import warnings
 import weakref
 
 import pytest
 import torch
 import transformers as hf
-from tiny_models import BUILDERS, build, inputs, logits
+from tiny_models import BUILDERS, batches, build, inputs, logits
 from torch import nn
 
 import mpo_kernels
@@ -289,7 +290,7 @@ def test_dense_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
         alive.append(sum(ref() is not None for ref in weights))
         return mpo_kernels.decompose(*args, **kwargs)
 
-    monkeypatch.setattr(selection, "decompose", counting)
+    monkeypatch.setattr(selection, "decompose_stack", counting)
     _compress(model, embeddings=False)
     assert alive == list(range(len(weights), 1, -1))  # the classifier stays
 
@@ -413,7 +414,7 @@ def test_an_interrupt_leaves_a_model_that_says_what_it_holds(
             raise KeyboardInterrupt
         return mpo_kernels.decompose(*args, **kwargs)
 
-    monkeypatch.setattr(selection, "decompose", interrupted)
+    monkeypatch.setattr(selection, "decompose_stack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _compress(model)
     assert len(model.config.quantization_config.modules) == 3
@@ -429,3 +430,23 @@ def test_models_that_cannot_be_compressed() -> None:
         _compress(model)
     with pytest.raises(ValueError, match="expected a compressed model"):
         mpop.merge(build("bert"))
+
+
+def test_a_cut_that_sees_no_data_warns_once() -> None:
+    for options in (
+        {"compression": 0.6},
+        {"compression": 0.6, "factors": "auto"},
+        {"rel_error": 0.3},
+        {"num_cores": 3, "ranks": 4},
+        {"num_cores": 3, "overrides": {"*.query": {"ranks": 4}}},
+    ):
+        with pytest.warns(UserWarning) as warned:
+            _compress(build("bert"), **options)
+        assert ["without calibration" in str(each.message) for each in warned] == [True], options
+        assert warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({}, {"share": 0.1}, {"num_cores": 3, "ranks": 9999}, {"rel_error": 0.0}):
+            _compress(build("bert"), **options)
+        config = mpop.CompressionConfig(compression=0.6, exclude=["*pooler.dense"])
+        mpop.compress(build("bert"), config, batches(12))

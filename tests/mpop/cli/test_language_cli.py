@@ -1,0 +1,196 @@
+"""A decoder from the shell: cut on text, measured on text, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_glue import last_json
+from tiny_text import llama, save_llama, tokenizer, words
+
+import mpop
+from mpop.cli import main
+from mpop.data import text as text_module
+from mpop.language.perplexity import continuation
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a .txt and two .jsonl files."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "a.txt").write_text(words(600, 1))
+    (folder / "b.jsonl").write_text("".join(f'{{"text": "{words(60, k)}"}}\n' for k in range(10)))
+    chat = [{"role": "user", "content": words(30, 3)}, {"role": "assistant", "content": words(30)}]
+    (folder / "c.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cut(dense: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("cut") / "model"
+    assert main(compress(dense, output, texts / "a.txt")) == 0
+    return output
+
+
+def compress(model: Path, output: Path, source: Path | str, *more: str) -> list[str]:
+    options = ("--compression", "0.6", "--num-cores", "2", "--seqlen", "32", "--no-embeddings")
+    paths = ("--model", str(model), "--output", str(output), "--calibrate", str(source))
+    return ["compress", *paths, *options, *more]
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("mpop ")]
+    assert len(lines) == 1 and lines[0].startswith(f"mpop {arguments[0]}: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.jsonl", "c.jsonl", ""])
+def test_every_source_calibrates(name: str, dense: Path, texts: Path, tmp_path: Path, capsys: Any):
+    assert main([*compress(dense, tmp_path / "out", texts / name), "--json"]) == 0
+    captured = capsys.readouterr()
+    result = last_json(captured.out)
+    assert result["rows"] and all(row["output_error"] is not None for row in result["rows"])
+    assert "warning" not in captured.err
+    ids = torch.tensor([tokenizer()(words(20)).input_ids])
+    assert torch.isfinite(mpop.load(tmp_path / "out")(ids).logits).all()
+
+
+def test_windows_are_those_that_were_asked_for(dense: Path, texts: Path, tmp_path: Path, capsys):
+    """At most what the model takes, and the same as in Python."""
+    more = ("--samples", "12", "--seed", "3", "--seqlen", "4096")
+    assert main([*compress(dense, tmp_path / "out", texts, *more), "--json"]) == 0
+    rows = last_json(capsys.readouterr().out)["rows"]
+    model = llama()
+    options = {"samples": 12, "seed": 3, "seqlen": 64}
+    batches = mpop.text_batches(tokenizer(), texts, **options)
+    config = mpop.CompressionConfig(compression=0.6, num_cores=2, embeddings=False)
+    expected = mpop.compress(model, config, batches).to_dict()["rows"]
+    assert [row["output_error"] for row in rows] == [row["output_error"] for row in expected]
+
+
+@pytest.mark.filterwarnings("default:a cut without calibration:UserWarning")
+def test_what_may_ruin_a_model_is_said(dense: Path, texts: Path, tmp_path: Path, capsys: Any):
+    few = compress(dense, tmp_path / "few", texts / "a.txt", "--samples", "8")
+    assert main(few) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
+    assert line.startswith(
+        "mpop compress: warning: little text to calibrate with: the second moments of"
+    )
+    blind = [part for part in few if part not in ("--calibrate", str(texts / "a.txt"))]
+    assert main([*blind, "--overwrite"]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
+    assert "without calibration" in line and "--calibrate FILE" in line
+
+
+def test_a_path_goes_before_a_task_and_that_before_the_hub(
+    dense: Path, texts: Path, data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(text_module, "hub_reachable", lambda: False)
+    line = fails(capsys, compress(dense, tmp_path / "out", "some/set"))
+    assert "some/set: expected a .txt or .jsonl file" in line and "cannot be reached" in line
+    rows = ("--data-dir", str(data), "--samples", "48")
+    assert main(compress(dense, tmp_path / "task", "SST-2", *rows)) == 0
+    capsys.readouterr()
+    (tmp_path / "SST-2").write_text("a film")
+    assert "SST-2: expected a .txt" in fails(capsys, compress(dense, tmp_path / "out", "SST-2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "missing file"),
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"\x00\x01", "expected text, got binary data"),
+        ("a.txt", b"\xff\xfe", "is not UTF-8"),
+        ("a.jsonl", b'{"body": 1}', "a.jsonl:1: expected a text, or the messages of a chat"),
+        ("a.txt", b"the cat", "of one window, got"),
+    ],
+)
+def test_bad_texts(name: str, content: bytes | None, message: str, dense, tmp_path, capsys):
+    path, output = tmp_path / name, tmp_path / "out"
+    if content is not None:
+        path.write_bytes(content)
+    assert message in fails(capsys, compress(dense, output, path))
+    assert message in fails(capsys, ["perplexity", "--model", str(dense), "--text", str(path)])
+    assert not output.exists()
+
+
+def test_without_a_tokenizer(dense: Path, texts: Path, tmp_path: Path, capsys: Any):
+    llama().save_pretrained(tmp_path / "bare")
+    for arguments in (
+        compress(tmp_path / "bare", tmp_path / "out", texts),
+        ["perplexity", "--model", str(tmp_path / "bare"), "--text", str(texts)],
+    ):
+        assert "cannot be loaded" in fails(capsys, arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_perplexity(dense: Path, cut: Path, texts: Path, capsys: Any):
+    text = texts / "a.txt"
+    command = ["perplexity", "--model", str(cut), "--text", str(text), "--seqlen", "16"]
+    assert main([*command, "--against", str(dense), "--json"]) == 0
+    found = last_json(capsys.readouterr().out)
+    assert main(["perplexity", "--model", str(dense), *command[3:], "--json"]) == 0
+    alone = last_json(capsys.readouterr().out)
+    assert found["against"]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
+    ids = torch.tensor(tokenizer()(text.read_text()).input_ids)
+    assert len(ids) == 601
+    expected = mpop.perplexity(mpop.load(cut), ids, seqlen=16, against=llama())
+    assert found["perplexity"] == pytest.approx(math.exp(expected.nats), rel=1e-6)
+    assert found["divergence"] == pytest.approx(expected.divergence, rel=1e-5) and (
+        found["divergence"] > 0.01
+    )
+    counts = {"windows": 37, "tokens": 592, "targets": 555, "dropped_tokens": 9, "seqlen": 16}
+    assert counts.items() <= found.items()
+    # Of the 592 tokens one is BOS, so it is the first 591 words.
+    assert found["bytes"] == len(" ".join(text.read_text().split()[:591]))
+    assert found["bits_per_byte"] == pytest.approx(expected.bits_per_byte(found["bytes"]))
+    greedy = tokenizer().decode(continuation(llama(), ids[:8], 8))
+    assert found["against"]["continuation"] == greedy
+    assert found["prompt"].split() == ["<s>", *text.read_text().split()[:7]]
+    assert main([*command, "--against", str(dense)]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        f"{found['perplexity']:,.4f}  {found['against']['perplexity']:,.4f}",
+        "37 windows of 16 that do not overlap, the 9 tokens that remain dropped; 15 targets",
+        "BOS before the text only",
+        f"mean KL(dense || compressed) of a token: {found['divergence']:.4f} nats",
+        repr(found["against"]["continuation"]),
+    ):
+        assert part in printed
+    assert main([*command, "--precision", "bf16", "--batch-size", "8", "--json"]) == 0
+    half = last_json(capsys.readouterr().out)
+    assert half["precision"] == "bfloat16"
+    assert half["perplexity"] == pytest.approx(found["perplexity"], rel=0.1)
+
+
+def test_models_that_cannot_be_measured(
+    dense: Path, bert: Path, texts: Path, tmp_path: Path, capsys: Any
+):
+    command = ["perplexity", "--text", str(texts / "a.txt"), "--model"]
+    line = fails(capsys, [*command, str(bert)])
+    assert "expected a decoder with a language modelling head" in line and "BertModel" in line
+    line = fails(capsys, [*command, str(dense), "--against", str(bert)])
+    assert f"expected a model of the same vocabulary as {dense}, got {bert}" in line
+    broken = tmp_path / "broken"
+    shutil.copytree(dense, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["lm_head.weight"][2] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    line = fails(capsys, [*command, str(broken)], code=1)
+    assert "expected finite losses, got nan in window 1 of" in line
