@@ -138,9 +138,7 @@ def choose_stack(
     count, out_features, in_features = weights.shape
     shape = MPOShape.low_rank(in_features, out_features, min(in_features, out_features))
     bound = bound_within(shape, budget / count, cost) or {}
-    return decompose_stack(
-        weights, shape, **bound, second_moments=second_moments, judges=judges
-    )
+    return decompose_stack(weights, shape, **bound, second_moments=second_moments, judges=judges)
 
 
 @torch.no_grad()

@@ -197,9 +197,8 @@ def _fit_within(
             return None
         devices = devices_of(model, names, config)
         given = _given(moments.get(names))
-        return choose_stack(
-            weight_at(names), budgets[names], cost, **given, tensor_parallel=devices
-        )
+        weight, budget, cost = weight_at(names), budgets[names], cost_of(names)
+        return choose_stack(weight, budget, cost, **given, tensor_parallel=devices)
 
     for group, moments in source.groups(selected):
         yield from over_processes(group, partial(fitted, moments))

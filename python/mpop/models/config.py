@@ -330,7 +330,8 @@ class MPOConfig(QuantizationConfigMixin):
             raise ValueError("expected modules, of a saved model, or compress, got both")
         if compress is not None and compress.shares_budget:
             raise ValueError(
-                f"factors {compress.factors!r} look at the whole model: load it, then call mpop.compress"
+                f"factors {compress.factors!r} look at the whole model: load it, then call "
+                "mpop.compress"
             )
         self.compress = compress
 
