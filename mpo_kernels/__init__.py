@@ -4,7 +4,7 @@ from mpo_kernels.backends import available_backends, use_backend
 from mpo_kernels.cores.decompose import Decomposition, decompose, reconstruct, round_cores
 from mpo_kernels.cores.shape import MPOShape
 from mpo_kernels.layers.embedding import MPOEmbedding
-from mpo_kernels.layers.linear import MPOLinear
+from mpo_kernels.layers.linear import InterpolativeLinear, MPOLinear
 from mpo_kernels.layers.quantized import QuantizedMPOLinear
 from mpo_kernels.ops.functional import mpo_embedding, mpo_linear
 from mpo_kernels.planning.plan import Plan
@@ -12,6 +12,7 @@ from mpo_kernels.version import __version__
 
 __all__ = [
     "Decomposition",
+    "InterpolativeLinear",
     "MPOEmbedding",
     "MPOLinear",
     "MPOShape",

@@ -5,9 +5,9 @@ from importlib import import_module
 import pytest
 
 PUBLIC = {
-    "mpo_kernels": "Decomposition MPOEmbedding MPOLinear MPOShape Plan QuantizedMPOLinear "
-    "__version__ available_backends decompose mpo_embedding mpo_linear reconstruct round_cores "
-    "use_backend",
+    "mpo_kernels": "Decomposition InterpolativeLinear MPOEmbedding MPOLinear MPOShape Plan "
+    "QuantizedMPOLinear __version__ available_backends decompose mpo_embedding mpo_linear "
+    "reconstruct round_cores use_backend",
     "mpo_kernels.export": "DECOMPOSITIONS",
     "mpop": "CompressionConfig CompressionReport Exported MPOConfig ParameterCount Settler "
     "SqueezeReport balance compress count_parameters dequantize_centres export format_rows "
