@@ -5,7 +5,7 @@ from mpo_kernels.cores.decompose import Decomposition, decompose, reconstruct, r
 from mpo_kernels.cores.shape import MPOShape
 from mpo_kernels.layers.embedding import MPOEmbedding
 from mpo_kernels.layers.experts import MPOExperts
-from mpo_kernels.layers.linear import MPOLinear
+from mpo_kernels.layers.linear import InterpolativeLinear, MPOLinear
 from mpo_kernels.layers.quantized import QuantizedMPOLinear
 from mpo_kernels.ops.functional import mpo_embedding, mpo_linear
 from mpo_kernels.planning.plan import Plan
@@ -13,6 +13,7 @@ from mpo_kernels.version import __version__
 
 __all__ = [
     "Decomposition",
+    "InterpolativeLinear",
     "MPOEmbedding",
     "MPOExperts",
     "MPOLinear",

@@ -1,16 +1,23 @@
-"""MPOLinear: ``nn.Linear`` whose weight is a matrix product operator, never formed."""
+"""MPOLinear: ``nn.Linear`` whose weight is a matrix product operator, never formed.
+
+And InterpolativeLinear, of low rank in the fewest numbers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.cores.decompose import Decomposition, decompose, reconstruct
+from mpo_kernels.cores.gauge import interpolated
 from mpo_kernels.cores.shape import MPOShape
 from mpo_kernels.layers.module import MPOModule, merged_for, plan_for
 from mpo_kernels.layers.quantized import QuantizedMPOLinear
+from mpo_kernels.layers.unformed import UnformedLayer
 from mpo_kernels.ops.functional import check_input
 from mpo_kernels.ops.functional import linear as contract
 from mpo_kernels.planning.plan import Gradients, Plan
@@ -102,10 +109,17 @@ class MPOLinear(MPOModule):
     ) -> MPOLinear:
         """A layer with the cores of a decomposition and a copy of ``bias [out_features]``."""
         shape = decomposition.shape
-        layer = cls(shape.in_features, shape.out_features, shape, bias is not None, device="meta")
-        layer.cores = nn.ParameterList(
-            nn.Parameter(core.contiguous()) for core in decomposition.cores
-        )
+        cores = [core.contiguous() for core in decomposition.cores]
+        return cls._of_cores(cores, shape.in_features, shape.out_features, bias)
+
+    @classmethod
+    def _of_cores(
+        cls, cores: Sequence[Tensor], in_features: int, out_features: int, bias: Tensor | None
+    ) -> MPOLinear:
+        """A layer with these cores, not copied, and a copy of the bias."""
+        shape = MPOShape.of_cores([core.shape for core in cores], in_features, out_features)
+        layer = cls(in_features, out_features, shape, bias is not None, device="meta")
+        layer.cores = nn.ParameterList(nn.Parameter(core) for core in cores)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone())
         return layer
@@ -154,15 +168,9 @@ class MPOLinear(MPOModule):
         The new layer has fewer, larger cores of its own, a copy of the bias, and this layer's
         mode (training or not); all its parameters train.
         """
-        parts = merged_for(self.oriented_cores(), rows, self.in_features, self.out_features)
-        shape = MPOShape.of_cores(
-            [part.shape for part in parts], self.in_features, self.out_features
-        )
-        layer = MPOLinear(self.in_features, self.out_features, shape, bias=False, device="meta")
-        layer.cores = nn.ParameterList(nn.Parameter(part) for part in parts)
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach().clone())
-        return layer.train(self.training)
+        features = self.in_features, self.out_features
+        parts = merged_for(self.oriented_cores(), rows, *features)
+        return MPOLinear._of_cores(parts, *features, self.bias).train(self.training)
 
     def quantized(self, dtype: torch.dtype = torch.int8) -> QuantizedMPOLinear:
         """The same layer with cores of one byte an element, for serving.
@@ -178,6 +186,33 @@ class MPOLinear(MPOModule):
         """
         return QuantizedMPOLinear(self, dtype)
 
+    @torch.no_grad()
+    def interpolative(self) -> InterpolativeLinear:
+        """The same matrix of plain low rank, in r (in + out − r) numbers in place of r (in + out).
+
+        The new layer has a copy of the bias, and this layer's mode; all its parameters train.
+
+        Raises:
+            ValueError: other factors than ``(1, in)`` and ``(out, 1)``, or NaN or Inf in a core.
+        """
+        cores = self.oriented_cores()
+        factors = list(zip(*(core.shape[1:3] for core in cores), strict=True))
+        wanted = [(1, self.in_features), (self.out_features, 1)]
+        if factors != wanted:
+            raise ValueError(
+                f"expected low rank, in and out factors {wanted[0]} and {wanted[1]}, "
+                f"got {factors[0]} and {factors[1]}"
+            )
+        check_finite(cores)
+        *cores, order = interpolated(cores[0][0, 0], cores[1][:, :, 0, 0])
+        features = self.in_features, self.out_features
+        layer = InterpolativeLinear(*features, len(cores[1]), self.bias is not None, device="meta")
+        layer.cores = nn.ParameterList(nn.Parameter(core) for core in cores)
+        layer.order = order
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().clone())
+        return layer.train(self.training)
+
     def plan(self, rows: int, backward: bool = False) -> Plan:
         """How ``rows`` rows (the product of x's leading dimensions) are computed, and why.
 
@@ -192,4 +227,130 @@ class MPOLinear(MPOModule):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"in_factors={self.shape.in_factors}, out_factors={self.shape.out_factors}, "
             f"ranks={self.shape.ranks}, bias={self.bias is not None}"
+        )
+
+
+class InterpolativeLinear(UnformedLayer):
+    """Drop-in for ``nn.Linear`` of rank r, in r (m + n − r) numbers and as many multiply-adds.
+
+    Of the weight ``[m, n]`` it holds r rows, B, and what makes the others of them, T B: with
+    z = x Bᵀ the output is z beside z Tᵀ, in the order of the rows. Below full rank that is always
+    less than dense. Made of an :class:`MPOLinear` by ``layer.interpolative()``; the source is that
+    of :func:`mpo_kernels.cores.gauge.interpolated`.
+
+    Attributes:
+        cores: ParameterList of T ``[m − r, r]`` and B ``[r, n]``.
+        order: int64 ``[m]``, a buffer: where in ``cat(z, z Tᵀ)`` each output stands.
+
+    Args:
+        in_features: n, size of x's last dimension.
+        out_features: m, size of the output's last dimension.
+        rank: r, at least 1, at most the smaller of the two.
+        bias: add a learned bias ``[out_features]``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: another rank.
+    """
+
+    bias: nn.Parameter | None
+    order: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(
+                f"expected a rank from 1 to {min(in_features, out_features)}, got {rank}"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        sizes = (out_features - rank, rank), (rank, in_features)
+        self.cores = nn.ParameterList(
+            nn.Parameter(torch.empty(size, device=device, dtype=dtype)) for size in sizes
+        )
+        order = torch.arange(out_features, dtype=torch.int64, device=device)
+        self.register_buffer("order", order)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Entries of W and of the bias with the variance that ``nn.Linear`` starts from."""
+        coefficients, pivots = self.cores
+        nn.init.normal_(coefficients, std=self.rank**-0.5)
+        nn.init.normal_(pivots, std=(3 * self.in_features) ** -0.5)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
+
+    @property
+    def rank(self) -> int:
+        return self.cores[1].shape[0]
+
+    @property
+    def shape(self) -> MPOShape:
+        """That of the same matrix as an :class:`MPOLinear`, which has r² parameters more."""
+        return MPOShape.low_rank(self.in_features, self.out_features, self.rank)
+
+    @property
+    def central(self) -> int:
+        """Index of the larger core."""
+        return int(self.cores[1].numel() >= self.cores[0].numel())
+
+    def freeze_central(self) -> None:
+        """Train only the smaller core (and the bias): no gradient of the larger is computed."""
+        for k, core in enumerate(self.cores):
+            core.requires_grad_(k != self.central)
+
+    def unfreeze(self) -> None:
+        """Train both cores."""
+        self.cores.requires_grad_(True)
+
+    def _unformed(self) -> tuple[tuple[int, int], Sequence[Tensor]]:
+        held = [core for core in self.cores if core.numel()]  # at full rank there is no T
+        return (self.out_features, self.in_features), held
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in_features] -> [..., out_features]``."""
+        if not isinstance(x, Tensor) or x.is_nested:
+            return self._of(x, 1)
+        check_input(x, self.in_features)
+        coefficients, pivots = self.cores
+        z = F.linear(x, pivots)
+        y = torch.cat((z, F.linear(z, coefficients)), -1).index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def to_mpo(self) -> MPOLinear:
+        """Plain low rank: two cores of its own, r² numbers more, and a copy of the bias.
+
+        The new layer has this layer's mode; all its parameters train.
+        """
+        coefficients, pivots = self.cores
+        one = torch.eye(self.rank, dtype=pivots.dtype, device=pivots.device)
+        left = torch.cat((one, coefficients))[self.order]
+        cores = left[None, None], pivots.clone()[:, :, None, None]
+        layer = MPOLinear._of_cores(cores, self.in_features, self.out_features, self.bias)
+        return layer.train(self.training)
+
+    def quantized(self, dtype: torch.dtype = torch.int8) -> QuantizedMPOLinear:
+        """Plain low rank in bytes, r² of them more; see :meth:`MPOLinear.quantized`."""
+        return self.to_mpo().quantized(dtype)
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer, with a copy of the bias."""
+        return self.to_mpo().to_linear()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}, bias={self.bias is not None}"
         )

@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 
 PUBLIC = {
-    "mpo_kernels": "Decomposition MPOEmbedding MPOExperts MPOLinear MPOShape Plan "
+    "mpo_kernels": "Decomposition InterpolativeLinear MPOEmbedding MPOExperts MPOLinear MPOShape Plan "
     "QuantizedMPOLinear __version__ available_backends decompose mpo_embedding mpo_linear "
     "reconstruct round_cores use_backend",
     "mpo_kernels.export": "DECOMPOSITIONS",

@@ -1,0 +1,178 @@
+"""InterpolativeLinear against the low rank that it is made of, in fp64, odd sizes first."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mpo_kernels import InterpolativeLinear, MPOEmbedding, MPOLinear, MPOShape, QuantizedMPOLinear
+from mpo_kernels.cores.gauge import interpolated
+from mpo_kernels.testing import relative_error
+
+# Outputs, inputs, rank: from one to the full, tall and wide.
+SIZES = [(13, 7, r) for r in range(1, 8)] + [(7, 13, r) for r in (1, 4, 6, 7)] + [(5, 5, 5)]
+
+
+def low_rank(m, n, rank, dtype=torch.float32, bias=True):
+    return MPOLinear(n, m, MPOShape.low_rank(n, m, rank), bias, dtype=dtype)
+
+
+def weight(layer):
+    """Formed by torch's own products, with autograd."""
+    coefficients, pivots = layer.cores
+    return torch.cat((pivots, coefficients @ pivots))[layer.order]
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), SIZES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_is_the_same_layer_in_fewer_numbers(m, n, rank, bias):
+    plain = low_rank(m, n, rank, bias=bias)
+    layer = plain.eval().interpolative()
+    assert not layer.training and sum(c.numel() for c in layer.cores) == rank * (m + n - rank)
+    assert (layer.shape, layer.rank) == (plain.shape, rank)
+    exact = copy.deepcopy(plain).double()
+    for lead in ((), (1,), (3, 5), (0,), (2, 0)):
+        x = torch.randn(*lead, n)
+        y = layer(x)
+        assert y.shape == (*lead, m) and y.dtype == torch.float32 and y.is_contiguous()
+        if y.numel():
+            assert relative_error(y, exact(x.double())) <= 1e-6
+    dense = exact.to_linear().weight
+    back = layer.to_mpo()
+    for other in (layer.to_linear(), back.to_linear()):
+        assert relative_error(other.weight, dense) <= 1e-6
+        assert (other.bias is None) == (not bias)
+    assert back.shape == plain.shape and not back.training
+    with torch.no_grad():
+        back.cores[1].zero_()
+        if bias:
+            back.bias.zero_()
+    assert relative_error(layer.to_linear().weight, dense) <= 1e-6  # which shares nothing with it
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), SIZES)
+def test_gradients_are_those_of_dense_autograd(m, n, rank):
+    layer = low_rank(m, n, rank, torch.float64).interpolative()
+    x, dy = torch.randn(3, 2, n, dtype=torch.float64), torch.randn(3, 2, m, dtype=torch.float64)
+    leaves = [x.requires_grad_(), *layer.parameters()]
+    found = torch.autograd.grad(layer(x), leaves, dy)
+    wanted = torch.autograd.grad(F.linear(x, weight(layer), layer.bias), leaves, dy)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def spoilt(kind, m, rank):
+    left = torch.randn(m, rank, dtype=torch.float64)
+    if kind == "columns":
+        left *= torch.logspace(-8, 8, rank, dtype=torch.float64)
+    elif kind == "rows":
+        left *= torch.logspace(-6, 6, m, dtype=torch.float64)[torch.randperm(m), None]
+    elif kind == "rank":
+        left[:, rank // 2 :] = left[:, :1]
+    elif kind == "zero":
+        left.zero_()
+    return left
+
+
+@pytest.mark.parametrize("kind", ["normal", "columns", "rows", "rank", "zero"])
+@pytest.mark.parametrize(("m", "rank"), [(13, 7), (150, 97), (300, 40)])
+def test_coefficients_stay_small(kind, m, rank):
+    left, right = spoilt(kind, m, rank), torch.randn(rank, 61, dtype=torch.float64)
+    exact = left @ right
+    coefficients, pivots, order = interpolated(left.float(), right.float())
+    assert coefficients.dtype == torch.float32 and coefficients.abs().amax() <= 4
+    assert sorted(order.tolist()) == list(range(m))
+    stacked = torch.cat((pivots.double(), coefficients.double() @ pivots.double()))
+    exact = left.float().double() @ right.float().double()
+    assert torch.linalg.norm(stacked[order] - exact) <= 1e-6 * torch.linalg.norm(exact)
+    # What is held are rows of the matrix.
+    torch.testing.assert_close(exact[order < rank], pivots[order[order < rank]].double())
+
+
+def test_freezing_leaves_the_larger_core():
+    for m, n, rank, central in ((13, 7, 3, 0), (9, 7, 3, 1), (7, 13, 3, 1), (7, 7, 7, 1)):
+        layer = InterpolativeLinear(n, m, rank)
+        layer.freeze_central()
+        assert layer.central == central
+        assert [core.requires_grad for core in layer.cores] == [k != central for k in range(2)]
+        layer(torch.randn(4, n)).square().sum().backward()
+        frozen, trained = layer.cores[central], layer.cores[1 - central]
+        assert frozen.grad is None and trained.grad is not None and layer.bias.grad is not None
+        layer.unfreeze()
+        assert all(core.requires_grad for core in layer.cores)
+
+
+def test_a_new_layer_starts_as_torchs_own():
+    layer, dense = InterpolativeLinear(300, 400, 50), torch.nn.Linear(300, 400)
+    std = weight(layer).detach().std()
+    assert 0.8 < float(std / dense.weight.detach().std()) < 1.2
+    assert float(layer.bias.detach().abs().amax()) <= 300**-0.5
+
+
+def test_compiles_as_one_graph():
+    layer = low_rank(13, 7, 4).interpolative()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lead in ((2,), (5, 3)):
+        x = torch.randn(*lead, 7)
+        torch.testing.assert_close(compiled(x), layer(x))
+    whole = low_rank(7, 7, 7).interpolative()  # whose coefficients are none
+    whole.freeze_central()
+    asks = torch.compile(lambda x: x.to(whole.weight.dtype), fullgraph=True, backend="eager")
+    assert asks(torch.randn(2, dtype=torch.float64)).dtype == torch.float32
+
+
+def test_autocast_halves_nested_and_bytes():
+    plain = low_rank(13, 7, 4)
+    layer = plain.interpolative()
+    x = torch.randn(3, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and relative_error(y, plain(x)) < 0.02
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert half.order.dtype == torch.int64
+    assert relative_error(half(x.bfloat16()), plain(x)) < 0.02
+    nested = torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
+    torch.testing.assert_close(layer(nested).values(), layer(torch.cat((x, x[:2]))))
+    coded = layer.quantized()
+    assert isinstance(coded, QuantizedMPOLinear) and relative_error(coded(x), plain(x)) < 0.03
+
+
+def test_meta_and_state():
+    layer = low_rank(13, 7, 4).interpolative()
+    empty = InterpolativeLinear(7, 13, 4, device="meta")
+    assert empty(torch.randn(2, 7, device="meta")).shape == (2, 13)
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 7)
+    assert torch.equal(empty(x), layer(x))
+    assert layer.state_dict().keys() == {"cores.0", "cores.1", "order", "bias"}
+    assert layer.weight.shape == (13, 7)
+    with pytest.raises(NotImplementedError, match=r"InterpolativeLinear \[13, 7\]: held as cores"):
+        layer.weight + 1
+
+
+def test_what_is_refused():
+    shape = MPOShape.balanced(12, 12, 2)
+    with pytest.raises(
+        ValueError, match=r"expected low rank, in and out factors \(1, 12\) and \(12, 1\), got "
+    ):
+        MPOLinear(12, 12, shape).interpolative()
+    for factors in (((12, 1), (1, 12)), ((1, 12, 1), (12, 1, 1)), ((12,), (12,))):
+        with pytest.raises(ValueError, match=r"expected low rank, .*, got \("):
+            MPOLinear(12, 12, MPOShape(*factors)).interpolative()
+    table = MPOEmbedding(9, 5, MPOShape.low_rank(9, 5, 3))
+    with pytest.raises(ValueError, match=r"expected low rank, .* got \(5, 1\) and \(1, 9\)"):
+        table.as_linear().interpolative()
+    for rank in (0, 6):
+        with pytest.raises(ValueError, match=f"expected a rank from 1 to 5, got {rank}"):
+            InterpolativeLinear(7, 5, rank)
+    plain = low_rank(7, 5, 3)
+    plain.cores[0].data[0, 0, 2, 1] = torch.nan
+    with pytest.raises(ValueError, match="expected finite cores, got NaN or Inf in core 0"):
+        plain.interpolative()
+    layer = low_rank(7, 5, 3).interpolative()
+    with pytest.raises(ValueError, match=r"expected x \[\.\.\., 5\], got \[2, 6\]"):
+        layer(torch.randn(2, 6))
