@@ -5,8 +5,8 @@ from importlib import import_module
 import pytest
 
 PUBLIC = {
-    "mpo_kernels": "Decomposition InterpolativeLinear MPOEmbedding MPOExperts MPOLinear MPOShape Plan "
-    "QuantizedMPOLinear __version__ available_backends decompose mpo_embedding mpo_linear "
+    "mpo_kernels": "Decomposition InterpolativeLinear MPOEmbedding MPOExperts MPOLinear MPOShape "
+    "Plan QuantizedMPOLinear __version__ available_backends decompose mpo_embedding mpo_linear "
     "reconstruct round_cores use_backend",
     "mpo_kernels.export": "DECOMPOSITIONS",
     "mpop": "CompressionConfig CompressionReport Exported MPOConfig ParameterCount Perplexity "

@@ -18,6 +18,8 @@ from mpo_kernels.layers.cost import LayerCost
 FORMAT_VERSION = 1
 LINEARS = ("linear", "conv1d")
 KINDS = (*LINEARS, "embedding", "experts")
+INTERPOLATIVE = "interpolative"
+FACTORS = ("balanced", "auto", INTERPOLATIVE)
 # What cores can be stored in beside the dtype of the model.
 STORES = {str(dtype).removeprefix("torch."): dtype for dtype in LARGEST}
 # What says how much of a matrix is kept, or trained.
