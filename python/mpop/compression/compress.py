@@ -231,7 +231,7 @@ def _warn_of_few(
     if shown < _TOKENS_AN_INPUT * widest:
         warnings.warn(
             f"calibration has {int(shown):,} tokens, fewer than {_TOKENS_AN_INPUT} for each of "
-            f"{widest:,} inputs: what they do not show counts as an average input; more text cuts "
+            f"{widest:,} inputs: what they do not show is held by shrinkage alone; more text cuts "
             "better (mpop compress --samples, --calibrate)",
             stacklevel=3,
         )
