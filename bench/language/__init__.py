@@ -1,0 +1,1 @@
+"""What cutting a real decoder costs it on text, beside what published tools do."""

@@ -1,0 +1,307 @@
+"""Perplexity of a real decoder cut to shares of its linears: `python -m bench.language.table`.
+
+Calibration and every choice see WikiText-2's validation text; what is reported is its test text, in
+windows of 512 and of 2048 tokens, and a text of another kind (the premises of RTE). Every run is a
+line of `runs.jsonl`, and a stopped table goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import mpop
+from bench import facts
+from bench.glue.encoder import say
+from bench.language.decoder import NAME, folder_of
+from bench.language.ways import ROUNDINGS, WAYS, AllMoments, cut
+from bench.layer.report import table
+from bench.results import text_of
+from mpop.compression.calibration import second_moments
+from mpop.data.glue import get_task, load_split
+from mpop.models.matrices import module_at
+from mpop.models.selection import select
+
+Row = dict[str, Any]
+# Windows of the test text and of the other one.
+_WINDOWS = {"test 512": 24, "test 2048": 6, "other 512": 24}
+
+
+class Texts:
+    """Tokens of the texts that are measured."""
+
+    def __init__(self, tokenizer: Any, options: argparse.Namespace) -> None:
+        folder = Path(options.texts)
+        test = (folder / "test.txt").read_text(encoding="utf-8")
+        rte = load_split(get_task("rte"), "train", options.data_dir)
+        other = "\n\n".join(dict.fromkeys(rte["text"]))
+        self.tokens: dict[str, Tensor] = {}
+        for name, count in _WINDOWS.items():
+            seqlen = int(name.split()[1])
+            text = test if name.startswith("test") else other
+            ids = tokenizer(text, verbose=False)["input_ids"][: count * seqlen]
+            self.tokens[name] = torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+    def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        """By text and length of a window."""
+        found = {}
+        with torch.autocast("cpu", torch.bfloat16):
+            for name, tokens in self.tokens.items():
+                seqlen = int(name.split()[1])
+                found[name] = mpop.perplexity(model, tokens, seqlen=seqlen).perplexity
+        return found
+
+
+class Bench:
+    """The decoder, what it was, and the runs that are on file."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.file = options, Path(options.output) / "runs.jsonl"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.rows: list[Row] = [json.loads(line) for line in lines]
+        folder = folder_of(options.model, Path(options.scratch))
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.texts = Texts(self.tokenizer, options)
+        selected = select(self.model, mpop.CompressionConfig(embeddings=False))
+        self.weights = {
+            names: module_at(self.model, names[0]).weight.detach() for names in selected
+        }
+        self.kept = {names: weight.clone() for names, weight in self.weights.items()}
+        self.whole = sum(weight.numel() for weight in self.kept.values())
+        self.parameters = self.model.num_parameters()
+
+    def run(self, key: Row, make: Callable[[], tuple[float, float]]) -> None:
+        """A row, unless it is there: `make` puts the weights; returns parameters and bytes."""
+        if any(all(row[name] == value for name, value in key.items()) for row in self.rows):
+            return
+        say(" ".join(map(str, key.values())))
+        begun = time.perf_counter()
+        parameters, num_bytes = make()
+        seconds = time.perf_counter() - begun
+        try:
+            found: Row = {"perplexity": self.texts.perplexities(self.model), "diverged": False}
+        except FloatingPointError:
+            found = {"perplexity": dict.fromkeys(_WINDOWS), "diverged": True}
+        others = self.parameters - self.whole
+        row = {
+            **key,
+            "of_matrices": parameters / self.whole,
+            "of_model": (parameters + others) / self.parameters,
+            "bytes": num_bytes + 2 * others,
+            "seconds": seconds,
+            **found,
+        }
+        self.rows.append(row)
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        with torch.no_grad():
+            for names, weight in self.weights.items():
+                weight.copy_(self.kept[names])
+
+    @torch.no_grad()
+    def put(self, new: Any) -> tuple[float, float]:
+        """Weights in the place of the model's; the parameters of all, and the bytes in 16 bits."""
+        total = 0.0
+        for names, weight, parameters in new:
+            self.weights[names].copy_(weight)
+            total += parameters
+        return total, 2 * total
+
+    @torch.no_grad()
+    def round(self, name: str) -> tuple[float, float]:
+        """Weights rounded; their bytes."""
+        num_bytes = 0.0
+        for names, weight in self.weights.items():
+            new, size = ROUNDINGS[name](self.kept[names])
+            weight.copy_(new)
+            num_bytes += size
+        return self.whole, num_bytes
+
+    def moments(self, seed: int) -> AllMoments:
+        """Of the validation text."""
+        options = self.options
+        batches = mpop.text_batches(
+            self.tokenizer,
+            Path(options.texts) / "valid.txt",
+            samples=options.samples,
+            seqlen=options.seqlen,
+            seed=seed,
+            batch_size=4,
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            return second_moments(self.model, batches, list(self.weights))
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    """All runs that are asked for."""
+    bench = Bench(options)
+    plain = {"ratio": 1.0, "seed": 0}
+    bench.run({"way": "dense", **plain}, lambda: (bench.whole, 2 * bench.whole))
+    for name in ROUNDINGS:
+        bench.run({"way": name, **plain}, lambda name=name: bench.round(name))
+    ends = time.monotonic() + 60 * options.budget_minutes
+    for seed in options.seeds:
+        found: AllMoments | None = None
+        for ratio in options.ratios:
+            for name in options.ways:
+                key = {"way": name, "ratio": ratio, "seed": seed}
+                if any(all(row[k] == v for k, v in key.items()) for row in bench.rows):
+                    continue
+                if time.monotonic() > ends:
+                    return bench.rows
+                if found is None:
+                    say(f"moments, seed {seed}")
+                    found = bench.moments(seed)
+                new = cut(bench.kept, found, WAYS[name], ratio)
+                bench.run(key, lambda new=new: bench.put(new))
+    return bench.rows
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """A row a way and ratio, over its seeds."""
+    groups: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["way"], row["ratio"]), []).append(row)
+    return [
+        {
+            "way": way,
+            "ratio": ratio,
+            "seeds": len(group),
+            "of_matrices": group[0]["of_matrices"],
+            "of_model": group[0]["of_model"],
+            "bytes": group[0]["bytes"],
+            "perplexity": {
+                name: _spread([row["perplexity"][name] for row in group]) for name in _WINDOWS
+            },
+        }
+        for (way, ratio), group in groups.items()
+    ]
+
+
+def _spread(values: Sequence[float | None]) -> tuple[float, float] | None:
+    finite = [value for value in values if value is not None]
+    if not finite:
+        return None
+    return statistics.fmean(finite), statistics.pstdev(finite)
+
+
+def markdown(rows: Sequence[Row], conditions: Row) -> str:
+    """The table, and what it was measured on."""
+    head = ("way", "kept", "of the model", "MB", *_WINDOWS)
+    lines = [
+        (
+            f"`{row['way']}`",
+            f"{row['of_matrices']:.2f}",
+            f"{row['of_model']:.2f}",
+            f"{row['bytes'] / 1e6:.0f}",
+            *(_cell(row["perplexity"][name]) for name in _WINDOWS),
+        )
+        for row in rows
+    ]
+    meanings = [f"- `{name}`: {way.meaning}." for name, way in WAYS.items()]
+    versions, git = conditions["versions"], conditions["git"]
+    return "\n".join(
+        [
+            table(head, lines),
+            "",
+            *meanings,
+            "- `int8`: rounded to the nearest, a scale a row; `int4`: a scale and an offset for "
+            "each 64 inputs.",
+            "",
+            f"{NAME}, all linears but the head; kept: of their parameters. Perplexity (± standard "
+            "deviation over calibration seeds) of WikiText-2's test text (tokenised version) in "
+            "windows of 512 and 2048 tokens, and of RTE's premises; the first "
+            f"{', '.join(map(str, _WINDOWS.values()))} windows, bf16 autocast. Calibrated on "
+            f"{conditions['samples']} windows of {conditions['seqlen']} tokens of the validation "
+            "text. MB: the linears as said, all else in 16 bits. The model's weights had been "
+            "rounded to four bits before: compare with its own dense row, not with other figures.",
+            "",
+            f"{conditions['machine']['cpu']}; torch {versions['torch']}, transformers "
+            f"{versions['transformers']}; commit {(git['commit'] or 'none')[:12]}"
+            f"{' with changes' * git['dirty']}.",
+            "",
+            f"`{conditions['command']}`",
+            "",
+        ]
+    )
+
+
+def _cell(found: tuple[float, float] | None) -> str:
+    if found is None:
+        return "not finite"
+    mean, deviation = found
+    digits = 1 if mean < 1000 else 0
+    return f"{mean:,.{digits}f}" + (f" ± {deviation:,.{digits}f}" if deviation else "")
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """Perplexity against bytes."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = drawn.subplots()
+    for way in dict.fromkeys(row["way"] for row in rows):
+        points = sorted(
+            (row["bytes"] / 1e6, row["perplexity"]["test 512"][0])
+            for row in rows
+            if row["way"] == way and row["perplexity"]["test 512"]
+        )
+        (line,) = axes.plot(*zip(*points, strict=True), "o-", markersize=4)
+        axes.annotate(
+            way, points[0], (4, 4), textcoords="offset points", color=line.get_color(), fontsize=8
+        )
+    axes.set(xlabel="megabytes", ylabel="perplexity, WikiText-2 test", yscale="log")
+    axes.set_ylim(top=1e3)
+    drawn.savefig(path, dpi=130)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.language.table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", required=True, help="folder of table.json, table.md, table.png")
+    parser.add_argument("--texts", required=True, help="WikiText-2: a folder of valid and test.txt")
+    parser.add_argument("--data-dir", help="a folder in GLUE's own layout; without it the hub")
+    parser.add_argument("--model", help="a decoder's folder; by default that of the package")
+    parser.add_argument("--scratch", default=".cache", help="where that one is written")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS)[:5])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.6, 0.4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--seqlen", type=int, default=512, help="their tokens")
+    parser.add_argument("--budget-minutes", type=float, default=1e6, help="stop after the run")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv)
+    rows = summary(measure(options))
+    conditions = facts.conditions(
+        *("bench.language.table", argv, torch.device("cpu"), "transformers"),
+        samples=options.samples,
+        seqlen=options.seqlen,
+    )
+    output = Path(options.output)
+    (output / "table.json").write_text(text_of({"conditions": conditions, "rows": rows}))
+    text = markdown(rows, conditions)
+    (output / "table.md").write_text(text)
+    figure(rows, output / "table.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,139 @@
+"""Ways to cut a decoder's linears to a share of their parameters, and to round them to few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mpo_kernels import MPOShape, decompose, reconstruct
+from mpo_kernels.layers.cost import LayerCost
+from mpop.compression.allocation import allocate, curve
+from mpop.compression.calibration import Moments
+from mpop.models.matrices import Names
+
+Weights = Mapping[Names, Tensor]
+AllMoments = Mapping[Names, Moments]
+# Of alternating least squares, where there is no closed form.
+_SWEEPS = 3
+
+
+class Way(NamedTuple):
+    """What a cut minds, who gets how much, and in what form it is held.
+
+    Attributes:
+        meaning: for the table.
+        inputs: the second moments of inputs count.
+        gradients: and those of gradients.
+        shared: one budget over all matrices, by the second moments of gradients.
+        interpolative: low rank as rows and what makes the others of them.
+        num_cores: balanced factors of so many cores; None for plain low rank.
+    """
+
+    meaning: str
+    inputs: bool = True
+    gradients: bool = False
+    shared: bool = False
+    interpolative: bool = False
+    num_cores: int | None = None
+
+
+WAYS = {
+    "svd": Way("truncated SVD of each weight, one share for all", inputs=False),
+    "aware": Way("the same under the inputs' second moments, as SVD-LLM does"),
+    "ranks": Way("ranks shared by what the model loses with each matrix", shared=True),
+    "both": Way("cut under the gradients' second moments too", gradients=True, shared=True),
+    "ours": Way(
+        "held as rows and what makes the others of them: `--factors interpolative`",
+        gradients=True,
+        shared=True,
+        interpolative=True,
+    ),
+}
+WAYS |= {
+    f"chain-{n}": Way(
+        f"`both` in {n} balanced cores for each matrix, its share of the budget the same",
+        gradients=True,
+        shared=True,
+        num_cores=n,
+    )
+    for n in (2, 3, 5)
+}
+
+
+def cut(
+    weights: Weights, moments: AllMoments, way: Way, ratio: float
+) -> Iterator[tuple[Names, Tensor, float]]:
+    """(names, new weight, parameters) of each matrix."""
+    budgets = _budgets(weights, moments, way, ratio)
+    for names, weight in weights.items():
+        of_inputs = moments[names]
+        budget = budgets[names]
+        if budget >= weight.numel():
+            yield names, weight, weight.numel()
+            continue
+        found = decompose(
+            weight,
+            _shape(weight, way, budget),
+            compression=None if way.num_cores is None else budget / weight.numel(),
+            second_moment=of_inputs.fit + of_inputs.judge if way.inputs else None,
+            gradient_moment=of_inputs.gradients if way.gradients else None,
+            max_sweeps=_SWEEPS,
+        )
+        sizes = {"in_features": weight.shape[1], "out_features": len(weight)}
+        cost = LayerCost(interpolative=way.interpolative)
+        yield names, reconstruct(found.cores, **sizes), cost.of(found.shape)
+
+
+def _shape(weight: Tensor, way: Way, budget: float) -> MPOShape:
+    out_features, in_features = weight.shape
+    if way.num_cores is not None:
+        return MPOShape.balanced(in_features, out_features, way.num_cores)
+    cost = LayerCost(interpolative=way.interpolative)
+    ranks = range(min(in_features, out_features), 0, -1)
+    shapes = (MPOShape.low_rank(in_features, out_features, rank) for rank in ranks)
+    return next(shape for shape in shapes if cost.of(shape) <= budget)
+
+
+def _budgets(weights: Weights, moments: AllMoments, way: Way, ratio: float) -> dict[Names, float]:
+    if not way.shared:
+        return {names: ratio * weight.numel() for names, weight in weights.items()}
+    cost = LayerCost(interpolative=way.interpolative)
+    curves = {
+        names: curve(weight, moments[names] if way.gradients else _plain(moments[names]), cost)
+        for names, weight in weights.items()
+    }
+    whole = sum(weight.numel() for weight in weights.values())
+    points = allocate(list(curves.values()), ratio * whole)
+    return {names: point.cost for names, point in zip(curves, points, strict=True)}
+
+
+def _plain(moments: Moments) -> Moments:
+    """With the gradients' mean square alone, all outputs alike."""
+    return moments._replace(gradients=None)
+
+
+def rounded(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, float]:
+    """To the nearest of 2^bits even steps, and the bytes that takes.
+
+    Args:
+        weight: ``[out, in]``; each row, or each group of so many of its inputs, has a scale in 16
+            bits, and of a group an offset as well.
+    """
+    out_features, in_features = weight.shape
+    steps = 2**bits - 1
+    if group is None:
+        scale = weight.abs().amax(1, keepdim=True) / (steps // 2)
+        return (weight / scale).round() * scale, weight.numel() * bits / 8 + 2 * out_features
+    each = weight.view(out_features, in_features // group, group)
+    least, most = each.amin(2, keepdim=True), each.amax(2, keepdim=True)
+    scale = ((most - least) / steps).clamp(min=1e-12)
+    new = ((each - least) / scale).round() * scale + least
+    return new.view_as(weight), weight.numel() * bits / 8 + 4 * weight.numel() / group
+
+
+ROUNDINGS: dict[str, Callable[[Tensor], tuple[Tensor, float]]] = {
+    "int8": lambda weight: rounded(weight, 8, None),
+    "int4": lambda weight: rounded(weight, 4, 64),
+}
