@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mpop.models.left import describe_left, left_dense
 from mpop.models.light import count_bytes, count_parameters
-from mpop.models.matrices import compressed_matrices, module_at, store_of
+from mpop.models.matrices import compressed_matrices, module_at, parameters_of, spec_of
 
 # From the sentence that says what the matrices are to the one that says what their errors are.
 _WRITTEN = re.compile(
@@ -41,21 +41,18 @@ def model_card(
         base_model=source, license=license, library_name="transformers", tags=["mpo", "mpop"]
     )
     total = count_parameters(model).total
-    dense = total + sum(
-        module.shape.dense_parameters - module.shape.num_parameters for _, module in modules
-    )
+    counts = [parameters_of(module) for _, module in modules]
+    held, of_dense = (sum(each) for each in zip(*counts, strict=True))
+    dense = total + of_dense - held
     rows = [
         f"| `{name}` | {module.shape.in_features} × {module.shape.out_features} "
         f"| {'·'.join(map(str, module.shape.in_factors))} "
         f"| {'·'.join(map(str, module.shape.out_factors))} "
-        f"| {' '.join(map(str, module.shape.ranks))} | {module.shape.compression:.3f} "
+        f"| {' '.join(map(str, module.shape.ranks))} | {own / whole:.3f} "
         f"| {_error(getattr(module, 'rel_error', None))} |"
-        for name, module in modules
+        for (name, module), (own, whole) in zip(modules, counts, strict=True)
     ]
     cls = type(model).__name__
-    matrices = sum(module.shape.num_parameters for _, module in modules) / sum(
-        module.shape.dense_parameters for _, module in modules
-    )
     left = describe_left(left_dense(model), dense)
     lines = [
         f"---\n{data.to_yaml()}\n---",
@@ -63,7 +60,8 @@ def model_card(
         f"{f'`{source}`' if source else f'A {cls}'} whose "
         "matrices are matrix product operators: chains of small cores, contracted without ever "
         f"forming the weight. {total:,} parameters, {total / dense:.3f} of the {dense:,} of the "
-        f"dense model; the {len(modules)} matrices have {matrices:.3f} of theirs. {_sizes(model)}",
+        f"dense model; the {len(modules)} matrices have {held / of_dense:.3f} of theirs. "
+        f"{_sizes(model)}",
         "```\n" + "\n".join(left) + "\n```",
         "```python\n"
         "import mpop  # teaches from_pretrained to read it; without it the weights are random\n\n"
@@ -83,10 +81,12 @@ def _sizes(model: PreTrainedModel) -> str:
     """The bytes of the tensors, and which of them are quantised."""
     size = count_bytes(model)
     text = f"The matrices take {size.matrices:,} bytes, the model {size.total:,}."
-    modules = [module_at(model, names[0]) for names in compressed_matrices(model)]
-    stores = Counter(store for module in modules if (store := store_of(module)))
+    specs = [spec_of(module_at(model, names[0])) for names in compressed_matrices(model)]
+    stores = Counter(spec.store for spec in specs if spec.store is not None)
     for store, count in stores.items():
         text += f" {count} of the matrices have cores in {store}, which are served and not trained."
+    if count := sum(spec.form is not None for spec in specs):
+        text += f" {count} are held as rows of theirs and what makes the other rows of these."
     return text
 
 

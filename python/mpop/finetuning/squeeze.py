@@ -21,9 +21,16 @@ from mpo_kernels import reconstruct, round_cores
 from mpo_kernels.cores.fitting import weighted_spectrum
 from mpo_kernels.cores.gauge import bond_maps, carried
 from mpo_kernels.layers.embedding import MPOTiedLinear
+from mpo_kernels.layers.module import MPOModule
 from mpop.compression.calibration import MEASURABLE, Batches, Calibration, Moments
 from mpop.models.light import count_parameters
-from mpop.models.matrices import MPO, check_own_cores, is_embedding, mpo_matrices, mpo_modules
+from mpop.models.matrices import (
+    check_not_interpolative,
+    check_own_cores,
+    is_embedding,
+    mpo_matrices,
+    mpo_modules,
+)
 from mpop.models.plain import check_unwrapped
 
 # A round that cuts less than this fraction is not tried.
@@ -143,14 +150,16 @@ def squeeze(
     bound.
 
     Raises:
-        ValueError: no MPO modules, adapters, no bond above 1, a bound below zero, a metric that is
-            NaN at the start, a state that is there without `resume`, or one to resume that is of
-            another model or other settings. The model is as it was.
+        ValueError: no MPO modules, adapters, matrices in interpolative form, no bond above 1, a
+            bound below zero, a metric that is NaN at the start, a state that is there without
+            `resume`, or one to resume that is of another model or other settings. The model is as
+            it was.
     """
     check_bounds(max_drop, step, max_steps)
     check_unwrapped(model)
     check_own_cores(model)
-    modules = dict(mpo_modules(model))
+    check_not_interpolative(model, "squeeze first, and call mpop.interpolate after it")
+    modules: dict[str, Any] = dict(mpo_modules(model))
     if not modules:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
     if all(rank == 1 for module in modules.values() for rank in module.shape.ranks):
@@ -204,7 +213,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        modules: dict[str, MPO],
+        modules: dict[str, MPOModule],
         tuner: Tuner,
         calibration: Batches | None,
         file: Path | None,
@@ -351,7 +360,9 @@ class _Run:
 
 
 def choose_cuts(
-    modules: Mapping[str, MPO], losses: Mapping[str, Sequence[Sequence[float]]], fraction: float
+    modules: Mapping[str, MPOModule],
+    losses: Mapping[str, Sequence[Sequence[float]]],
+    fraction: float,
 ) -> tuple[dict[str, tuple[int, ...]], float]:
     """The ranks after cutting the bonds that add least loss for a parameter, and that loss.
 
@@ -406,7 +417,7 @@ def choose_cuts(
     return changed, math.sqrt(error)
 
 
-def relative_squares(module: MPO, second_moment: Tensor | None = None) -> list[list[float]]:
+def relative_squares(module: MPOModule, second_moment: Tensor | None = None) -> list[list[float]]:
     """λ² / Σλ² of each bond of the cores as they are now, of plain low rank under S if given."""
     if second_moment is not None and module.shape.is_low_rank:
         size = {"in_features": module.shape.in_features, "out_features": module.shape.out_features}
@@ -417,7 +428,7 @@ def relative_squares(module: MPO, second_moment: Tensor | None = None) -> list[l
     return [(square / square.sum().clamp(min=1e-300)).tolist() for square in squares]
 
 
-def _fitting_moment(module: MPO, moments: Moments | None) -> Tensor | None:
+def _fitting_moment(module: MPOModule, moments: Moments | None) -> Tensor | None:
     """Of a linear layer's inputs; a table's cores are too large to be fitted at every cut."""
     if moments is None or is_embedding(module) or isinstance(module, MPOTiedLinear):
         return None
@@ -425,7 +436,7 @@ def _fitting_moment(module: MPO, moments: Moments | None) -> Tensor | None:
 
 
 def round_trained(
-    module: MPO,
+    module: MPOModule,
     ranks: tuple[int, ...],
     optimizer: torch.optim.Optimizer,
     second_moment: Tensor | None = None,

@@ -17,6 +17,7 @@ from mpo_kernels.layers.cost import LayerCost
 
 FORMAT_VERSION = 1
 KINDS = ("linear", "conv1d", "embedding")
+INTERPOLATIVE = "interpolative"
 # What cores can be stored in beside the dtype of the model.
 STORES = {str(dtype).removeprefix("torch."): dtype for dtype in LARGEST}
 # What says how much of a matrix is kept, or trained.
@@ -244,6 +245,12 @@ class CompressionConfig:
         return MatrixConfig(**settings)
 
 
+def has_rows(shape: MPOShape) -> bool:
+    """Whether it is low rank as `MPOShape.low_rank` makes it, which has an interpolative form."""
+    rank = max(shape.ranks, default=1)
+    return shape == MPOShape.low_rank(shape.in_features, shape.out_features, rank)
+
+
 class ModuleSpec(NamedTuple):
     """One compressed matrix of a checkpoint."""
 
@@ -251,6 +258,7 @@ class ModuleSpec(NamedTuple):
     shape: MPOShape
     frozen: bool  # whether all its cores but the central one are trained
     store: str | None = None  # one of STORES where the cores are quantised
+    form: str | None = None  # INTERPOLATIVE where rows of the matrix make the others
 
     def core(self, k: int) -> str:
         """The name of core k in the module's state."""
@@ -260,6 +268,10 @@ class ModuleSpec(NamedTuple):
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what holds the matrix, by their names in the module's state."""
         shapes: dict[str, tuple[int, ...]]
+        if self.form is not None:
+            features, (rank,) = self.shape.out_features, self.shape.ranks
+            pivots = (rank, self.shape.in_features)
+            return {"cores.0": (features - rank, rank), "cores.1": pivots, "order": (features,)}
         shapes = {self.core(k): size for k, size in enumerate(self.shape.core_shapes)}
         if self.store is not None:
             shapes |= {f"scale_{k}": (rank,) for k, rank in enumerate(self.shape.ranks)}
@@ -272,8 +284,9 @@ class MPOConfig(QuantizationConfigMixin):
 
     Args:
         modules: of a saved model, `{module name: {"kind", "frozen", and MPOShape.to_dict()}}`,
-            with a `"store"` where the cores are quantised: `"int8"` or `"float8_e4m3fn"`. A head
-            tied to an embedding has no entry: it follows from the tie.
+            with a `"store"` where the cores are quantised: `"int8"` or `"float8_e4m3fn"`, and a
+            `"form"` where they are those of an `mpo_kernels.InterpolativeLinear`:
+            `"interpolative"`. A head tied to an embedding has no entry: it follows from the tie.
         version: of this format.
         compress: what `from_pretrained` is to make of a dense checkpoint, a `CompressionConfig` or
             its fields; one matrix at a time is decomposed and freed.
@@ -325,22 +338,23 @@ class MPOConfig(QuantizationConfigMixin):
         entries: dict[str, dict[str, Any]] = {}
         for name, spec in specs.items():
             entries[name] = {"kind": spec.kind, "frozen": spec.frozen, **spec.shape.to_dict()}
-            if spec.store is not None:
-                entries[name]["store"] = spec.store
+            more = {"store": spec.store, "form": spec.form}
+            entries[name] |= {key: value for key, value in more.items() if value is not None}
         return cls(entries)
 
     def specs(self) -> dict[str, ModuleSpec]:
         """The entries of `modules`, checked.
 
         Raises:
-            ValueError: an entry with an unknown kind or store, or a shape that contradicts itself.
+            ValueError: an entry with an unknown kind, store or form, or a shape that contradicts
+                itself.
         """
         specs = {}
         for name, entry in self.modules.items():
             try:
                 shape = dict(entry)
                 kind, frozen = shape.pop("kind"), shape.pop("frozen")
-                store = shape.pop("store", None)
+                store, form = shape.pop("store", None), shape.pop("form", None)
                 if kind not in KINDS or not isinstance(frozen, bool):
                     raise ValueError(f"expected a kind of {KINDS} and frozen as a bool")
                 if store is not None and (store not in STORES or kind == "embedding" or frozen):
@@ -348,7 +362,14 @@ class MPOConfig(QuantizationConfigMixin):
                         f"store: expected one of {list(STORES)}, of a linear or conv1d that is not "
                         f"frozen, got {store!r} of a {kind}, frozen: {frozen}"
                     )
-                specs[name] = ModuleSpec(kind, MPOShape.from_dict(shape), frozen, store)
+                made = MPOShape.from_dict(shape)
+                is_plain = kind != "embedding" and store is None and has_rows(made)
+                if form is not None and (form != INTERPOLATIVE or not is_plain):
+                    raise ValueError(
+                        f"form: expected {INTERPOLATIVE!r}, of a linear or conv1d of low rank that "
+                        f"is not quantised, got {form!r} of a {kind}, store: {store}, {made}"
+                    )
+                specs[name] = ModuleSpec(kind, made, frozen, store, form)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"bad MPO configuration of {name!r}: {error}") from error
         return specs

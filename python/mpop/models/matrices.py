@@ -13,18 +13,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mpo_kernels import Decomposition, MPOEmbedding, MPOLinear, MPOShape, QuantizedMPOLinear
+from mpo_kernels import (
+    Decomposition,
+    InterpolativeLinear,
+    MPOEmbedding,
+    MPOLinear,
+    MPOShape,
+    QuantizedMPOLinear,
+)
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer
 from mpo_kernels.layers.embedding import MPOTiedLinear
 from mpo_kernels.layers.unformed import UnformedLayer
-from mpop.models.config import STORES, ModuleSpec, MPOConfig
+from mpop.models.config import INTERPOLATIVE, STORES, ModuleSpec, MPOConfig
 from mpop.models.plain import check_unwrapped
 from mpop.models.reads import weights_read
 from mpop.models.subclasses import adopt
 
 Dense: TypeAlias = nn.Linear | Conv1D | nn.Embedding
-MPO: TypeAlias = MPOLinear | MPOEmbedding
+MPO: TypeAlias = MPOLinear | InterpolativeLinear | MPOEmbedding
 Compressed: TypeAlias = MPO | BlockwiseLayer | QuantizedMPOLinear
 Names: TypeAlias = tuple[str, ...]  # the modules that hold one matrix, its owner first
 
@@ -160,6 +167,15 @@ def check_not_quantized(model: nn.Module) -> None:
             )
 
 
+def check_not_interpolative(model: nn.Module, instead: str) -> None:
+    """Raise a ValueError that names the first matrix in that form, and says what to do instead."""
+    for name, module in model.named_modules():
+        if isinstance(module, InterpolativeLinear):
+            raise ValueError(
+                f"{name}: expected plain cores, got a matrix in interpolative form: {instead}"
+            )
+
+
 def compressed_matrices(model: nn.Module) -> list[Names]:
     """The compressed matrices, those with quantised centres and quantised ones too."""
     held = {
@@ -176,7 +192,17 @@ def tensors_of(module: Compressed) -> tuple[Tensor, ...]:
         return (*module.auxiliary, module.codes, module.scales)
     if isinstance(module, QuantizedMPOLinear):
         return (*module.codes, *module.scales)
+    if isinstance(module, InterpolativeLinear):
+        return (*module.cores, module.order)
     return tuple(module.cores)
+
+
+def parameters_of(module: Compressed) -> tuple[int, int]:
+    """What a module holds for its matrix, and what the dense one does."""
+    shape = module.shape
+    if isinstance(module, InterpolativeLinear):
+        return sum(core.numel() for core in module.cores), shape.dense_parameters
+    return shape.num_parameters, shape.dense_parameters
 
 
 def store_of(module: Compressed) -> str | None:
@@ -237,7 +263,8 @@ def spec_of(module: Compressed) -> ModuleSpec:
     else:
         trained = [core.requires_grad for core in module.cores]
         is_light = trained == [k != module.central for k in range(len(trained))]
-    return ModuleSpec(_kind_of_mpo(module), module.shape, is_light, store_of(module))
+    form = INTERPOLATIVE if isinstance(module, InterpolativeLinear) else None
+    return ModuleSpec(_kind_of_mpo(module), module.shape, is_light, store_of(module), form)
 
 
 def weight_of(dense: Dense) -> Tensor:
@@ -262,13 +289,16 @@ def is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | MPOEmbedding)
 
 
-def empty_mpo(dense: Dense, shape: MPOShape) -> MPO:
-    """An MPO module of this shape without values, on the device of `dense`."""
+def empty_mpo(dense: Dense, shape: MPOShape, form: str | None = None) -> MPO:
+    """An MPO module of this shape and form without values, on the device of `dense`."""
     size = (shape.in_features, shape.out_features)
     device, dtype = dense.weight.device, dense.weight.dtype
     if isinstance(dense, nn.Embedding):
         return MPOEmbedding(*size, shape, dense.padding_idx, device=device, dtype=dtype)
-    return MPOLinear(*size, shape, dense.bias is not None, device=device, dtype=dtype)
+    has_bias = dense.bias is not None
+    if form is not None:
+        return InterpolativeLinear(*size, shape.ranks[0], has_bias, device=device, dtype=dtype)
+    return MPOLinear(*size, shape, has_bias, device=device, dtype=dtype)
 
 
 def kind_of(dense: Dense) -> str:
@@ -357,7 +387,7 @@ def _part(new: MPO | QuantizedMPOLinear | Dense, old: Any, shared: bool) -> Any:
         part.bias = None if old.bias is None else nn.Parameter(old.bias)
     elif not isinstance(new, QuantizedMPOLinear):  # whose own is a buffer
         part.bias = old.bias
-    if isinstance(new, MPOLinear | QuantizedMPOLinear):
+    if isinstance(new, MPOLinear | InterpolativeLinear | QuantizedMPOLinear):
         part.kind = kind_of(old)
     return part
 
@@ -388,14 +418,21 @@ def put(model: nn.Module, name: str, new: nn.Module) -> None:
     model.set_submodule(name, new)
 
 
-def replace(model: PreTrainedModel, names: Names, decomposition: Decomposition) -> None:
-    """Put cores in the place of a dense matrix; they train where it did."""
+def replace(
+    model: PreTrainedModel, names: Names, decomposition: Decomposition, form: str | None = None
+) -> None:
+    """Put cores in the place of a dense matrix; they train where it did.
+
+    Args:
+        form: `INTERPOLATIVE` to hold a linear's low rank so.
+    """
     dense = module_at(model, names[0])
     module: Any
     if isinstance(dense, nn.Embedding):
         module = MPOEmbedding.from_decomposition(decomposition, dense.padding_idx)
     else:
         module = MPOLinear.from_decomposition(decomposition, dense.bias)
+        module = module if form is None else module.interpolative()
     module.cores.requires_grad_(dense.weight.requires_grad)
     module.rel_error = decomposition.rel_error  # for the model's card
     swap(model, names, module)
