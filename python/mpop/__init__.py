@@ -14,6 +14,7 @@ if find_spec("transformers") is not None:  # without it, the command still says 
     from mpop.checkpoints.folder import load, push_to_hub, save
     from mpop.checkpoints.quantizer import ON_ATTACH
     from mpop.compression.compress import compress, merge
+    from mpop.compression.interpolate import interpolate
     from mpop.compression.report import CompressionReport
     from mpop.data.text import text_batches
     from mpop.finetuning.settle import Settler
@@ -61,6 +62,7 @@ __all__ = [
     "format_rows",
     "freeze_central",
     "inspect_model",
+    "interpolate",
     "load",
     "merge",
     "model_card",

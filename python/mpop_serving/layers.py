@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpo_kernels import mpo_embedding, mpo_linear
+from mpo_kernels import mpo_embedding, mpo_linear, reconstruct
 from mpo_kernels.cores.shape import leading_digit
 from mpo_kernels.layers.module import merged_for
 
@@ -80,8 +80,11 @@ class _Cores:
         shape, self.tensors = spec.shape, tuple(spec.tensors)
         self.store = None if spec.store is None else getattr(torch, spec.store)
         self.in_features, self.out_features = sum(map(len, inputs)), sum(map(len, outputs))
-        self.in_digits = self._digits(shape.in_factors, shape.in_features, inputs)
-        self.out_digits = self._digits(shape.out_factors, shape.out_features, outputs)
+        # The tensors of which a range is held, along which dimension, and what of it.
+        self.cuts = [
+            (1, *self._digits(shape.in_factors, shape.in_features, inputs)),
+            (2, *self._digits(shape.out_factors, shape.out_features, outputs)),
+        ]
 
     def _digits(
         self, factors: Sequence[int], features: int, ranges: Sequence[range]
@@ -110,7 +113,7 @@ class _Cores:
                 f"{self.name}.{tensor}: expected {list(expected)} by the configuration, "
                 f"got {list(core.shape)} in the file"
             )
-        for dim, (cut, digits) in enumerate((self.in_digits, self.out_digits), start=1):
+        for dim, cut, digits in self.cuts:
             if tensor == cut and len(digits) < core.shape[dim]:
                 core = core.index_select(
                     dim, torch.tensor(digits, dtype=torch.int64, device=core.device)
@@ -154,8 +157,39 @@ class _Cores:
         return operator(x, [core.view(self.store) for core in cores], scales, None, out_features)
 
 
+class _Rows(_Cores):
+    """One matrix in interpolative form, which computes as plain low rank, or dense if that is less.
+
+    No kernel of the servers' knows the form.
+    """
+
+    def __init__(
+        self, name: str, spec: ModuleSpec, inputs: Sequence[range], outputs: Sequence[range]
+    ) -> None:
+        super().__init__(name, spec, inputs, outputs)
+        (_, _, columns), (_, _, rows) = self.cuts
+        self.cuts = [(1, "cores.1", columns), (0, "order", rows)]
+
+    def parts(self, held: Sequence[Tensor]) -> list[Tensor]:
+        coefficients, pivots, order = held
+        one = torch.eye(len(pivots), dtype=pivots.dtype, device=pivots.device)
+        left = torch.cat((one, coefficients))[order]
+        cores = [left[None, None], pivots[:, :, None, None]]
+        if left.numel() + pivots.numel() >= self.in_features * self.out_features:
+            cores = [reconstruct(cores).t()[None, :, :, None]]
+        return super().parts(cores)
+
+
+def _matrix(
+    name: str, spec: ModuleSpec, inputs: Sequence[range], outputs: Sequence[range]
+) -> _Cores:
+    return (_Cores if spec.form is None else _Rows)(name, spec, inputs, outputs)
+
+
 def _held_in(tensor: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a tensor of this name in a model of ``dtype``: bytes stay bytes."""
+    if tensor == "order":
+        return torch.int64
     if "_core_" in tensor:
         return torch.int8
     return torch.float32 if tensor.startswith("scale_") else dtype
@@ -250,7 +284,7 @@ class LinearMethod(_Method):
                 outputs.append(range(start + share.start, start + share.stop))
                 start += whole
             inputs = [place.share(name, ins, in_size)]
-            matrices.append(_Cores(name, spec, inputs, outputs))
+            matrices.append(_matrix(name, spec, inputs, outputs))
         self._expect(layer, matrices, params_dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -294,7 +328,7 @@ class VocabularyMethod(_Method):
         if found != expected:
             raise ValueError(f"{self.name}: expected {expected} by the model, got {found}")
         whole = [[range(features)] for features in found]
-        self._expect(layer, [_Cores(self.name, self.spec, *whole)], params_dtype)
+        self._expect(layer, [_matrix(self.name, self.spec, *whole)], params_dtype)
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """``ids [...]``, counted from the first of this process, ``-> [..., dim]``."""

@@ -1,4 +1,4 @@
-"""Matrices that a checkpoint holds in bytes, as a server's layers load and cut them."""
+"""Matrices in bytes or in interpolative form, as a server's layers load and cut them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpo_kernels import MPOLinear, MPOShape, QuantizedMPOLinear
-from mpop.models.config import ModuleSpec
+from mpo_kernels import InterpolativeLinear, MPOLinear, MPOShape, QuantizedMPOLinear
+from mpop.models.config import INTERPOLATIVE, ModuleSpec
 from mpop_serving.layers import LinearMethod, Place, VocabularyMethod
 
 SHAPE = MPOShape((4, 3), (4, 4), 5)
@@ -115,4 +115,74 @@ def test_a_head_of_its_own(processes: int) -> None:
         logits.append(method.apply(layer, x))
     found = torch.cat(logits, -1)
     torch.testing.assert_close(found[:, :50], held(x), rtol=1e-5, atol=1e-6)
+    assert not found[:, 50:].any()
+
+
+def rows_of(rank: int, outputs: int = 16) -> tuple[InterpolativeLinear, ModuleSpec]:
+    torch.manual_seed(0)
+    shape = MPOShape.low_rank(12, outputs, rank)
+    layer = MPOLinear(12, outputs, shape, bias=False).interpolative()
+    return layer, ModuleSpec("linear", shape, False, form=INTERPOLATIVE)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("rank", [1, 3, 6, 11, 12])
+def test_columns_and_rows_of_interpolative_form(rank: int, processes: int) -> None:
+    held, spec = rows_of(rank)
+    assert {name: tuple(t.shape) for name, t in held.state_dict().items()} == spec.tensors
+    x, sums = torch.randn(3, 12), torch.zeros(3, 16)
+    want = held(x).detach()
+    for place in range(processes):
+        columns, rows = LinearMethod([("column", spec)]), LinearMethod([("row", spec)])
+        layer, size = layer_of(columns, place, processes), 16 // processes
+        columns.create_weights(layer, 12, [size], 12, 16, torch.float32)
+        load(layer, held.state_dict())
+        columns.process_weights_after_loading(layer)
+        # Never more than the dense weight.
+        assert sum(part.numel() for part in layer.parts[0]) <= 12 * size
+        own = want[:, place * size : (place + 1) * size]
+        torch.testing.assert_close(columns.apply(layer, x), own, rtol=1e-5, atol=1e-5)
+
+        layer, size = layer_of(rows, place, processes), 12 // processes
+        rows.create_weights(layer, size, [16], 12, 16, torch.float32)
+        load(layer, held.state_dict())
+        rows.process_weights_after_loading(layer)
+        sums += rows.apply(layer, x[:, place * size : (place + 1) * size])
+    torch.testing.assert_close(sums, want, rtol=1e-5, atol=1e-5)
+
+
+def test_interpolative_form_fused_with_others() -> None:
+    (held, spec), coded, dense = rows_of(4), bytes_of("int8"), torch.randn(16, 12)
+    method = LinearMethod(
+        [("q", spec), ("k", ModuleSpec("linear", SHAPE, False, "int8")), ("v", None)]
+    )
+    layer = layer_of(method, 0, 1)
+    method.create_weights(layer, 12, [16, 16, 16], 12, 48, torch.bfloat16)
+    load(layer, held.state_dict(), "q")
+    load(layer, coded.state_dict(), "k")
+    load(layer, {"weight": dense}, "v")
+    method.process_weights_after_loading(layer)
+    assert {part.dtype for part in layer.parts[0]} == {torch.bfloat16}
+    x = torch.randn(5, 12)
+    found = method.apply(layer, x.bfloat16()).float()
+    torch.testing.assert_close(found[:, :16], held(x).detach(), rtol=0.03, atol=0.03)
+    with pytest.raises(ValueError, match=r"q\.order: expected \[16\].*got \[15\]"):
+        load(layer, {"order": torch.arange(15)}, "q")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("rank", [3, 11])
+def test_a_head_in_interpolative_form(rank: int, processes: int) -> None:
+    held, spec = rows_of(rank, 50)
+    x, logits, size = torch.randn(3, 12), [], 64 // processes
+    sizes = {"org_vocab_size": 50, "embedding_dim": 12, "num_embeddings_per_partition": size}
+    for place in range(processes):
+        method = VocabularyMethod("lm_head", spec)
+        layer = layer_of(method, place, processes, **sizes)
+        method.create_weights(layer, 12, [size], 12, 64, torch.float32)
+        load(layer, held.state_dict())
+        method.process_weights_after_loading(layer)
+        logits.append(method.apply(layer, x))
+    found = torch.cat(logits, -1)
+    torch.testing.assert_close(found[:, :50], held(x).detach(), rtol=1e-5, atol=1e-5)
     assert not found[:, 50:].any()

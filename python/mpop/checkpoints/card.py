@@ -17,7 +17,7 @@ from mpop.models.matrices import (
     module_at,
     parameters_of,
     sizes,
-    store_of,
+    spec_of,
 )
 
 # From the sentence that says what the matrices are to the one that says what their errors are.
@@ -55,9 +55,9 @@ def model_card(
         f"| `{name}` | {sizes(module.shape, matrices_in(module))} "
         f"| {'·'.join(map(str, module.shape.in_factors))} "
         f"| {'·'.join(map(str, module.shape.out_factors))} "
-        f"| {' '.join(map(str, module.shape.ranks))} | {module.shape.compression:.3f} "
+        f"| {' '.join(map(str, module.shape.ranks))} | {own / whole:.3f} "
         f"| {_error(getattr(module, 'rel_error', None))} |"
-        for name, module in modules
+        for (name, module), (own, whole) in zip(modules, counts, strict=True)
     ]
     cls = type(model).__name__
     left = describe_left(left_dense(model), dense)
@@ -88,10 +88,12 @@ def _sizes(model: PreTrainedModel) -> str:
     """The bytes of the tensors, and which of them are quantised."""
     size = count_bytes(model)
     text = f"The matrices take {size.matrices:,} bytes, the model {size.total:,}."
-    modules = [module_at(model, names[0]) for names in compressed_matrices(model)]
-    stores = Counter(store for module in modules if (store := store_of(module)))
+    specs = [spec_of(module_at(model, names[0])) for names in compressed_matrices(model)]
+    stores = Counter(spec.store for spec in specs if spec.store is not None)
     for store, count in stores.items():
         text += f" {count} of the matrices have cores in {store}, which are served and not trained."
+    if count := sum(spec.form is not None for spec in specs):
+        text += f" {count} are held as rows of theirs and what makes the other rows of these."
     return text
 
 

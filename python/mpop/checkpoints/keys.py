@@ -39,7 +39,7 @@ _PREFIXES = getattr(core_model_loading, "PrefixChange", ())
 # By what a module that is held as cores is known: the first of them, whatever they are stored in.
 _FIRST = ("cores.0", *(f"{store}_core_0" for store in STORES))
 # What stands for a weight in a file.
-_PARTS = re.compile(rf"\.(cores\.|({'|'.join(STORES)})_core_|scale_)\d+$")
+_PARTS = re.compile(rf"\.((cores\.|({'|'.join(STORES)})_core_|scale_)\d+|order)$")
 
 
 class Found(NamedTuple):

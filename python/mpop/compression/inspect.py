@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mpo_kernels import Decomposition, MPOExperts, MPOShape, round_cores
+from mpo_kernels import Decomposition, InterpolativeLinear, MPOExperts, MPOShape, round_cores
 from mpo_kernels.cores.stack import decompose_stack
 from mpop.compression.report import table
 from mpop.models.config import CompressionConfig
-from mpop.models.matrices import module_at, mpo_modules, weight_of
+from mpop.models.matrices import module_at, mpo_modules, parameters_of, weight_of
 from mpop.models.selection import plan
 
 
@@ -25,6 +25,7 @@ class InspectRow:
     Attributes:
         name: of the module that holds it.
         shape: factors and ranks; for a dense matrix, those it would have at full rank.
+        parameters: what the model holds for the matrix now, without a bias.
         is_dense: whether the model holds it as a dense matrix.
         entropies: of each bond, in nats; at most ln(rank).
         spectra: singular values of each bond, descending, float64; of experts, their root mean
@@ -34,16 +35,11 @@ class InspectRow:
 
     name: str
     shape: MPOShape
+    parameters: int
     is_dense: bool
     entropies: tuple[float, ...]
     spectra: tuple[Tensor, ...]
     experts: int = 1
-
-    @property
-    def parameters(self) -> int:
-        """What the model holds for the matrix now, without a bias."""
-        of_one = self.shape.dense_parameters if self.is_dense else self.shape.num_parameters
-        return self.experts * of_one
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable dictionary, without the spectra."""
@@ -76,23 +72,26 @@ def _rows(model: PreTrainedModel, config: CompressionConfig) -> Iterator[Inspect
     modules = list(mpo_modules(model))
     for name, module in modules:
         sizes = {name: getattr(module.shape, name) for name in ("in_features", "out_features")}
+        plain = module.to_mpo() if isinstance(module, InterpolativeLinear) else module
+        held, _ = parameters_of(module)
         try:
             if isinstance(module, MPOExperts):
-                yield _row(name, False, decompose_stack(module.to_weight(), module.shape))
+                yield _row(name, held, False, decompose_stack(module.to_weight(), module.shape))
             else:
-                yield _row(name, False, round_cores(list(module.cores), **sizes))
+                yield _row(name, held, False, round_cores(list(plain.cores), **sizes))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if not modules:
         for matrix in plan(model, config):
             weight = weight_of(module_at(model, matrix.names[0])).detach()
-            yield _row(matrix.names[0], True, matrix.decompose(weight))
+            yield _row(matrix.names[0], weight.numel(), True, matrix.decompose(weight))
 
 
-def _row(name: str, is_dense: bool, decomposition: Decomposition) -> InspectRow:
+def _row(name: str, parameters: int, is_dense: bool, decomposition: Decomposition) -> InspectRow:
     return InspectRow(
         name,
         decomposition.shape,
+        parameters,
         is_dense,
         tuple(decomposition.entropies),
         tuple(spectrum.cpu() for spectrum in decomposition.spectra),

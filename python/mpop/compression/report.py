@@ -23,6 +23,7 @@ class CompressionRow:
         output_error: relative error of the layer's output on calibration data that the cores were
             not fitted to; None without calibration.
         experts: how many have such a matrix, 1 where it is a layer's own.
+        form: `"interpolative"` where low rank is held so; None for plain cores.
     """
 
     name: str
@@ -31,6 +32,7 @@ class CompressionRow:
     entropy: float
     output_error: float | None = None
     experts: int = 1
+    form: str | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -42,7 +44,8 @@ class CompressionRow:
 
     @property
     def parameters_after(self) -> int:
-        return self.experts * self.shape.num_parameters
+        saved = self.shape.ranks[0] ** 2 if self.form is not None else 0
+        return self.experts * (self.shape.num_parameters - saved)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class CompressionReport:
                     "shape": row.shape.to_dict(),
                     "experts": row.experts,
                     "ranks": list(row.ranks),
+                    "form": row.form,
                     "parameters_before": row.parameters_before,
                     "parameters_after": row.parameters_after,
                     "rel_error": row.rel_error,
@@ -136,7 +140,7 @@ def table(
     )
 
 
-def row_of(names: Names, decomposition: Decomposition) -> CompressionRow:
+def row_of(names: Names, decomposition: Decomposition, form: str | None = None) -> CompressionRow:
     """What became of the matrix that these modules hold."""
     return CompressionRow(
         names[0],
@@ -145,6 +149,7 @@ def row_of(names: Names, decomposition: Decomposition) -> CompressionRow:
         central_entropy(decomposition),
         decomposition.output_error,
         decomposition.stacked,
+        form,
     )
 
 

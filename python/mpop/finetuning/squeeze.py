@@ -21,11 +21,12 @@ from mpo_kernels import reconstruct, round_cores
 from mpo_kernels.cores.fitting import weighted_spectrum
 from mpo_kernels.cores.gauge import bond_maps, carried
 from mpo_kernels.layers.embedding import MPOTiedLinear
+from mpo_kernels.layers.module import MPOModule
 from mpop.compression.calibration import Batches, Calibration, Moments
 from mpop.models.light import count_parameters
 from mpop.models.matrices import (
-    MPO,
     check_no_experts,
+    check_not_interpolative,
     check_own_cores,
     is_embedding,
     mpo_matrices,
@@ -150,15 +151,17 @@ def squeeze(
     bound.
 
     Raises:
-        ValueError: no MPO modules, adapters, experts held as cores, no bond above 1, a bound below
-            zero, a metric that is NaN at the start, a state that is there without `resume`, or one
-            to resume that is of another model or other settings. The model is as it was.
+        ValueError: no MPO modules, adapters, experts held as cores or matrices in interpolative
+            form, no bond above 1, a bound below zero, a metric that is NaN at the start, a state
+            that is there without `resume`, or one to resume that is of another model or other
+            settings. The model is as it was.
     """
     check_bounds(max_drop, step, max_steps)
     check_unwrapped(model)
     check_own_cores(model)
     check_no_experts(model, "leave them dense (mpop compress --exclude '*.experts.*')")
-    modules = dict(mpo_modules(model))
+    check_not_interpolative(model, "squeeze first, and call mpop.interpolate after it")
+    modules: dict[str, Any] = dict(mpo_modules(model))
     if not modules:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
     if all(rank == 1 for module in modules.values() for rank in module.shape.ranks):
@@ -212,7 +215,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        modules: dict[str, MPO],
+        modules: dict[str, MPOModule],
         tuner: Tuner,
         calibration: Batches | None,
         file: Path | None,
@@ -344,7 +347,9 @@ class _Run:
 
 
 def choose_cuts(
-    modules: Mapping[str, MPO], losses: Mapping[str, Sequence[Sequence[float]]], fraction: float
+    modules: Mapping[str, MPOModule],
+    losses: Mapping[str, Sequence[Sequence[float]]],
+    fraction: float,
 ) -> tuple[dict[str, tuple[int, ...]], float]:
     """The ranks after cutting the bonds that add least loss for a parameter, and that loss.
 
@@ -400,7 +405,7 @@ def choose_cuts(
 
 
 def relative_squares(
-    module: MPO, second_moment: Tensor | None = None, gradient_moment: Tensor | None = None
+    module: MPOModule, second_moment: Tensor | None = None, gradient_moment: Tensor | None = None
 ) -> list[list[float]]:
     """λ² / Σλ² of each bond of the cores as they are now, of plain low rank under S and G if given.
 
@@ -415,13 +420,13 @@ def relative_squares(
     return [(square / square.sum().clamp(min=1e-300)).tolist() for square in squares]
 
 
-def _weight_of(module: MPO) -> Tensor:
+def _weight_of(module: MPOModule) -> Tensor:
     """``[out, in]`` of its cores, of a table the map from the vocabulary."""
     size = {"in_features": module.shape.in_features, "out_features": module.shape.out_features}
     return reconstruct(list(module.cores), **size)
 
 
-def _fitting(module: MPO, moments: Moments | None) -> dict[str, Tensor | None]:
+def _fitting(module: MPOModule, moments: Moments | None) -> dict[str, Tensor | None]:
     """What a linear layer's cores are fitted to; a table's are too large for it at every cut."""
     if moments is None or is_embedding(module) or isinstance(module, MPOTiedLinear):
         return {}
@@ -429,7 +434,7 @@ def _fitting(module: MPO, moments: Moments | None) -> dict[str, Tensor | None]:
 
 
 def round_trained(
-    module: MPO,
+    module: MPOModule,
     ranks: tuple[int, ...],
     optimizer: torch.optim.Optimizer,
     second_moment: Tensor | None = None,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
+from mpo_kernels import InterpolativeLinear
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpo_kernels.layers.module import MPOModule
 
@@ -106,11 +107,12 @@ def device_name(trainer: Trainer) -> str:
 
 def _core_names(model: nn.Module) -> set[str]:
     """Of MPO layers, of those with quantised centres, and of adapters."""
+    layers = MPOModule | InterpolativeLinear | BlockwiseLayer
     lists = ("cores", "auxiliary", "mpo_light_cores")
     return {
         f"{name}.{part}.{key}"
         for name, module in model.named_modules()
-        if isinstance(module, MPOModule | BlockwiseLayer) or hasattr(module, "mpo_light_cores")
+        if isinstance(module, layers) or hasattr(module, "mpo_light_cores")
         for part in lists
         for key, _ in getattr(module, part, nn.Module()).named_parameters()
     }

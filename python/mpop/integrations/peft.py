@@ -37,7 +37,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from mpo_kernels import MPOEmbedding, MPOExperts, MPOLinear
+from mpo_kernels import InterpolativeLinear, MPOEmbedding, MPOExperts, MPOLinear
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
 from mpo_kernels.layers.module import MPOModule
@@ -374,7 +374,8 @@ def _give(
 
 def _auxiliary(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The auxiliary cores of an MPO layer by their names in it; of another module, none."""
-    if isinstance(layer, MPOModule) and not isinstance(layer, MPOExperts):
+    is_stacked = isinstance(layer, MPOExperts)
+    if isinstance(layer, MPOModule | InterpolativeLinear) and not is_stacked:
         return {f"cores.{k}": c for k, c in enumerate(layer.cores) if k != layer.central}
     if isinstance(layer, BlockwiseLayer):
         return {f"auxiliary.{k}": core for k, core in enumerate(layer.auxiliary)}
@@ -549,7 +550,7 @@ class MPOLoraModel(lora.LoraModel):
     def _create_new_module(
         lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
-        if isinstance(target, MPOLinear | BlockwiseLinear):
+        if isinstance(target, MPOLinear | InterpolativeLinear | BlockwiseLinear):
             return MPOLoraLinear(target, adapter_name, config=lora_config, **kwargs)
         return lora.LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
@@ -584,7 +585,7 @@ def _hidden_linears(model: nn.Module) -> set[str]:
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, MPOLinear | BlockwiseLinear)
+        if isinstance(module, MPOLinear | InterpolativeLinear | BlockwiseLinear)
         and module is not head
         and not name.endswith(".base_layer")
     }

@@ -259,6 +259,12 @@ class CompressionConfig:
         return MatrixConfig(**settings)
 
 
+def has_rows(shape: MPOShape) -> bool:
+    """Whether it is low rank as `MPOShape.low_rank` makes it, which has an interpolative form."""
+    rank = max(shape.ranks, default=1)
+    return shape == MPOShape.low_rank(shape.in_features, shape.out_features, rank)
+
+
 class ModuleSpec(NamedTuple):
     """One compressed matrix of a checkpoint."""
 
@@ -267,6 +273,7 @@ class ModuleSpec(NamedTuple):
     frozen: bool  # whether all its cores but the central one are trained
     store: str | None = None  # one of STORES where the cores are quantised
     experts: int | None = None  # whose cores are stacked
+    form: str | None = None  # INTERPOLATIVE where rows of the matrix make the others
 
     def weight(self, name: str) -> str:
         """What a dense model holds in the place of a module of this name."""
@@ -280,6 +287,10 @@ class ModuleSpec(NamedTuple):
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what holds the matrix, by their names in the module's state."""
         shapes: dict[str, tuple[int, ...]]
+        if self.form is not None:
+            features, (rank,) = self.shape.out_features, self.shape.ranks
+            pivots = (rank, self.shape.in_features)
+            return {"cores.0": (features - rank, rank), "cores.1": pivots, "order": (features,)}
         stack = () if self.experts is None else (self.experts,)
         shapes = {self.core(k): (*stack, *size) for k, size in enumerate(self.shape.core_shapes)}
         if self.store is not None:
@@ -293,9 +304,10 @@ class MPOConfig(QuantizationConfigMixin):
 
     Args:
         modules: of a saved model, `{module name: {"kind", "frozen", and MPOShape.to_dict()}}`,
-            with a `"store"` where the cores are quantised: `"int8"` or `"float8_e4m3fn"`, and the
-            number of `"experts"` whose cores are stacked. A head tied to an embedding has no entry:
-            it follows from the tie.
+            with a `"store"` where the cores are quantised: `"int8"` or `"float8_e4m3fn"`, the
+            number of `"experts"` whose cores are stacked, and a `"form"` where they are those of an
+            `mpo_kernels.InterpolativeLinear`: `"interpolative"`. A head tied to an embedding has no
+            entry: it follows from the tie.
         version: of this format.
         compress: what `from_pretrained` is to make of a dense checkpoint, a `CompressionConfig` or
             its fields; one matrix at a time is decomposed and freed.
@@ -348,18 +360,16 @@ class MPOConfig(QuantizationConfigMixin):
         entries: dict[str, dict[str, Any]] = {}
         for name, spec in specs.items():
             entries[name] = {"kind": spec.kind, "frozen": spec.frozen, **spec.shape.to_dict()}
-            entries[name] |= {
-                key: value
-                for key in ("store", "experts")
-                if (value := getattr(spec, key)) is not None
-            }
+            more = {key: getattr(spec, key) for key in ("store", "experts", "form")}
+            entries[name] |= {key: value for key, value in more.items() if value is not None}
         return cls(entries)
 
     def specs(self) -> dict[str, ModuleSpec]:
         """The entries of `modules`, checked.
 
         Raises:
-            ValueError: an entry with an unknown kind or store, or a shape that contradicts itself.
+            ValueError: an entry with an unknown kind, store or form, or a shape that contradicts
+                itself.
         """
         specs = {}
         for name, entry in self.modules.items():
@@ -367,6 +377,7 @@ class MPOConfig(QuantizationConfigMixin):
                 shape = dict(entry)
                 kind, frozen = shape.pop("kind"), shape.pop("frozen")
                 store, experts = shape.pop("store", None), shape.pop("experts", None)
+                form = shape.pop("form", None)
                 if kind not in KINDS or not isinstance(frozen, bool):
                     raise ValueError(f"expected a kind of {KINDS} and frozen as a bool")
                 is_count = _is_int(experts) and experts >= 1
@@ -380,7 +391,13 @@ class MPOConfig(QuantizationConfigMixin):
                         f"frozen, got {store!r} of a {kind}, frozen: {frozen}"
                     )
                 made = MPOShape.from_dict(shape)
-                specs[name] = ModuleSpec(kind, made, frozen, store, experts)
+                is_plain = kind in LINEARS and store is None and has_rows(made)
+                if form is not None and (form != INTERPOLATIVE or not is_plain):
+                    raise ValueError(
+                        f"form: expected {INTERPOLATIVE!r}, of a linear or conv1d of low rank that "
+                        f"is not quantised, got {form!r} of a {kind}, store: {store}, {made}"
+                    )
+                specs[name] = ModuleSpec(kind, made, frozen, store, experts, form)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"bad MPO configuration of {name!r}: {error}") from error
         return specs

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from mpo_kernels import QuantizedMPOLinear
+from mpo_kernels import InterpolativeLinear, QuantizedMPOLinear
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpo_kernels.layers.module import MPOModule
 from mpop.models.matrices import OTHER_EMBEDDINGS, module_at, sorted_matrices
@@ -50,7 +50,7 @@ def left_dense(model: PreTrainedModel) -> tuple[LeftDense, ...]:
 
 
 def _cores(module: nn.Module) -> Iterable[nn.Parameter]:
-    if isinstance(module, MPOModule):
+    if isinstance(module, MPOModule | InterpolativeLinear):
         return module.cores
     return module.auxiliary if isinstance(module, BlockwiseLayer) else ()
 

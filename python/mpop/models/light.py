@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from mpo_kernels import QuantizedMPOLinear
+from mpo_kernels import InterpolativeLinear, QuantizedMPOLinear
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpop.models.matrices import (
     MPO,
@@ -60,7 +60,7 @@ def count_bytes(model: nn.Module) -> ByteCount:
         held = tensors_of(module)
         for tensor in held:
             others.pop(id(tensor), None)
-        if isinstance(module, QuantizedMPOLinear):
+        if isinstance(module, QuantizedMPOLinear | InterpolativeLinear):
             matrices += sum(tensor.nbytes for tensor in held)
         else:
             matrices += parameters_of(module)[0] * held[0].itemsize
@@ -86,6 +86,7 @@ def balance(model: nn.Module) -> None:
 
     A step on an entry of an auxiliary tensor then changes its weight by as much as on any other, in
     every matrix; see `mpo_kernels.cores.gauge.balanced`. To be called before there is an optimizer.
+    Those in interpolative form stay as they are: their cores have no other scales.
 
     Raises:
         ValueError: a model without MPO modules, matrices that share a single core, such as a
@@ -96,6 +97,8 @@ def balance(model: nn.Module) -> None:
     _modules_of(model)
     check_own_cores(model)
     for name, module in mpo_modules(model):
+        if isinstance(module, InterpolativeLinear):
+            continue
         try:
             module.balance()
         except ValueError as error:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mpo_kernels import (
     Decomposition,
+    InterpolativeLinear,
     MPOEmbedding,
     MPOExperts,
     MPOLinear,
@@ -25,14 +26,14 @@ from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer
 from mpo_kernels.layers.embedding import MPOTiedLinear
 from mpo_kernels.layers.unformed import UnformedLayer
-from mpop.models.config import STORES, ModuleSpec, MPOConfig
+from mpop.models.config import INTERPOLATIVE, STORES, ModuleSpec, MPOConfig
 from mpop.models.plain import check_unwrapped
 from mpop.models.reads import weights_read
 from mpop.models.subclasses import DenseExperts, adopt, expert_parameters, hold
 
 DenseLayer: TypeAlias = nn.Linear | Conv1D | nn.Embedding
 Dense: TypeAlias = DenseLayer | DenseExperts
-MPO: TypeAlias = MPOLinear | MPOEmbedding | MPOExperts
+MPO: TypeAlias = MPOLinear | InterpolativeLinear | MPOEmbedding | MPOExperts
 Compressed: TypeAlias = MPO | BlockwiseLayer | QuantizedMPOLinear
 Names: TypeAlias = tuple[str, ...]  # the modules that hold one matrix, its owner first
 
@@ -197,6 +198,15 @@ def check_not_quantized(model: nn.Module) -> None:
             )
 
 
+def check_not_interpolative(model: nn.Module, instead: str) -> None:
+    """Raise a ValueError that names the first matrix in that form, and says what to do instead."""
+    for name, module in model.named_modules():
+        if isinstance(module, InterpolativeLinear):
+            raise ValueError(
+                f"{name}: expected plain cores, got a matrix in interpolative form: {instead}"
+            )
+
+
 def compressed_matrices(model: nn.Module) -> list[Names]:
     """The compressed matrices, those with quantised centres and quantised ones too."""
     held = {
@@ -213,6 +223,8 @@ def tensors_of(module: Compressed) -> tuple[Tensor, ...]:
         return (*module.auxiliary, module.codes, module.scales)
     if isinstance(module, QuantizedMPOLinear):
         return (*module.codes, *module.scales)
+    if isinstance(module, InterpolativeLinear):
+        return (*module.cores, module.order)
     return tuple(module.cores)
 
 
@@ -275,7 +287,9 @@ def spec_of(module: Compressed) -> ModuleSpec:
         trained = [core.requires_grad for core in module.cores]
         is_light = trained == [k != module.central for k in range(len(trained))]
     experts = module.num_experts if isinstance(module, MPOExperts) else None
-    return ModuleSpec(_kind_of_mpo(module), module.shape, is_light, store_of(module), experts)
+    form = INTERPOLATIVE if isinstance(module, InterpolativeLinear) else None
+    kind, store = _kind_of_mpo(module), store_of(module)
+    return ModuleSpec(kind, module.shape, is_light, store, experts, form)
 
 
 def weight_key(model: nn.Module, name: str) -> str:
@@ -296,8 +310,11 @@ def sizes(shape: MPOShape, count: int) -> str:
 
 def parameters_of(module: Compressed) -> tuple[int, int]:
     """What a module holds for its matrix, or those of experts, and what the dense one does."""
-    count = matrices_in(module)
-    return count * module.shape.num_parameters, count * module.shape.dense_parameters
+    count, shape = matrices_in(module), module.shape
+    held = shape.num_parameters
+    if isinstance(module, InterpolativeLinear):
+        held = sum(core.numel() for core in module.cores)
+    return count * held, count * shape.dense_parameters
 
 
 def weight_of(dense: Dense) -> Tensor:
@@ -339,15 +356,18 @@ def is_embedding(module: nn.Module | DenseExperts) -> bool:
     return isinstance(module, nn.Embedding | MPOEmbedding)
 
 
-def empty_mpo(dense: Dense, shape: MPOShape) -> MPO:
-    """An MPO module of this shape without values, on the device of `dense`."""
+def empty_mpo(dense: Dense, shape: MPOShape, form: str | None = None) -> MPO:
+    """An MPO module of this shape and form without values, on the device of `dense`."""
     size = (shape.in_features, shape.out_features)
     device, dtype = dense.weight.device, dense.weight.dtype
     if isinstance(dense, DenseExperts):
         return MPOExperts(len(dense.weight), shape, device=device, dtype=dtype)
     if isinstance(dense, nn.Embedding):
         return MPOEmbedding(*size, shape, dense.padding_idx, device=device, dtype=dtype)
-    return MPOLinear(*size, shape, dense.bias is not None, device=device, dtype=dtype)
+    has_bias = dense.bias is not None
+    if form is not None:
+        return InterpolativeLinear(*size, shape.ranks[0], has_bias, device=device, dtype=dtype)
+    return MPOLinear(*size, shape, has_bias, device=device, dtype=dtype)
 
 
 def kind_of(dense: Dense) -> str:
@@ -461,7 +481,7 @@ def _part(new: MPO | QuantizedMPOLinear | DenseLayer, old: Any, shared: bool) ->
         part.bias = None if old.bias is None else nn.Parameter(old.bias)
     elif not isinstance(new, QuantizedMPOLinear):  # whose own is a buffer
         part.bias = old.bias
-    if isinstance(new, MPOLinear | QuantizedMPOLinear):
+    if isinstance(new, MPOLinear | InterpolativeLinear | QuantizedMPOLinear):
         part.kind = kind_of(old)
     return part
 
@@ -492,8 +512,14 @@ def put(model: nn.Module, name: str, new: nn.Module) -> None:
     model.set_submodule(name, new)
 
 
-def replace(model: PreTrainedModel, names: Names, decomposition: Decomposition) -> None:
-    """Put cores in the place of a dense matrix; they train where it did."""
+def replace(
+    model: PreTrainedModel, names: Names, decomposition: Decomposition, form: str | None = None
+) -> None:
+    """Put cores in the place of a dense matrix; they train where it did.
+
+    Args:
+        form: `INTERPOLATIVE` to hold a linear's low rank so.
+    """
     dense = module_at(model, names[0])
     module: Any
     if isinstance(dense, DenseExperts):
@@ -502,6 +528,7 @@ def replace(model: PreTrainedModel, names: Names, decomposition: Decomposition) 
         module = MPOEmbedding.from_decomposition(decomposition, dense.padding_idx)
     else:
         module = MPOLinear.from_decomposition(decomposition, dense.bias)
+        module = module if form is None else module.interpolative()
     module.cores.requires_grad_(dense.weight.requires_grad)
     module.rel_error = decomposition.rel_error  # for the model's card
     swap(model, names, module)

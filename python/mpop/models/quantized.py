@@ -14,6 +14,7 @@ from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, Blo
 from mpop.models.config import LINEARS, STORES, matches
 from mpop.models.matrices import (
     check_centres,
+    check_not_interpolative,
     compressed_matrices,
     expert_names,
     module_at,
@@ -39,8 +40,9 @@ def quantize(
     """Hold the MPO linears in one byte a number, for serving: nothing of them trains any more.
 
     Each slice of a bond has an fp32 scale; see `mpo_kernels.MPOLinear.quantized`. Word embeddings,
-    an output head with the cores of one, and experts (a UserWarning says so) stay as they are.
-    Saved and loaded, bytes stay bytes.
+    and an output head with the cores of one, and experts (a UserWarning says so) stay as they are;
+    of a matrix in interpolative form the plain cores are quantised, r² numbers more. Saved and
+    loaded, bytes stay bytes.
 
     Args:
         model: compressed, in place.
@@ -90,7 +92,7 @@ def quantize(
     for names in chosen:
         for name in names:
             plain = module_at(model, name)
-            _note(plain, made[plain])
+            note(plain, made[plain])
             put(model, name, made[plain])
     return memory
 
@@ -123,9 +125,11 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> Memory:
         bits: 8 or 4.
 
     Raises:
-        ValueError: other bits, a model without MPO modules, or NaN or Inf in a centre.
+        ValueError: other bits, a model without MPO modules, matrices in interpolative form, or NaN
+            or Inf in a centre.
     """
     check_own_values(model)
+    check_not_interpolative(model, "take the model as it was before mpop.interpolate")
     matrices = [names for names in mpo_matrices(model) if len(names) == 1]
     if not matrices:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
@@ -142,7 +146,7 @@ def quantize_centres(model: nn.Module, bits: int = 4) -> Memory:
         after += made[name].codes.nbytes + made[name].scales.nbytes
     for name, layer in made.items():
         plain = module_at(model, name)
-        _note(plain, layer)
+        note(plain, layer)
         put(model, name, layer)
     return Memory(before, after)
 
@@ -152,11 +156,11 @@ def dequantize_centres(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BlockwiseLinear | BlockwiseEmbedding):
             plain = layer.dequantized()
-            _note(layer, plain)
+            note(layer, plain)
             put(model, name, plain)
 
 
-def _note(old: nn.Module, new: nn.Module) -> None:
+def note(old: nn.Module, new: nn.Module) -> None:
     """What `swap` and `replace` noted for the checkpoint and its card."""
     adopt(new, old)
     for name in ("kind", "rel_error"):

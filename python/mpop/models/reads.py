@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from mpo_kernels import MPOEmbedding, MPOLinear, QuantizedMPOLinear
+from mpo_kernels import InterpolativeLinear, MPOEmbedding, MPOLinear, QuantizedMPOLinear
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLinear
 
 # What an expression stands for: modules, or functions bound to them.
@@ -37,7 +37,7 @@ _ITERATING = {"enumerate", "zip", "reversed", "iter", "list", "tuple", "next", "
 _LEAVES = tuple(
     layer.forward
     for layer in (
-        *(nn.Linear, MPOLinear, QuantizedMPOLinear, BlockwiseLinear),
+        *(nn.Linear, MPOLinear, InterpolativeLinear, QuantizedMPOLinear, BlockwiseLinear),
         *(nn.Embedding, MPOEmbedding, BlockwiseEmbedding),
     )
 )

@@ -76,10 +76,10 @@ def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
     if not config.embeddings:
         chosen = [names for names in chosen if not is_embedding(module_at(model, names[0]))]
     for pattern in config.exclude:
-        _check_matches("exclude", pattern, candidates)
+        check_matches("exclude", pattern, candidates)
         chosen = [names for names in chosen if not matches(pattern, names)]
     for pattern in config.overrides:
-        _check_matches("overrides", pattern, chosen)
+        check_matches("overrides", pattern, chosen)
     if not chosen:
         raise ValueError(f"nothing to compress in this {type(model).__name__}")
     check_plain(model, chosen)
@@ -126,7 +126,7 @@ def _included(
             inside -= {module for name, module in model.named_children() if name in _HEADS}
         return [names for names in candidates if _holder(model, names[0]) in inside]
     for pattern in include:
-        _check_matches("include", pattern, candidates)
+        check_matches("include", pattern, candidates)
     return [names for names in candidates if any(matches(p, names) for p in include)]
 
 
@@ -135,7 +135,8 @@ def _holder(model: PreTrainedModel, name: str) -> nn.Module:
     return module.owner if isinstance(module, DenseExperts) else module
 
 
-def _check_matches(where: str, pattern: str, candidates: list[Names]) -> None:
+def check_matches(where: str, pattern: str, candidates: list[Names]) -> None:
+    """Raise a ValueError unless the pattern fits one of the matrices."""
     if not any(matches(pattern, names) for names in candidates):
         example = f", such as {candidates[0][0]!r}" if candidates else ""
         raise ValueError(

@@ -116,6 +116,9 @@ def test_compiles_as_one_graph():
     for lead in ((2,), (5, 3)):
         x = torch.randn(*lead, 7)
         torch.testing.assert_close(compiled(x), layer(x))
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: rows},)).module()
+    torch.testing.assert_close(program(torch.cat((x, x))), layer(torch.cat((x, x))))
     whole = low_rank(7, 7, 7).interpolative()  # whose coefficients are none
     whole.freeze_central()
     asks = torch.compile(lambda x: x.to(whole.weight.dtype), fullgraph=True, backend="eager")

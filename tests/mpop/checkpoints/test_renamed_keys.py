@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from saved import edit_config
 from transformers.core_model_loading import revert_weight_conversion
 
 import mpop
-from mpop.models.matrices import dense_matrices
+from mpo_kernels import MPOShape, decompose
+from mpop.checkpoints.quantizer import attach
+from mpop.models.config import INTERPOLATIVE
+from mpop.models.matrices import dense_matrices, module_at, weight_of
+from mpop.models.matrices import replace as hold
+from mpop.models.selection import select
 
 _TEXT = {
     "vocab_size": 64,
@@ -107,6 +113,18 @@ def test_saved_and_loaded_in_bytes(name: str, whole: bool, tmp_path: Path) -> No
     model = build(name)
     mpop.compress(model, mpop.CompressionConfig(num_cores=3) if whole else part_of(model))
     mpop.quantize(model)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert_equal(mpop.load(tmp_path), model)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_saved_and_loaded_in_interpolative_form(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    for names in select(model, replace(part_of(model), embeddings=False)):
+        weight = weight_of(module_at(model, names[0])).detach()
+        shape = MPOShape.low_rank(weight.shape[1], weight.shape[0], 5)
+        hold(model, names, decompose(weight, shape), INTERPOLATIVE)
+    attach(model)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert_equal(mpop.load(tmp_path), model)
 
