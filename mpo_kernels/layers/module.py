@@ -32,10 +32,10 @@ def plan_for(
         rows: product of x's leading dimensions, at least 1.
         features: true in and out.
         gradients: what a backward pass must form; None for the forward pass.
-        like: by default the first core.
+        like: by default the first core, and where that is a byte an element bf16.
     """
     check_rows(rows)
-    like = cores[0] if like is None else like
+    like = _like(cores) if like is None else like
     backend = backends.selected(like)
     return backend.plan_for(rows, like.dtype, like.device, cores, gradients, features)
 
@@ -57,11 +57,14 @@ def merged_for(
     change any more.
     """
     check_rows(rows)
-    like = cores[0]
-    if like.dtype in LARGEST:  # bytes, which are multiplied by x in 16 bits
-        like = like.new_empty(0, dtype=torch.bfloat16)
     with torch.no_grad():
-        return backends.selected(like).served(cores, rows, (in_features, out_features))
+        return backends.selected(_like(cores)).served(cores, rows, (in_features, out_features))
+
+
+def _like(cores: Sequence[Tensor]) -> Tensor:
+    """Of the device and dtype that is computed in: bytes are multiplied by x in 16 bits."""
+    first = cores[0]
+    return first.new_empty(0, dtype=torch.bfloat16) if first.dtype in LARGEST else first
 
 
 class MPOModule(UnformedLayer):

@@ -38,6 +38,19 @@ def plan_library(call: Call, figures: DeviceFigures, digits: bool = False) -> Pl
     return _plan(call.bucketed, figures, digits)
 
 
+def widened(plan: Plan, shapes: CoreShapes, figures: DeviceFigures) -> Plan:
+    """The plan where cores lie in one byte an element, and are widened before they are read."""
+    # A byte of each element is read, and two are written, read and written scaled.
+    work = [Work(bytes=7 * math.prod(shape), count=2) for shape in shapes]
+    moved, us = sum(w.bytes for w in work), 1e6 * time_of(work, figures)
+    return best_of(
+        [
+            replace(each, bytes=each.bytes + moved, predicted_us=each.predicted_us + us)
+            for each in plan.candidates
+        ]
+    )
+
+
 @lru_cache(maxsize=4096)
 def _plan(call: Call, figures: DeviceFigures, digits: bool) -> Plan:
     candidates = list(_candidates(call, figures, digits))

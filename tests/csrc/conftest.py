@@ -81,7 +81,6 @@ def cuda_backend(
     torch.set_default_device(None)
     decode.compiled.cache_clear()
     backend._plan.cache_clear()
-    backend.quantized_chain.cache_clear()
 
 
 @pytest.fixture(autouse=True)
