@@ -19,7 +19,7 @@ class CompressionRow:
         name: of the module that holds it, the first where several share it.
         shape: factors and ranks.
         rel_error: relative Frobenius error.
-        entropy: of the bonds next to the central core, the larger one, in nats.
+        entropy: of the bonds next to the central core, the larger one, in nats; 0 of one core.
         output_error: relative error of the layer's output on calibration data that the cores were
             not fitted to; None without calibration.
     """
@@ -142,6 +142,6 @@ def row_of(names: Names, decomposition: Decomposition) -> CompressionRow:
 
 
 def central_entropy(decomposition: Decomposition) -> float:
-    """The larger entropy of the bonds on the two sides of the central core, in nats."""
+    """The larger entropy of the bonds on the two sides of the central core, in nats; 0 of none."""
     centre = decomposition.shape.central
-    return max(decomposition.entropies[max(centre - 1, 0) : centre + 1])
+    return max(decomposition.entropies[max(centre - 1, 0) : centre + 1], default=0.0)
