@@ -49,16 +49,23 @@ def check_rows(rows: int) -> None:
 
 
 def merged_for(
-    cores: Sequence[Tensor], rows: int, in_features: int, out_features: int
+    cores: Sequence[Tensor],
+    rows: int,
+    in_features: int,
+    out_features: int,
+    store: torch.dtype | None = None,
 ) -> list[Tensor]:
     """The cores as parts that ``rows`` rows are computed with fastest, laid out as they are read.
 
-    Cores in bytes are not merged. Copies, for :func:`mpo_kernels.mpo_linear` with cores that do not
-    change any more.
+    Copies, for :func:`mpo_kernels.mpo_linear` with cores that do not change any more. Bytes, which
+    come and go as int8 and are read as ``store``, are not merged.
     """
     check_rows(rows)
+    if store is not None:
+        cores = [core.view(store) for core in cores]
     with torch.no_grad():
-        return backends.selected(_like(cores)).served(cores, rows, (in_features, out_features))
+        parts = backends.selected(_like(cores)).served(cores, rows, (in_features, out_features))
+    return parts if store is None else [part.view(torch.int8) for part in parts]
 
 
 def _like(cores: Sequence[Tensor]) -> Tensor:

@@ -118,9 +118,9 @@ class QuantizedMPOLinear(UnformedLayer):
     def merged(self, rows: int) -> QuantizedMPOLinear:
         """A copy whose cores lie as ``rows`` rows read them fastest; bytes are not merged."""
         layer = copy.deepcopy(self)
-        parts = merged_for(self.cores, rows, self.in_features, self.out_features)
+        parts = merged_for(self.codes, rows, self.in_features, self.out_features, self.dtype)
         for k, part in enumerate(parts):
-            layer.register_buffer(f"{self._prefix}_core_{k}", part.view(torch.int8))
+            layer.register_buffer(f"{self._prefix}_core_{k}", part)
         return layer
 
     def quantized(self, dtype: torch.dtype = torch.int8) -> QuantizedMPOLinear:

@@ -11,8 +11,8 @@ PUBLIC = {
     "mpo_kernels.export": "DECOMPOSITIONS",
     "mpop": "CompressionConfig CompressionReport Exported MPOConfig ParameterCount Settler "
     "SqueezeReport balance compress count_parameters dequantize_centres export format_rows "
-    "freeze_central inspect_model load merge model_card plot_spectra plot_trace push_to_hub "
-    "quantize quantize_centres save squeeze unfreeze",
+    "freeze_central inspect_model load merge model_card optimize_for_inference plot_spectra "
+    "plot_trace push_to_hub quantize quantize_centres save squeeze unfreeze",
     "mpop.benchmark": "benchmark",
     "mpop.cli": "main",
     "mpop.demo": "default_model main",
