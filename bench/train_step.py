@@ -79,10 +79,13 @@ def trained(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def measure(
+def step_of(
     method: str, mode: str, config: BertConfig, size: tuple[int, int], device: torch.device
-) -> Record:
-    """One method in one mode, at a batch of ``size`` texts and tokens."""
+) -> tuple[nn.Module, Callable[[], None]]:
+    """A model, and a step that trains it at a batch of ``size`` texts and tokens.
+
+    Compiled it is one graph forward and one backward, or an error.
+    """
     torch.manual_seed(0)
     model = MAKE[method](config).to(device).train()
     ids = torch.randint(5, config.vocab_size, size, device=device)
@@ -93,7 +96,7 @@ def measure(
     }
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, capturable=mode == "captured")
-    run = torch.compile(model) if mode == "compiled" else model
+    run = torch.compile(model, fullgraph=True) if mode == "compiled" else model
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -102,6 +105,14 @@ def measure(
         loss.backward()
         optimizer.step()
 
+    return model, step
+
+
+def measure(
+    method: str, mode: str, config: BertConfig, size: tuple[int, int], device: torch.device
+) -> Record:
+    """One method in one mode; see :func:`step_of`."""
+    model, step = step_of(method, mode, config, size, device)
     call: Callable[[], Any] = step
     step()
     launches = _launches(step) if device.type == "cuda" and mode != "captured" else None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpo_kernels.cores.chain import merge_cores
 from mpo_kernels.cores.shape import MPOShape
@@ -66,3 +68,34 @@ def relative_error(got: Tensor, exact: Tensor, scale: Tensor | None = None) -> f
 def tolerance(reference_error: float, dtype: torch.dtype, num_cores: int) -> float:
     """Twice the error of torch's own, or of one rounding (half a unit) a core and of the sum."""
     return 2 * max(reference_error, (num_cores + 1) * torch.finfo(dtype).eps / 2)
+
+
+class HostTransfers(TorchDispatchMode):
+    """Notes what moves values between a device and its host, which no CUDA graph holds.
+
+    CPU tensors stand for a device's, whose values are read by an operator, by `tolist` or `numpy`
+    in a way that only the meta device refuses.
+
+    Attributes:
+        names: of the operators, in order.
+    """
+
+    # What gives a number or a size that depends on values, or makes a tensor of the host's.
+    OPERATORS = (
+        *("_local_scalar_dense", "equal", "is_nonzero", "lift_fresh", "masked_select", "nonzero"),
+        *("_unique", "_unique2", "unique_consecutive", "unique_dim"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        # A mask that selects is looked for where it holds.
+        masks = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in self.OPERATORS or masks:
+            self.names.append(name)
+        return func(*args, **kwargs)

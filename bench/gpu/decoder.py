@@ -1,7 +1,7 @@
 """A decoder block at few rows: dense, ours at 16 × in bf16, and in bytes.
 
 ``python -m bench.gpu.decoder --output results/gpu/decoder.json`` on a GPU times replays of the
-captured block from a cold second-level cache.
+captured block, and eager calls of it, from a cold second-level cache.
 """
 
 from __future__ import annotations
@@ -88,17 +88,21 @@ def measure(rows: int, device: torch.device, width: int, inner: int, held: int) 
         for name, make in makers.items()
     }
     calls = {name: lambda module=module: module(x) for name, module in blocks.items()}
-    timed = interleave(calls, 5e-3, device, min_repeats=15)
+    replays, eager = (
+        interleave(calls, 5e-3, device, min_repeats=15, capture=capture)
+        for capture in (True, False)
+    )
     return {
         "case": f"decoder block {width}/{inner}, skew-16x, {held} keys",
         "rows": rows,
         "ways": {
             name: {
-                "us": timing.median_us,
-                "captured": timing.captured,
+                "us": replays[name].median_us,
+                "captured": replays[name].captured,
+                "eager_us": eager[name].median_us,
                 "bytes": sum(t.nbytes for t in blocks[name].state_dict().values()),
             }
-            for name, timing in timed.items()
+            for name in blocks
         },
     }
 
@@ -121,7 +125,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     results = Results(options.output, conditions, resume=False)
     for rows in options.rows:
-        results.add(measure(rows, device, *options.sizes, KEYS))
+        record = measure(rows, device, *options.sizes, KEYS)
+        results.add(record)
+        print(record, file=sys.stderr, flush=True)
     return 0
 
 

@@ -2,9 +2,9 @@
 
 `gate.json` says what each step gave and on which device, driver, versions, commit and kernel
 sources; `times.json` and `times.md` are the bench's, `decode.json` and `decode.md` its part for few
-rows, `decoder.json` is of a decoder block, `train_step.json` of an encoder's training step. Where
-the checks of triton's or csrc's kernels pass, the package notes that these sources were validated
-(`--accept gate.json` notes it in another checkout of them).
+rows, `decoder.json` is of a decoder block, captured and eagerly, `train_step.json` of an encoder's
+training step. Where the checks of triton's or csrc's kernels pass, the package notes that these
+sources were validated (`--accept gate.json` notes it in another checkout of them).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from mpo_kernels.backends.triton.planning import plan_fused
 from mpo_kernels.backends.triton.tiles import LIMITS
 from mpo_kernels.planning.figures import default_figures
 from mpo_kernels.planning.plan import Call, Gradients
-from mpo_kernels.planning.work import Work, time_of
+from mpo_kernels.planning.work import Work, exposed, time_of
 
 FIGURES = replace(default_figures("cuda", torch.bfloat16, 1), host_seconds=0.0)
 
@@ -30,13 +30,19 @@ def predicted(case: Case, name: str) -> tuple[str, float, float]:
     call = Call(shape.core_shapes, (ins, outs), rows, torch.bfloat16)
     trained = tuple(k != shape.central or name != "light" for k in range(shape.num_cores))
     calls = [call]
-    dense = [Work(rows, outs, ins)]
+    dense = dense_us(rows, outs, ins)
     if name != "forward":
         calls.append(call._replace(gradients=Gradients(True, trained)))
-        dense += [Work(rows, ins, outs), Work(ins, outs, rows)]
+        dense += dense_us(rows, ins, outs) + dense_us(ins, outs, rows)
     plans = [plan_fused(c, FIGURES, LIMITS["sm_90"]) for c in calls]
     chosen = ", ".join(f"{plan.algorithm} ({plan.order})" for plan in plans)
-    return chosen, sum(plan.predicted_us for plan in plans), 1e6 * time_of(dense, FIGURES)
+    return chosen, sum(plan.predicted_us for plan in plans), dense
+
+
+def dense_us(m: int, n: int, k: int) -> float:
+    """Microseconds of a library product ``[m, k] × [k, n]`` in 16 bits."""
+    product = [Work(m, n, k)]
+    return 1e6 * time_of(product, FIGURES, exposed(2 * (m * n + m * k + n * k), product, FIGURES))
 
 
 def decoding(case: Case) -> list[float | None]:
@@ -55,7 +61,7 @@ def decoding(case: Case) -> list[float | None]:
         fused: min((p.predicted_us for p in others if bool(p.launches) == fused), default=None)
         for fused in (True, False)
     }
-    dense = 1e6 * time_of([Work(case.rows, features[1], features[0])], FIGURES)
+    dense = dense_us(case.rows, features[1], features[0])
     return [thinly(2), thinly(1), best[True], best[False], dense]
 
 

@@ -32,7 +32,7 @@ class Timing:
     """Microseconds a call: the median and quartiles of ``repeats`` samples.
 
     ``captured``: on CUDA, whether replays of a graph were timed, or calls with the host's time in
-    them, since the way cannot be captured.
+    them, as where the way cannot be captured.
     """
 
     median_us: float
@@ -52,15 +52,17 @@ def interleave(
     budget: float,
     device: torch.device,
     min_repeats: int = 3,
+    capture: bool = True,
 ) -> dict[Key, Timing]:
     """Time some calls against each other, each warmed up already.
 
     Each gets samples for about ``budget`` seconds, at least ``min_repeats`` and at most 30, spread
     evenly over the same rounds in shuffled order: a drift of the machine hits all alike. On CUDA a
-    sample is one replay of the call, captured, with a cold second-level cache.
+    sample is one replay of the call, captured (or one call, unless ``capture``), with a cold
+    second-level cache.
     """
     if device.type == "cuda":
-        return _interleave_replays(calls, budget, min_repeats, device)
+        return _interleave_cold(calls, budget, min_repeats, device, capture)
     loops, samples = {}, {}
     for key, call in calls.items():
         first = seconds(call, 1, device)
@@ -93,17 +95,23 @@ def _rounds(
     return {key: _timing(found) for key, found in samples.items()}
 
 
-def _interleave_replays(
-    calls: Mapping[Key, Callable[[], Any]], budget: float, min_repeats: int, device: torch.device
+def _interleave_cold(
+    calls: Mapping[Key, Callable[[], Any]],
+    budget: float,
+    min_repeats: int,
+    device: torch.device,
+    capture: bool,
 ) -> dict[Key, Timing]:
     # Larger than any second-level cache: writing it leaves nothing of the call's operands there.
     flush = torch.empty(2**28, dtype=torch.uint8, device=device)
-    graphs = {key: captured(call) for key, call in calls.items()}
+    graphs = {key: captured(call) if capture else None for key, call in calls.items()}
 
     def sample(key: Key) -> float:
         graph = graphs[key]
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
+        if graph is None:  # else the host would be ahead by as long as that takes
+            torch.cuda.synchronize(device)
         start.record()
         calls[key]() if graph is None else graph.replay()
         end.record()

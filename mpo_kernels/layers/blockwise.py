@@ -6,6 +6,7 @@ panels, slices of one of its bonds, each dequantised, used and dropped, in backw
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -61,13 +62,23 @@ def quantize_rows(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes[:, ::2] | codes[:, 1::2] << 4, scales
 
 
-def dequantize_rows(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """``[rows, columns]`` of the codes and scales of :func:`quantize_rows`."""
+def nf4_on(device: torch.device) -> Tensor:
+    """`NF4` in fp32 ``[16]``, copied from the host."""
+    return torch.tensor(NF4, dtype=torch.float32, device=device)
+
+
+def dequantize_rows(
+    codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtype, table: Tensor | None = None
+) -> Tensor:
+    """``[rows, columns]`` of the codes and scales of :func:`quantize_rows`.
+
+    ``table`` is :func:`nf4_on` their device, where it was made already.
+    """
     rows = len(codes)
     if codes.dtype == torch.int8:
         unit = codes.float() / 127
     else:
-        table = torch.tensor(NF4, dtype=torch.float32, device=codes.device)
+        table = nf4_on(codes.device) if table is None else table
         unit = torch.stack((table[(codes & 15).int()], table[(codes >> 4).int()]), 2)
     blocks = unit.view(rows, -1, BLOCK) * scales[..., None]
     return blocks.view(rows, -1)[:, :columns].to(dtype)
@@ -82,8 +93,7 @@ class _Panels(torch.autograd.Function):
         ctx.save_for_backward(x, *auxiliary)
         y: Tensor | None = None
         for _, cores in layer.panels(auxiliary):
-            with torch._C._AutoDispatchBelowAutograd():
-                part = layer.operator(x, cores)
+            part = layer.operator(x, cores)
             y = part if y is None else y.add_(part)
         assert y is not None
         return writable(y)
@@ -100,8 +110,7 @@ class _Panels(torch.autograd.Function):
         ]
         all_needs = [*needs[: layer.central], False, *needs[layer.central :]]
         for part, cores in layer.panels(auxiliary):
-            with torch._C._AutoDispatchBelowAutograd():
-                formed = iter(layer.backward_operator(grad, x, cores, need_x, all_needs))
+            formed = iter(layer.backward_operator(grad, x, cores, need_x, all_needs))
             if need_x:
                 dx = next(formed) if dx is None else dx.add_(next(formed))
             for k, total in enumerate(sums):
@@ -144,11 +153,19 @@ class BlockwiseLayer(UnformedLayer, ABC):
         self.register_buffer("scales", scales)
         self.codes: Tensor
         self.scales: Tensor
+        # Asked here: what a shape computes when first asked, compiled code cannot.
+        self._size, self._numbers = tuple(centre.shape), self.shape.num_parameters
+        # Made once: a CUDA graph takes no copies from the host.
+        table = nf4_on(codes.device) if bits == 4 else None
+        self.register_buffer("table", table, persistent=False)
+        self.table: Tensor | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         bits = self.scales.view(torch.int32)  # which no cast of a module touches
         super()._apply(lambda tensor: as_it_lay(fn(tensor), tensor), recurse)
         self.scales = fn(bits).view(torch.float32)
+        if self.table is not None:
+            self.table = nf4_on(self.codes.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -157,7 +174,7 @@ class BlockwiseLayer(UnformedLayer, ABC):
         if all(name in state_dict for name in names):
             cores = [state_dict.pop(name) for name in names]
             centre = cores.pop(self.central)
-            if centre.shape == self.shape.core_shapes[self.central]:
+            if centre.shape == self._size:
                 codes, scales = quantize_rows(self._as_rows(centre), self.bits)
                 state_dict |= {f"{prefix}codes": codes, f"{prefix}scales": scales}
             state_dict |= {f"{prefix}auxiliary.{k}": core for k, core in enumerate(cores)}
@@ -169,7 +186,7 @@ class BlockwiseLayer(UnformedLayer, ABC):
         return centre.reshape(len(centre), -1)
 
     def _from_rows(self, rows: Tensor) -> Tensor:
-        d, i, j, r = self.shape.core_shapes[self.central]
+        d, i, j, r = self._size
         if self.central == 0:
             return rows.view(-1, d, i, j).movedim(0, 3)
         return rows.view(-1, i, j, r)
@@ -183,14 +200,14 @@ class BlockwiseLayer(UnformedLayer, ABC):
 
     def centre(self, part: slice = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
         """The centre that the codes stand for, or a panel of it."""
-        columns = self.shape.core_shapes[self.central]
-        width = columns[0] * columns[1] * columns[2] * columns[3] // len(self.codes)
-        return self._from_rows(dequantize_rows(self.codes[part], self.scales[part], width, dtype))
+        width = math.prod(self._size) // len(self.codes)
+        codes, scales = self.codes[part], self.scales[part]
+        return self._from_rows(dequantize_rows(codes, scales, width, dtype, self.table))
 
     def panels(self, auxiliary: tuple[Tensor, ...]) -> Iterator[tuple[slice, list[Tensor]]]:
         """Slices of a bond, and the cores of each."""
         rows = len(self.codes)
-        width = max(1, self.shape.num_parameters // rows)
+        width = max(1, self._numbers // rows)
         step = max(1, min(rows, PANEL // width))
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))

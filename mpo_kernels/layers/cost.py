@@ -8,7 +8,7 @@ from mpo_kernels.cores.family import OBJECTIVES, Objective
 from mpo_kernels.cores.shape import MPOShape
 from mpo_kernels.layers.module import plan_for
 from mpo_kernels.planning.figures import device_figures
-from mpo_kernels.planning.work import Work
+from mpo_kernels.planning.work import Work, exposed
 
 
 class LayerCost:
@@ -63,8 +63,9 @@ class LayerCost:
         if self.objective == "memory":
             return self.dtype.itemsize * parameters
         moved = self.dtype.itemsize * (parameters + self.rows * (in_features + out_features))
-        work = Work(out_features, self.rows, in_features, bytes=moved)
-        return work.seconds(device_figures(self.device, self.dtype))
+        figures = device_figures(self.device, self.dtype)
+        work = [Work(out_features, self.rows, in_features)]
+        return work[0].seconds(figures) + exposed(moved, work, figures)
 
 
 def _widest_state(shape: MPOShape) -> int:

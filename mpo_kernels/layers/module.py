@@ -32,10 +32,10 @@ def plan_for(
         rows: product of x's leading dimensions, at least 1.
         features: true in and out.
         gradients: what a backward pass must form; None for the forward pass.
-        like: by default the first core.
+        like: by default the first core, and where that is a byte an element bf16.
     """
     check_rows(rows)
-    like = cores[0] if like is None else like
+    like = _like(cores) if like is None else like
     backend = backends.selected(like)
     return backend.plan_for(rows, like.dtype, like.device, cores, gradients, features)
 
@@ -49,19 +49,29 @@ def check_rows(rows: int) -> None:
 
 
 def merged_for(
-    cores: Sequence[Tensor], rows: int, in_features: int, out_features: int
+    cores: Sequence[Tensor],
+    rows: int,
+    in_features: int,
+    out_features: int,
+    store: torch.dtype | None = None,
 ) -> list[Tensor]:
     """The cores as parts that ``rows`` rows are computed with fastest, laid out as they are read.
 
-    Cores in bytes are not merged. Copies, for :func:`mpo_kernels.mpo_linear` with cores that do not
-    change any more.
+    Copies, for :func:`mpo_kernels.mpo_linear` with cores that do not change any more. Bytes, which
+    come and go as int8 and are read as ``store``, are not merged.
     """
     check_rows(rows)
-    like = cores[0]
-    if like.dtype in LARGEST:  # bytes, which are multiplied by x in 16 bits
-        like = like.new_empty(0, dtype=torch.bfloat16)
+    if store is not None:
+        cores = [core.view(store) for core in cores]
     with torch.no_grad():
-        return backends.selected(like).served(cores, rows, (in_features, out_features))
+        parts = backends.selected(_like(cores)).served(cores, rows, (in_features, out_features))
+    return parts if store is None else [part.view(torch.int8) for part in parts]
+
+
+def _like(cores: Sequence[Tensor]) -> Tensor:
+    """Of the device and dtype that is computed in: bytes are multiplied by x in 16 bits."""
+    first = cores[0]
+    return first.new_empty(0, dtype=torch.bfloat16) if first.dtype in LARGEST else first
 
 
 class MPOModule(UnformedLayer):

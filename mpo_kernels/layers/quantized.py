@@ -13,9 +13,10 @@ from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.cores.decompose import reconstruct
 from mpo_kernels.cores.quantize import LARGEST, dequantize, quantize
 from mpo_kernels.cores.shape import MPOShape
-from mpo_kernels.layers.module import merged_for
+from mpo_kernels.layers.module import merged_for, plan_for
 from mpo_kernels.layers.unformed import UnformedLayer, as_it_lay
 from mpo_kernels.ops.functional import check_input
+from mpo_kernels.planning.plan import Plan
 
 
 class LinearLayer(Protocol):
@@ -117,10 +118,29 @@ class QuantizedMPOLinear(UnformedLayer):
     def merged(self, rows: int) -> QuantizedMPOLinear:
         """A copy whose cores lie as ``rows`` rows read them fastest; bytes are not merged."""
         layer = copy.deepcopy(self)
-        parts = merged_for(self.cores, rows, self.in_features, self.out_features)
+        parts = merged_for(self.codes, rows, self.in_features, self.out_features, self.dtype)
         for k, part in enumerate(parts):
-            layer.register_buffer(f"{self._prefix}_core_{k}", part.view(torch.int8))
+            layer.register_buffer(f"{self._prefix}_core_{k}", part)
         return layer
+
+    def quantized(self, dtype: torch.dtype = torch.int8) -> QuantizedMPOLinear:
+        """Refused.
+
+        Raises:
+            ValueError: always; what was rounded once is not rounded again.
+        """
+        raise ValueError(
+            f"expected cores of 16 bits or more, got {self.dtype}: quantize the layer as it was"
+        )
+
+    def plan(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
+        """How ``rows`` rows of x in ``dtype`` (fp16 and bf16 may read bytes) are computed, and why.
+
+        What widens the cores first has that in its bytes and its predicted time.
+        """
+        cores, features = self.cores, (self.in_features, self.out_features)
+        like = cores[0].new_empty(0, dtype=dtype)
+        return plan_for(cores, rows, features, like=like)
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:

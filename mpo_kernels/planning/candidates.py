@@ -23,11 +23,12 @@ from mpo_kernels.planning.plan import (
     Plan,
     Step,
     best_of,
+    features_of,
     groups,
     merged_parts,
     merged_shape,
 )
-from mpo_kernels.planning.work import Work, folds, merge_work, time_of
+from mpo_kernels.planning.work import Work, exposed, folds, merge_work, time_of
 
 
 def plan_library(call: Call, figures: DeviceFigures, digits: bool = False) -> Plan:
@@ -36,6 +37,19 @@ def plan_library(call: Call, figures: DeviceFigures, digits: bool = False) -> Pl
     With ``digits`` the small products of panels take operands that lie as chains of digits.
     """
     return _plan(call.bucketed, figures, digits)
+
+
+def widened(plan: Plan, shapes: CoreShapes, figures: DeviceFigures) -> Plan:
+    """The plan where cores lie in one byte an element, and are widened before they are read."""
+    # A byte of each element is read, and two are written, read and written scaled.
+    work = [Work(bytes=7 * math.prod(shape), count=2) for shape in shapes]
+    moved, us = sum(w.bytes for w in work), 1e6 * time_of(work, figures)
+    return best_of(
+        [
+            replace(each, bytes=each.bytes + moved, predicted_us=each.predicted_us + us)
+            for each in plan.candidates
+        ]
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -68,15 +82,10 @@ def chain_steps(parts: CoreShapes, order: str) -> list[Step]:
 def _candidates(call: Call, figures: DeviceFigures, digits: bool) -> Iterator[Plan]:
     shapes, rows, itemsize, gradients = call.shapes, call.rows, call.dtype.itemsize, call.gradients
     n = len(shapes)
-    dense = math.prod(s[1] for s in shapes) * math.prod(s[2] for s in shapes)
-    x_y_cores = Work(
-        count=0,
-        bytes=itemsize
-        * (
-            rows * (math.prod(s[1] for s in shapes) + math.prod(s[2] for s in shapes))
-            + sum(math.prod(s) for s in shapes)
-        ),
-    )
+    ins, outs = features_of(shapes)
+    x_and_y = itemsize * rows * (ins + outs)
+    # At few rows a product has little to do while it waits for them.
+    cores = Work(count=0, bytes=itemsize * sum(math.prod(s) for s in shapes))
 
     def priced(
         algorithm: str,
@@ -90,8 +99,9 @@ def _candidates(call: Call, figures: DeviceFigures, digits: bool) -> Iterator[Pl
         copies_nothing = digits and algorithm == "panels"
         merging = merge_work(shapes, split, itemsize, gradients, copies_nothing)
         fixed = [*merging, *fixed]
-        work = [x_y_cores, *fixed, *work]
-        macs, moved = sum(w.macs for w in work), sum(w.bytes for w in work)
+        waited = exposed(x_and_y, work, figures)
+        work = [cores, *fixed, *work]
+        macs, moved = sum(w.macs for w in work), x_and_y + sum(w.bytes for w in work)
         return Plan(
             algorithm,
             order,
@@ -100,7 +110,7 @@ def _candidates(call: Call, figures: DeviceFigures, digits: bool) -> Iterator[Pl
             block,
             macs,
             moved,
-            1e6 * time_of(work, figures),
+            1e6 * time_of(work, figures, waited),
             tuple(steps),
             fixed_macs=sum(w.macs for w in fixed),
         )
@@ -119,7 +129,7 @@ def _candidates(call: Call, figures: DeviceFigures, digits: bool) -> Iterator[Pl
                     if (s.n > 1 if order == "left" else parts[s.part][1] > 1 < parts[s.part][2])
                 ]
                 work += [Work(bytes=4 * size * itemsize) for size in turned]
-                if order == "right" and any(2 * size > dense for size in turned):
+                if order == "right" and any(2 * size > ins * outs for size in turned):
                     block = 0  # a copy as large as W
                 yield priced("chain", order, split, block, work, steps)
             if len(parts) > 1:

@@ -25,14 +25,26 @@ class Work:
     def macs(self) -> int:
         return self.m * self.n * self.k * self.batch * self.count
 
+    def multiplying(self, figures: DeviceFigures) -> float:
+        """Seconds of the multiply-adds."""
+        if not self.macs:
+            return 0.0
+        # Short sides leave vector lanes, registers and multiprocessors idle.
+        used = math.prod(side / (side + figures.side) for side in (self.m, self.n, self.k))
+        return self.macs / (figures.macs_per_second * used)
+
     def seconds(self, figures: DeviceFigures) -> float:
-        seconds = self.count * figures.launch_seconds + self.bytes / figures.bytes_per_second
-        if self.macs:
-            # Short sides leave vector lanes, registers and multiprocessors idle.
-            sides = (self.m, self.n, self.k)
-            used = math.prod(side / (side + figures.side) for side in sides)
-            seconds += self.macs / (figures.macs_per_second * used)
-        return seconds
+        beside = self.count * figures.launch_seconds + self.bytes / figures.bytes_per_second
+        return beside + self.multiplying(figures)
+
+
+def exposed(operands: int, products: Sequence[Work], figures: DeviceFigures) -> float:
+    """Seconds of ``operands`` bytes that are read and written beyond the products of them.
+
+    A product moves its operands while it multiplies, so the longer of the two counts.
+    """
+    multiplying = sum(product.multiplying(figures) for product in products)
+    return max(0.0, operands / figures.bytes_per_second - multiplying)
 
 
 def time_of(

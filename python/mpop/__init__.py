@@ -29,7 +29,12 @@ if find_spec("transformers") is not None:  # without it, the command still says 
         freeze_central,
         unfreeze,
     )
-    from mpop.models.quantized import dequantize_centres, quantize, quantize_centres
+    from mpop.models.quantized import (
+        dequantize_centres,
+        optimize_for_inference,
+        quantize,
+        quantize_centres,
+    )
 
     @ON_ATTACH.append
     def _tell_peft() -> None:
@@ -66,6 +71,7 @@ __all__ = [
     "load",
     "merge",
     "model_card",
+    "optimize_for_inference",
     "perplexity",
     "plot_spectra",
     "plot_trace",

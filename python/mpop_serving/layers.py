@@ -126,11 +126,7 @@ class _Cores:
         Bytes are not merged, but lie as one row is read fastest.
         """
         cores, scales = self.split(list(held))
-        if self.store is not None:
-            cores = [core.view(self.store) for core in cores]
-        parts = merged_for(cores, 1, self.in_features, self.out_features)
-        if self.store is not None:
-            parts = [core.view(torch.int8) for core in parts]
+        parts = merged_for(cores, 1, self.in_features, self.out_features, self.store)
         return [*parts, *scales]
 
     def __call__(self, x: Tensor, parts: list[Tensor]) -> Tensor:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import BertConfig
 
 from bench import train_step
+from mpo_kernels.testing import HostTransfers
 
 
 def test_every_method_takes_a_step(tmp_path: Path) -> None:
@@ -22,3 +26,21 @@ def test_every_method_takes_a_step(tmp_path: Path) -> None:
     assert found["light-4bit"]["trained"] == light < found["dense"]["trained"] / 2
     assert found["lora"]["trained"] == pytest.approx(light, rel=0.1)
     assert results["conditions"]["batch"] == [2, 8]
+
+
+@pytest.mark.parametrize("method", train_step.METHODS)
+def test_a_captured_step_moves_nothing_between_device_and_host(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers reads its mask where nothing is captured, and torch has no such AdamW on a CPU.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    adam = import_module("torch.optim.adam")
+    monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda: ["cpu"])
+    config = BertConfig(
+        num_hidden_layers=1, hidden_size=64, intermediate_size=256, num_attention_heads=1
+    )
+    _, step = train_step.step_of(method, "captured", config, (2, 8), torch.device("cpu"))
+    step()
+    with HostTransfers() as found:
+        step()
+    assert not found.names

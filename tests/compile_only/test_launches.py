@@ -19,7 +19,7 @@ from mpo_kernels.backends.triton import device, panels, product
 from mpo_kernels.backends.triton.backend import TritonBackend
 from mpo_kernels.backends.triton.device import precision
 from mpo_kernels.planning.plan import Gradients, Plan
-from mpo_kernels.testing import random_cores
+from mpo_kernels.testing import HostTransfers, random_cores
 
 
 class Hopper:
@@ -153,8 +153,9 @@ def test_launches_and_memory_of_the_exact_five_cores(launches: Launches) -> None
     with launches:
         panels.forward(x, cores, bias, y, forward)
     assert launches.count == 7
-    with launches:
+    with launches, HostTransfers() as found:
         panels.backward(dy, x, cores, Gradients(True, (True, True, False, True, True)), backward)
+    assert not found.names
     # One more sums the bias's gradient.
     assert launches.count == 26
     assert launches.largest <= 768 * 3072 // 2

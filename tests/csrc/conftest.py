@@ -75,12 +75,12 @@ def cuda_backend(
         monkeypatch.setattr(extension, "unavailable", lambda: None)
         monkeypatch.setattr(extension, "limits", lambda device: (90, 132))
         monkeypatch.setattr(decode, "stream_of", lambda device: 0)
+        monkeypatch.setattr(decode, "capturing", lambda: False)
     torch.set_default_device(device)
     yield backend.CudaBackend()
     torch.set_default_device(None)
     decode.compiled.cache_clear()
     backend._plan.cache_clear()
-    backend.quantized_chain.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,7 @@ import mpo_kernels as mk
 from mpo_kernels import MPOShape
 from mpo_kernels.backends.cuda import backend, decode, extension, thin
 from mpo_kernels.backends.torch.backend import TorchBackend
-from mpo_kernels.planning.figures import device_figures
-from mpo_kernels.planning.plan import Call, Gradients, shapes_of
+from mpo_kernels.planning.plan import Gradients
 from mpo_kernels.testing import ODD_SHAPES, dense_linear, random_cores, relative_error
 
 BF16 = torch.bfloat16
@@ -108,15 +107,10 @@ def test_serving_merges_and_lays_out_once(
         again = plain.merged(1)
         assert torch.equal(again(x), in_bytes(x))
         for module in (in_bytes, copy.deepcopy(in_bytes), in_bytes.to(BF16), again):
-            layouts = backend.layouts_of(module.cores)
-            chain = backend.quantized_chain(
-                Call(shapes_of(module.cores), (128, 128), 1, BF16),
-                layouts,
-                torch.int8,
-                x.device,
-                device_figures(x.device, BF16),
-            )
-            assert chain is not None
+            assert module.plan(1).algorithm == "decode"
+            assert module.plan(1).bytes < served.plan(1).bytes
+            for rows, dtype in ((17, BF16), (1, torch.float32)):
+                assert module.plan(rows, dtype).algorithm != "decode"
 
 
 def test_compiled_and_traced_calls_see_an_operator(cuda_backend: backend.CudaBackend) -> None:
@@ -170,9 +164,10 @@ def test_bytes_are_widened_where_that_is_faster(
     served, x = layer.quantized(), torch.randn(2, 72).to(BF16)
     with mk.use_backend("cuda"):
         expected = served(x)
-        backend.quantized_chain.cache_clear()
+        backend._plan.cache_clear()
         monkeypatch.setattr(backend, "_time", lambda *_: 1.0)
         monkeypatch.setattr(backend, "decode", None)
+        assert served.plan(2).algorithm != "decode"
         assert relative_error(served(x), expected.double()) < 3 * torch.finfo(BF16).eps
 
 
@@ -242,6 +237,8 @@ def test_refusals_of_quantised_layers() -> None:
     with pytest.raises(ValueError, match="expected a layer of two cores"):
         mk.MPOLinear(12, 8, MPOShape((12,), (8,))).quantized()
     served, x = layer.quantized(), torch.randn(1, 12)
+    with pytest.raises(ValueError, match=r"expected cores of 16 bits or more, got torch\.int8"):
+        served.quantized()
     operator = torch.ops.mpo_kernels.quantized_linear
     for cores, scales, bias in (
         (served.cores, [s.half() for s in served.scales], None),

@@ -251,15 +251,23 @@ def test_what_is_no_chain_is_refused_by_name(kernels: ModuleType) -> None:
         chain().launch(0, 0, [0], [], 0, 0, 0, False, 0, 0)  # type: ignore[attr-defined]
 
 
+def early(seen: decode.Seen, cores: list[Tensor], stream: int) -> bool:
+    """Of a launch that succeeds."""
+    versions = decode.versions_of(cores)
+    if not (found := seen.early(cores, versions, stream)):
+        seen.note(cores, versions, stream)
+    return found
+
+
 class TestSeen:
     """Cores are read before x is there only where nothing that may still run writes them."""
 
     def test_not_before_a_first_call_on_a_stream_has_waited(self) -> None:
         seen, cores = decode.Seen(), [torch.ones(3), torch.ones(3)]
-        assert not seen.early(cores, 1)
-        assert seen.early(cores, 1) and seen.early(cores, 1)
-        assert not seen.early(cores, 2)
-        assert seen.early(cores, 2) and not seen.early(cores, 1)
+        assert not early(seen, cores, 1)
+        assert early(seen, cores, 1) and early(seen, cores, 1)
+        assert not early(seen, cores, 2)
+        assert early(seen, cores, 2) and not early(seen, cores, 1)
 
     def test_not_after_a_change_in_place(self) -> None:
         seen, core = decode.Seen(), torch.nn.Parameter(torch.ones(3))
@@ -270,34 +278,39 @@ class TestSeen:
         ]
         core.grad = torch.ones(3)
         for change in changes:
-            seen.early([core], 1)
-            assert seen.early([core], 1)
+            early(seen, [core], 1)
+            assert early(seen, [core], 1)
             change()
-            assert not seen.early([core], 1)
+            assert not early(seen, [core], 1)
 
     def test_views_made_anew_count_with_what_they_are_of(self) -> None:
         seen, held = decode.Seen(), torch.ones(4, dtype=torch.int8)
-        assert not seen.early([held.view(torch.float8_e4m3fn)], 1)
-        assert seen.early([held.view(torch.float8_e4m3fn)], 1)
+        assert not early(seen, [held.view(torch.float8_e4m3fn)], 1)
+        assert early(seen, [held.view(torch.float8_e4m3fn)], 1)
         held.zero_()
-        assert not seen.early([held.view(torch.float8_e4m3fn)], 1)
+        assert not early(seen, [held.view(torch.float8_e4m3fn)], 1)
 
     def test_a_new_tensor_in_an_old_place_is_new(self) -> None:
         seen = decode.Seen()
         for _ in range(200):
-            assert not seen.early([torch.ones(3)], 1)
+            assert not early(seen, [torch.ones(3)], 1)
         assert len(seen._last) <= 64  # what is gone is forgotten
 
     def test_never_where_nothing_is_counted(self) -> None:
         seen = decode.Seen()
         with torch.inference_mode():
             core = torch.ones(3)
-        assert not seen.early([core], 1) and not seen.early([core], 1)
+        assert not early(seen, [core], 1) and not early(seen, [core], 1)
 
-    def test_parts_merged_in_the_call_are_new(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[bool] = []
-        early = decode.Seen.early
-        monkeypatch.setattr(decode.Seen, "early", lambda *a: asked.append(early(*a)) or asked[-1])
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+        """What the calls were told."""
+        told: list[bool] = []
+        method = decode.Seen.early
+        monkeypatch.setattr(decode.Seen, "early", lambda *a: told.append(method(*a)) or told[-1])
+        return told
+
+    def test_parts_merged_in_the_call_are_new(self, asked: list[bool]) -> None:
         call = Call(SHAPES["aligned"], 1, FP16, True)
         chain = chain_for(call.cores, 1, call.shape, True)
         for _ in range(2):
@@ -306,3 +319,53 @@ class TestSeen:
         for _ in range(2):
             call.run()
         assert asked[2:] == [False, True]
+
+    def test_a_launch_that_fails_has_not_waited(
+        self, asked: list[bool], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        call = Call(SHAPES["aligned"], 1, FP16, True)
+
+        class Failing:
+            def launch(self, *_: object) -> None:
+                raise RuntimeError("launch")
+
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="launch"):
+            patched.setattr(decode, "compiled", lambda *_: Failing())
+            call.run()
+        for _ in range(2):
+            call.run()
+        assert asked == [False, False, True]
+
+    def test_what_changes_during_a_launch_is_not_what_it_waited_for(
+        self, asked: list[bool], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        call = Call(SHAPES["aligned"], 1, FP16, True)
+        compiled = decode.compiled
+
+        class Changing:
+            def __init__(self, *of: object) -> None:
+                self.chain = compiled(*of)
+
+            def launch(self, *operands: object) -> None:
+                self.chain.launch(*operands)
+                call.cores[0].neg_()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(decode, "compiled", Changing)
+            call.run()
+        call.run()
+        assert asked == [False, False]
+
+    def test_what_is_captured_has_not_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen, core, other = decode.Seen(), torch.ones(3), torch.ones(3)
+        assert not early(seen, [core], 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(decode, "capturing", lambda: True)
+            # A replay waits for what was before it, so only changes within the graph matter.
+            assert early(seen, [core], 2) and not early(seen, [other], 2)
+            other.neg_()
+            assert not early(seen, [other], 2)
+            core.neg_()
+            assert not early(seen, [core], 2)
+        assert not early(seen, [other], 2) and not early(seen, [core], 2)
+        assert early(seen, [core, other], 2)

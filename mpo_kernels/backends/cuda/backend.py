@@ -36,7 +36,7 @@ from mpo_kernels.planning.plan import (
     merged_parts,
     shapes_of,
 )
-from mpo_kernels.planning.work import Work, time_of
+from mpo_kernels.planning.work import time_of
 
 # Library calls that take the host as long as one launch of a product.
 STARTED = 0.25
@@ -48,7 +48,14 @@ class CudaBackend(TorchBackend):
     def plan(self, call: Call, device: torch.device, cores: Sequence[Tensor]) -> Plan:
         if call.gradients is not None or not _serves(call):
             return rest_of(device, call.dtype).plan(call, device, cores)
-        return _plan(call, layouts_of(cores), device, device_figures(device, call.dtype))
+        figures = device_figures(device, call.dtype)
+        return _plan(call, layouts_of(cores), call.dtype, device, figures)
+
+    def quantized_plan(self, call: Call, device: torch.device, cores: Sequence[Tensor]) -> Plan:
+        if not _serves(call):
+            return rest_of(device, call.dtype).quantized_plan(call, device, cores)
+        figures = device_figures(device, call.dtype)
+        return _plan(call, layouts_of(cores), cores[0].dtype, device, figures)
 
     def served(self, cores: Sequence[Tensor], rows: int, features: tuple[int, int]) -> list[Tensor]:
         stored, device, shapes = cores[0].dtype, cores[0].device, shapes_of(cores)
@@ -95,10 +102,9 @@ class CudaBackend(TorchBackend):
     ) -> Tensor:
         call = Call(shapes_of(cores), (x.shape[1], out_features), x.shape[0], x.dtype)
         if _serves(call):
-            figures, stored = device_figures(x.device, x.dtype), cores[0].dtype
-            chain = quantized_chain(call, layouts_of(cores), stored, x.device, figures)
-            if chain is not None:
-                return decode(x, cores, scales, bias, chain)
+            plan = self.quantized_plan(call, x.device, cores)
+            if plan.algorithm == "decode":
+                return decode(x, cores, scales, bias, plan.launches[0].tile)
         rest = rest_of(x.device, x.dtype)
         return rest.quantized_linear(x, cores, scales, bias, out_features)
 
@@ -153,14 +159,21 @@ def _time(chain: Chain, figures: DeviceFigures) -> float:
 
 @lru_cache(maxsize=4096)
 def _plan(
-    call: Call, layouts: tuple[Layout, ...], device: torch.device, figures: DeviceFigures
+    call: Call,
+    layouts: tuple[Layout, ...],
+    stored: torch.dtype,
+    device: torch.device,
+    figures: DeviceFigures,
 ) -> Plan:
     shapes, rows, dtype = call.shapes, call.rows, call.dtype
-    plans = list(rest_of(device, dtype).plan(call, device, ()).candidates)
+    rest = rest_of(device, dtype)
+    plan = rest.plan if stored == dtype else rest.quantized_plan
+    plans = list(plan(call, device, ()).candidates)
     for order in ("left", "right"):
-        chain = _chain(layouts, call, order == "left", dtype, device, figures)
+        chain = _chain(layouts, call, order == "left", stored, device, figures)
         if chain is not None:
-            moved = rows * sum(call.features) + sum(map(math.prod, shapes))
+            moved = dtype.itemsize * rows * sum(call.features)
+            moved += stored.itemsize * sum(map(math.prod, shapes))
             plans.append(
                 Plan(
                     algorithm="decode",
@@ -169,29 +182,9 @@ def _plan(
                     rows=rows,
                     block=rows,
                     macs=sum(p.m * p.k * p.columns for p in chain.products),
-                    bytes=dtype.itemsize * moved,
+                    bytes=moved,
                     predicted_us=1e6 * _time(chain, figures),
                     launches=(Launch("y", order, chain),),
                 )
             )
     return best_of(plans)
-
-
-@lru_cache(maxsize=4096)
-def quantized_chain(
-    call: Call,
-    layouts: tuple[Layout, ...],
-    stored: torch.dtype,
-    device: torch.device,
-    figures: DeviceFigures,
-) -> Chain | None:
-    """The faster of the two orders, None where cores do not lie so or widening is faster."""
-    chains = [_chain(layouts, call, left, stored, device, figures) for left in (True, False)]
-    best = min((c for c in chains if c is not None), key=lambda c: c.seconds, default=None)
-    if best is None:
-        return None
-    rest = rest_of(device, call.dtype).plan(call, device, ())
-    # A byte of each element is read, and two are written, read and written scaled.
-    widening = [Work(bytes=7 * math.prod(shape), count=2) for shape in call.shapes]
-    widened = time_of(widening, figures) + 1e-6 * rest.predicted_us
-    return best if _time(best, figures) <= widened else None

@@ -30,9 +30,11 @@ class Seen:
 
     Not where a kernel that writes one may still run. Torch counts the changes of a tensor in place:
     the first call after one, or on another stream, waits for all that is before it, and whatever
-    follows that call on its stream finds the core written. Changes through ``.data``, in inference
-    mode, by the replay of a graph or by what is no operator of torch are not counted; a tensor that
-    is made in inference mode is never read early.
+    follows that call on its stream finds the core written. A call is noted once it is enqueued, and
+    not where it is captured: it runs at a replay, which itself waits for all that is before it, so
+    that within a graph only a change since the last call that ran is waited for. Changes through
+    ``.data``, in inference mode, by the replay of a graph or by what is no operator of torch are
+    not counted; a tensor that is made in inference mode is never read early.
     """
 
     def __init__(self) -> None:
@@ -40,25 +42,44 @@ class Seen:
         self._last: dict[int, tuple[StorageWeakRef, int, int]] = {}
         self._most = 64  # where what is gone is looked for
 
-    def early(self, cores: Sequence[Tensor], stream: int) -> bool:
-        """For a launch on this stream now, which is noted."""
-        early = True
-        for core in cores:
-            if core.is_inference():
-                early = False
+    def early(self, cores: Sequence[Tensor], versions: Sequence[int], stream: int) -> bool:
+        """For a launch on this stream now, of cores of these :func:`versions_of`."""
+        for core, version in zip(cores, versions, strict=True):
+            last = self._last.get(core.untyped_storage()._cdata)
+            if last is None or last[1] != version or last[0].expired():
+                return False
+            if last[2] != stream and not capturing():
+                return False
+        return True
+
+    def note(self, cores: Sequence[Tensor], versions: Sequence[int], stream: int) -> None:
+        """That a launch on this stream waits before it reads them, by which it was enqueued."""
+        if capturing():
+            return
+        for core, version in zip(cores, versions, strict=True):
+            if version == UNCOUNTED:
                 continue
-            storage, version = core.untyped_storage(), core._version
-            last = self._last.get(storage._cdata)
-            if last is None or last[1:] != (version, stream) or last[0].expired():
-                early = False
-                self._last[storage._cdata] = (StorageWeakRef(storage), version, stream)
-                if len(self._last) > self._most:
-                    here = {key: one for key, one in self._last.items() if not one[0].expired()}
-                    self._last, self._most = here, 2 * len(here) + 64
-        return early
+            storage = core.untyped_storage()
+            self._last[storage._cdata] = (StorageWeakRef(storage), version, stream)
+            if len(self._last) > self._most:
+                here = {key: one for key, one in self._last.items() if not one[0].expired()}
+                self._last, self._most = here, 2 * len(here) + 64
+
+
+UNCOUNTED = -1
+
+
+def versions_of(cores: Sequence[Tensor]) -> list[int]:
+    """How often each was changed in place, ``UNCOUNTED`` where torch does not count."""
+    return [UNCOUNTED if core.is_inference() else core._version for core in cores]
 
 
 seen = Seen()
+
+
+def capturing() -> bool:
+    """Whether what is enqueued now goes into a graph."""
+    return torch._C._cuda_isCurrentStreamCapturing()
 
 
 def stream_of(device: torch.device) -> int:
@@ -90,6 +111,9 @@ def decode(
     if not chain.from_left:
         cores, of_bonds = cores[::-1], of_bonds[::-1]
     architecture, _ = extension.limits(device)
+    # Before the launch: what is changed meanwhile, by another thread, is not what it waits for.
+    versions = versions_of(cores)
+    early = seen.early(cores, versions, stream)
     compiled(chain, x.dtype, cores[0].dtype, architecture).launch(
         x.data_ptr(),
         x.stride(0) if rows > 1 else 0,
@@ -98,8 +122,10 @@ def decode(
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         workspace.data_ptr(),
-        seen.early(cores, stream),
+        early,
         device.index or 0,
         stream,
     )
+    if not early:
+        seen.note(cores, versions, stream)
     return y

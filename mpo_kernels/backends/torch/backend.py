@@ -13,7 +13,7 @@ from torch import Tensor
 from mpo_kernels.backends.torch import chain, gather, panels
 from mpo_kernels.backends.torch.merging import merge
 from mpo_kernels.cores.quantize import LARGEST, dequantize
-from mpo_kernels.planning.candidates import plan_library
+from mpo_kernels.planning.candidates import plan_library, widened
 from mpo_kernels.planning.figures import device_figures
 from mpo_kernels.planning.plan import Call, Gradients, Plan, features_of, shapes_of
 
@@ -38,15 +38,22 @@ class TorchBackend:
     ) -> Plan:
         """The plan for ``x [rows, in]``, forward or (with ``gradients``) backward.
 
-        ``features`` are the true in and out of the layer, by default those of the factors.
+        ``features`` are the true in and out of the layer, by default those of the factors. Cores of
+        one byte an element are multiplied by x of this dtype, forward only.
         """
         shapes = shapes_of(cores)
         call = Call(shapes, features or features_of(shapes), rows, dtype, gradients)
-        return self.plan(call, device, cores)
+        plan = self.quantized_plan if cores[0].dtype in LARGEST else self.plan
+        return plan(call, device, cores)
 
     def plan(self, call: Call, device: torch.device, cores: Sequence[Tensor]) -> Plan:
         """The plan for a call on a device; how the cores lie matters to kernels alone."""
         return plan_library(call, device_figures(device, call.dtype))
+
+    def quantized_plan(self, call: Call, device: torch.device, cores: Sequence[Tensor]) -> Plan:
+        """:meth:`plan` of :meth:`quantized_linear`."""
+        figures = device_figures(device, call.dtype)
+        return widened(self.plan(call, device, ()), call.shapes, figures)
 
     def served(self, cores: Sequence[Tensor], rows: int, features: tuple[int, int]) -> list[Tensor]:
         """Copies of the parts that ``rows`` rows are computed with, as they are read fastest.

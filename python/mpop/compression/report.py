@@ -19,7 +19,7 @@ class CompressionRow:
         name: of the module that holds it, the first where several share it.
         shape: factors and ranks; of experts, of each.
         rel_error: relative Frobenius error; of experts, of all together.
-        entropy: of the bonds next to the central core, the larger one, in nats.
+        entropy: of the bonds next to the central core, the larger one, in nats; 0 of one core.
         output_error: relative error of the layer's output on calibration data that the cores were
             not fitted to; None without calibration.
         experts: how many have such a matrix, 1 where it is a layer's own.
@@ -154,6 +154,6 @@ def row_of(names: Names, decomposition: Decomposition, form: str | None = None) 
 
 
 def central_entropy(decomposition: Decomposition) -> float:
-    """The larger entropy of the bonds on the two sides of the central core, in nats."""
+    """The larger entropy of the bonds on the two sides of the central core, in nats; 0 of none."""
     centre = decomposition.shape.central
-    return max(decomposition.entropies[max(centre - 1, 0) : centre + 1])
+    return max(decomposition.entropies[max(centre - 1, 0) : centre + 1], default=0.0)

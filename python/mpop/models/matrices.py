@@ -477,12 +477,11 @@ def _part(new: MPO | QuantizedMPOLinear | DenseLayer, old: Any, shared: bool) ->
         part.padding_idx = old.padding_idx
         adopt(part, old)
         return part
-    if isinstance(old, QuantizedMPOLinear):
-        part.bias = None if old.bias is None else nn.Parameter(old.bias)
-    elif not isinstance(new, QuantizedMPOLinear):  # whose own is a buffer
-        part.bias = old.bias
+    if not isinstance(new, QuantizedMPOLinear):  # whose own is a buffer
+        in_bytes = isinstance(old, QuantizedMPOLinear) and old.bias is not None
+        part.bias = nn.Parameter(old.bias) if in_bytes else old.bias
     if isinstance(new, MPOLinear | InterpolativeLinear | QuantizedMPOLinear):
-        part.kind = kind_of(old)
+        part.kind = _kind_of_mpo(old) if isinstance(old, Compressed) else kind_of(old)
     return part
 
 

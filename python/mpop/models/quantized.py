@@ -1,4 +1,4 @@
-"""Cores in few bits: all of a linear for serving, or frozen centres while the rest is trained."""
+"""Cores as they are served, laid out or in bytes, and frozen centres in few bits for training."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from mpo_kernels import MPOEmbedding, QuantizedMPOLinear
+from mpo_kernels import MPOEmbedding, MPOLinear, MPOShape, QuantizedMPOLinear
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
+from mpo_kernels.layers.module import check_rows, merged_for
 from mpop.models.config import LINEARS, STORES, matches
 from mpop.models.matrices import (
     check_centres,
@@ -21,7 +23,9 @@ from mpop.models.matrices import (
     mpo_matrices,
     put,
     spec_of,
+    swap,
     tensors_of,
+    update_ties,
 )
 from mpop.models.plain import check_own_values, check_unwrapped
 from mpop.models.subclasses import adopt
@@ -111,6 +115,60 @@ def _warn_of_experts(model: nn.Module) -> list[str]:
 
 def _bytes_of(layers: Iterable[Any]) -> int:
     return sum(tensor.nbytes for layer in layers for tensor in tensors_of(layer))
+
+
+def optimize_for_inference(model: PreTrainedModel, rows: int = 1) -> None:
+    """Hold the cores as ``rows`` rows are computed with fastest, for serving alone.
+
+    Every MPO linear is merged and laid out for the device that it is on, or in bytes laid out; see
+    `mpo_kernels.MPOLinear.merged`. An output head that shares the cores of an embedding is so too,
+    and goes on sharing them; an embedding without one stays as it is. What the model computes is
+    the same but for rounding; its cores are new parameters that do not train.
+
+    Args:
+        model: compressed, in evaluation mode, in place.
+        rows: tokens that are computed at once, of a model that generates those of one step.
+
+    Raises:
+        ValueError: a model in training mode, without MPO modules or with quantised centres or
+            adapters, or no row. The model is as it was.
+    """
+    check_unwrapped(model)
+    check_centres(model)
+    check_rows(rows)
+    if model.training:
+        raise ValueError(
+            "expected a model in evaluation mode, got one in training, which would train other "
+            "cores: train first, then call model.eval()"
+        )
+    matrices = compressed_matrices(model)
+    if not matrices:
+        raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
+    for names in matrices:
+        owner, *others = (module_at(model, name) for name in names)
+        new: Any
+        if not isinstance(owner, MPOEmbedding):
+            new = owner.merged(rows)
+        elif head := next((each for each in others if isinstance(each, MPOLinear)), None):
+            new = _as_the_head_reads_them(owner, head, rows)
+        else:
+            continue
+        new.requires_grad_(False)
+        if hasattr(owner, "rel_error"):
+            new.rel_error = owner.rel_error
+        swap(model, names, new)
+    update_ties(model)
+
+
+def _as_the_head_reads_them(table: MPOEmbedding, head: MPOLinear, rows: int) -> MPOEmbedding:
+    """An embedding with the cores that its head is computed with fastest."""
+    size = table.num_embeddings, table.embedding_dim
+    cores = merged_for(head.oriented_cores(), rows, head.in_features, head.out_features)
+    cores = [core.transpose(1, 2) for core in cores]
+    shape = MPOShape.of_cores([core.shape for core in cores], *size)
+    new = MPOEmbedding(*size, shape, device="meta")
+    new.cores = nn.ParameterList(map(nn.Parameter, cores))
+    return new
 
 
 def quantize_centres(model: nn.Module, bits: int = 4) -> Memory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,10 +32,16 @@ def test_a_new_token_attends_to_what_is_held_and_itself() -> None:
     torch.testing.assert_close(block(x), y, rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_measured(tmp_path: Path) -> None:
+def test_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    timed = decoder.interleave
+    monkeypatch.setattr(
+        decoder, "interleave", lambda *a, **k: asked.append(k["capture"]) or timed(*a, **k)
+    )
     options = ["--device", "cpu", "--sizes", "256", "320", "--rows", "2"]
     assert decoder.main([*options, "--output", str(tmp_path / "block.json")]) == 0
     (record,) = json.loads((tmp_path / "block.json").read_text())["records"]
     ways = record["ways"]
     assert ways["ours, int8"]["bytes"] < 0.6 * ways["ours"]["bytes"] < 0.1 * ways["dense"]["bytes"]
-    assert all(way["us"] > 0 for way in ways.values())
+    assert all(way["us"] > 0 < way["eager_us"] for way in ways.values())
+    assert asked == [True, False]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import __main__ as command
 from bench import facts
-from bench.layer import goals, report, run
+from bench.layer import goals, measure, report, run
 from bench.layer.cases import FACTORISATIONS, QUICK, ROWS, SHAPES, STANDARD, Case, select
 from bench.layer.measure import Roofline, interleave
 from bench.layer.problem import TOLERANCE, Problem, Step
@@ -109,6 +110,24 @@ def test_interleaved_timings_are_all_there() -> None:
     for timing in timings.values():
         assert 3 <= timing.repeats <= 30
         assert timing.q1_us <= timing.median_us <= timing.q3_us
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_on_a_gpu_replays_are_timed_or_calls_with_all_of_the_hosts_time(
+    capture: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    happens = lambda name: lambda *_, **__: events.append(name)  # noqa: E731
+    event = SimpleNamespace(record=happens("clock"), synchronize=int, elapsed_time=lambda _: 1.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", happens("wait"))
+    monkeypatch.setattr(measure, "captured", lambda _: SimpleNamespace(replay=happens("replay")))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(zero_=happens("flush")))
+    timed = measure._interleave_cold({"a": happens("call")}, 1e-9, 2, CPU, capture)
+    # Were the device still at the flush, the host would start a call while no clock runs.
+    sample = ["flush", "clock", "replay"] if capture else ["flush", "wait", "clock", "call"]
+    assert events == 2 * [*sample, "clock"]
+    assert timed["a"].captured == capture and timed["a"].median_us == 1000
 
 
 def test_a_wrong_or_greedy_way_is_reported_and_not_timed(monkeypatch) -> None:

@@ -172,3 +172,53 @@ def test_refusals() -> None:
     layer.cores[layer.central].data[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN or Inf"):
         BlockwiseLinear(layer, 4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", [BlockwiseLinear, BlockwiseEmbedding])
+class TestOnADevice:
+    """What a compiler and a graph's capture ask of a step, forward and backward."""
+
+    @pytest.fixture(autouse=True, params=[150])
+    def panel(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Some panels, and not too many to trace."""
+        monkeypatch.setattr(blockwise, "PANEL", request.param)
+
+    @pytest.fixture
+    def layer(self, kind: type, bits: int) -> blockwise.BlockwiseLayer:
+        shape = MPOShape((2, 3, 4), (5, 3, 2), 4, in_features=23, out_features=29)
+        plain = MPOLinear if kind is BlockwiseLinear else MPOEmbedding
+        layer = kind(plain(23, 29, shape), bits)
+        assert len(list(layer.panels(tuple(layer.auxiliary)))) == 2
+        return layer
+
+    @staticmethod
+    def inputs(kind: type, rows: int, device: str = "cpu") -> Tensor:
+        if kind is BlockwiseLinear:
+            return torch.randn(rows, 23, device=device).requires_grad_()
+        return torch.randint(23, (rows,), device=device)
+
+    def test_compiles_as_one_graph(self, layer: blockwise.BlockwiseLayer, kind: type) -> None:
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        for rows in (3, 5):
+            x, dy = self.inputs(kind, rows), torch.randn(rows, 29)
+            wanted = [p for p in (*layer.parameters(), x) if p.requires_grad]
+            # Compiled first: nothing may wait for an eager call to compute it.
+            got = torch.autograd.grad(compiled(x), wanted, dy)
+            for one, other in zip(got, torch.autograd.grad(layer(x), wanted, dy), strict=True):
+                torch.testing.assert_close(one, other)
+
+    def test_no_value_is_read(self, layer: blockwise.BlockwiseLayer, kind: type) -> None:
+        x = self.inputs(kind, 3, "meta")  # which has none
+        layer.to("meta")
+        layer(x).sum().backward()
+        assert all(core.grad.shape == core.shape for core in layer.auxiliary)
+
+    def test_a_moved_layer_knows_its_levels(
+        self, layer: blockwise.BlockwiseLayer, kind: type
+    ) -> None:
+        expected = layer.centre()
+        state, twin = layer.state_dict(), copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+        twin.load_state_dict(state)
+        assert torch.equal(twin.centre(), expected)
+        assert torch.equal(layer.bfloat16().centre(), expected)

@@ -536,6 +536,20 @@ def test_bytes_are_laid_out_and_not_merged(dtype):
         layer.merged(0)
 
 
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_bytes_have_the_plan_of_the_widened_cores(x_dtype):
+    layer = MPOLinear(24, 30, MPOShape((2, 3, 4), (5, 3, 2), 4), dtype=x_dtype)
+    for rows in (1, 40):
+        plan, wide = layer.quantized().plan(rows, x_dtype), layer.plan(rows)
+        assert (plan.algorithm, plan.order, plan.split) == (wide.algorithm, wide.order, wide.split)
+        both = zip(plan.candidates, wide.candidates, strict=True)
+        added = [p.predicted_us - w.predicted_us for p, w in both]
+        assert min(added) > 0 and max(added) - min(added) < 1e-9
+        assert plan.bytes == wide.bytes + 7 * layer.shape.num_parameters
+    with pytest.raises(ValueError, match="expected at least one row, got 0"):
+        layer.quantized().plan(0)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("bias", [False, True])
 def test_bytes_have_a_dense_layer_and_an_empty_self(dtype, bias):

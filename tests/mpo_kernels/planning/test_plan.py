@@ -11,7 +11,7 @@ from mpo_kernels import MPOLinear, MPOShape
 from mpo_kernels.planning.candidates import plan_library
 from mpo_kernels.planning.figures import default_figures
 from mpo_kernels.planning.plan import Call, Gradients
-from mpo_kernels.planning.work import Work, time_of
+from mpo_kernels.planning.work import Work, exposed, time_of
 
 FIGURES = default_figures("cpu", torch.float32, 2)
 
@@ -118,6 +118,27 @@ def test_the_explanation_names_the_choice_and_what_lost():
     assert "chain" in text and "panels" in text and "rows ≤ 16" in text
     backward = MPOLinear(768, 3072, shape, device="meta").plan(16, backward=True)
     assert backward.macs > MPOLinear(768, 3072, shape, device="meta").plan(16).macs
+
+
+def test_operands_are_moved_while_products_multiply():
+    figures = replace(FIGURES, bytes_per_second=1e12, macs_per_second=1e12, side=0)
+    products = [Work(100, 100, 100, count=3), Work(bytes=10**9)]
+    assert exposed(2 * 10**6, products, figures) == 0
+    assert exposed(5 * 10**6, products, figures) == pytest.approx(2e-6)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_many_rows_of_panels_take_what_dense_takes_and_forming_them(backward):
+    """In the end by as much: x and y are moved by the very products that dense has as well."""
+    shape, counts = SHAPES["n5"], (2**16, 2**17)
+    figures = replace(default_figures("cuda", torch.bfloat16, 1), host_seconds=0.0)
+    needs = Gradients(True, (True, True, False, True, True)) if backward else None
+    calls = [Call(shape.core_shapes, (768, 3072), rows, torch.bfloat16, needs) for rows in counts]
+    few, many = (plan_library(call, figures, digits=True) for call in calls)
+    macs = (1 + backward) * 2**16 * 768 * 3072
+    added = 1e-6 * (many.predicted_us - few.predicted_us)
+    # Short sides of a panel are all that it has more.
+    assert 1 < added * figures.macs_per_second / macs < 1.2
 
 
 def test_the_host_counts_where_it_is_slower_than_the_device():

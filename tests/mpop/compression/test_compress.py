@@ -220,6 +220,18 @@ def test_low_rank_factors_give_the_best_rank_k_matrix() -> None:
     )
 
 
+def test_one_explicit_factor_is_one_core() -> None:
+    model = build("bert")
+    weight = model.get_submodule(QUERY).weight.detach().clone()
+    one = {"in_factors": (24,), "out_factors": (24,)}
+    report = _compress(model, include=[QUERY, WORDS], overrides={QUERY: one})
+    row = next(row for row in report.rows if row.name == QUERY)
+    assert row.ranks == () and row.entropy == 0 and row.rel_error < 1e-6
+    assert QUERY in str(report) and json.dumps(report.to_dict())
+    torch.testing.assert_close(model.get_submodule(QUERY).to_linear().weight, weight)
+    assert next(row for row in mpop.inspect_model(model) if row.name == QUERY).entropies == ()
+
+
 def test_devices_divide_the_first_factors_of_all_but_the_embeddings() -> None:
     model, devices = build("llama-tied"), 4
     report = _compress(model, tensor_parallel=devices)
