@@ -10,35 +10,37 @@ import torch
 from torch import Tensor, nn
 
 from examples.problem import loss_of, teacher, train
-from mpo_kernels import MPOLinear, MPOShape
+from mpo_kernels import MPOExperts, MPOShape, decompose
 
 
-class MPOExperts(nn.Module):
-    """Experts ``[..., in] -> [..., out]``, mixed by a gate."""
+class Mixture(nn.Module):
+    """Experts ``[rows, in] -> [rows, out]``, mixed by a gate."""
 
     def __init__(self, linear: nn.Linear, experts: int, num_cores: int = 3) -> None:
         super().__init__()
         shape = MPOShape.balanced(linear.in_features, linear.out_features, num_cores)
-        self.experts = nn.ModuleList(MPOLinear.from_linear(linear, shape) for _ in range(experts))
-        first = self.experts[0]
-        for expert in self.experts:
-            expert.cores[first.central] = first.cores[first.central]
-            for k, core in enumerate(expert.cores):
-                if k != first.central:  # so that they do not start equal
-                    core.data += 0.02 * torch.randn_like(core)
+        self.experts = MPOExperts(experts, shape, shared=shape.central)
+        found = decompose(linear.weight, shape).cores
+        for k, (core, start) in enumerate(zip(self.experts.cores, found, strict=True)):
+            core.data[:] = start
+            if k != shape.central:  # so that they do not start equal
+                core.data += 0.02 * torch.randn_like(core)
+        self.bias = nn.Parameter(linear.bias.repeat(experts, 1))
         self.gate = nn.Linear(linear.in_features, experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.gate(x).softmax(-1)
-        outputs = torch.stack([expert(x) for expert in self.experts], -1)
-        return (outputs * weights[..., None, :]).sum(-1)
+        count = self.experts.num_experts
+        # All rows for the first, then for the second: here every row goes to every expert.
+        offsets = len(x) * torch.arange(1, count + 1, dtype=torch.int32, device=x.device)
+        outputs = self.experts(x.repeat(count, 1), offsets).view(count, len(x), -1)
+        return torch.einsum("eno,ne->no", outputs + self.bias[:, None], self.gate(x).softmax(-1))
 
 
 def main() -> None:
     """Four experts in the place of one layer."""
     target, model = teacher(), teacher(seed=5)
     dense = sum(p.numel() for p in model[0].parameters())
-    model[0] = MPOExperts(model[0], experts=4)
+    model[0] = Mixture(model[0], experts=4)
     model.requires_grad_(True)
     before = loss_of(model, target)
     train(model, target, model.parameters())

@@ -23,34 +23,43 @@ class MPOExperts(MPOModule):
     cores in one grouped product a step. A bias is the caller's to add.
 
     Attributes:
-        cores: ParameterList; core k is ``[E, D_k, i_k, j_k, D_{k+1}]``.
+        cores: ParameterList; core k is ``[E, D_k, i_k, j_k, D_{k+1}]``, a shared one without E.
 
     Args:
         num_experts: E, at least 1.
         shape: factors and bonds of each expert's matrix.
+        shared: index of a core that all experts have in common: Gao et al., "Parameter-Efficient
+            Mixture-of-Experts Architecture for Pre-trained Language Models", COLING 2022.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: no expert.
+        ValueError: no expert, or no such core.
     """
 
     def __init__(
         self,
         num_experts: int,
         shape: MPOShape,
+        shared: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(shape, device, dtype)
         if num_experts < 1:
             raise ValueError(f"expected at least one expert, got {num_experts}")
-        self.num_experts = num_experts
+        if shared is not None and not 0 <= shared < shape.num_cores:
+            raise ValueError(f"shared: expected one of {shape.num_cores} cores, got {shared}")
+        self.num_experts, self.shared = num_experts, shared
         self.in_features, self.out_features = shape.in_features, shape.out_features
         self.cores = nn.ParameterList(
-            nn.Parameter(torch.empty(num_experts, *size, device=device, dtype=dtype))
-            for size in shape.core_shapes
+            nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+            for size in self._sizes(shape.core_shapes)
         )
         self.reset_parameters()
+
+    def _sizes(self, core_shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        count = self.num_experts
+        return [(count, *s) if k != self.shared else s for k, s in enumerate(core_shapes)]
 
     def reset_parameters(self) -> None:
         """Entries of W with the variance that ``nn.Linear`` starts from."""
@@ -88,25 +97,33 @@ class MPOExperts(MPOModule):
 
     @torch.no_grad()
     def balance(self) -> None:
-        """Each expert's cores; see :meth:`MPOModule.balance`."""
+        """Each expert's cores; see :meth:`MPOModule.balance`.
+
+        Raises:
+            ValueError: they share one.
+        """
+        if self.shared is not None:
+            raise ValueError("expected experts with cores of their own, got ones that share one")
         each = [balanced(cores, self.central) for cores in zip(*self.cores, strict=True)]
         self._replace_cores([torch.stack(cores) for cores in zip(*each, strict=True)])
 
     @torch.no_grad()
     def to_weight(self) -> Tensor:
         """The dense weights ``[E, out_features, in_features]``."""
-        return reconstruct_stack(list(self.cores), self.shape)
+        cores = [core.expand(self.num_experts, *core.shape[-4:]) for core in self.cores]
+        return reconstruct_stack(cores, self.shape)
 
     def _check_belongs(self, core_shapes: Sequence[tuple[int, ...]]) -> None:
-        if any(size[:1] != (self.num_experts,) for size in core_shapes):
+        of_each = [size[-4:] for size in core_shapes]
+        if self._sizes(of_each) != list(core_shapes):
             raise ValueError(
                 f"expected cores of {self.num_experts} experts, got shapes {list(core_shapes)}"
             )
-        super()._check_belongs([size[1:] for size in core_shapes])
+        super()._check_belongs(of_each)
 
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, in_features={self.in_features}, "
             f"out_features={self.out_features}, in_factors={self.shape.in_factors}, "
-            f"out_factors={self.shape.out_factors}, ranks={self.shape.ranks}"
+            f"out_factors={self.shape.out_factors}, ranks={self.shape.ranks}, shared={self.shared}"
         )

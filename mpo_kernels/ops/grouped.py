@@ -91,7 +91,8 @@ def grouped_linear(
 
     Args:
         x: ``[rows, in_features]``, the rows sorted by expert.
-        cores: core k ``[E, D_k, i_k, j_k, D_{k+1}]``, of x's dtype and device.
+        cores: core k ``[E, D_k, i_k, j_k, D_{k+1}]``, of x's dtype and device; without E one that
+            all experts share.
         offsets: int32 ``[E]``; see :func:`grouped_mm`.
 
     Returns:
@@ -106,15 +107,17 @@ def grouped_linear(
             raise TypeError(
                 f"expected cores like x, {x.dtype} on {x.device}, got {core.dtype} on {core.device}"
             )
-    shapes = tuple((d, i, j, r) for _, d, i, j, r in (core.shape for core in cores))
+    shapes = tuple((d, i, j, r) for d, i, j, r in (core.shape[-4:] for core in cores))
     split, order, steps = _plan(shapes, len(offsets), row_bucket(len(x)))
-    merge = torch.vmap(lambda *parts: merge_cores(parts))
-    parts = [merge(*cores[a:b]) for a, b in groups(split, len(cores))]
+    parts = [_merged(cores[a:b]) for a, b in groups(split, len(cores))]
     state = F.pad(x, (0, steps[0].takes - x.shape[1]))
     for step in steps:
         rows = state.reshape(-1, step.k, step.n).transpose(1, 2).reshape(-1, step.k)
         matrices = _matrices(parts[step.part], order)
-        product = grouped_mm(rows, matrices, offsets * (step.batch * step.n))
+        if matrices.dim() == 2:
+            product = rows @ matrices
+        else:
+            product = grouped_mm(rows, matrices, offsets * (step.batch * step.n))
         state = product.view(-1, step.n, step.m).transpose(1, 2)
     return state.reshape(len(x), steps[-1].gives)[:, :out_features]
 
@@ -128,12 +131,20 @@ def _cast(*operands: Tensor) -> list[Tensor]:
     return [operand.to(torch.get_autocast_dtype(kind)) for operand in operands]
 
 
+def _merged(cores: Sequence[Tensor]) -> Tensor:
+    """Neighbouring cores as one, with E unless all of them are shared."""
+    stacked = [0 if core.dim() == 5 else None for core in cores]
+    if 0 not in stacked:
+        return merge_cores(cores)
+    merged: Tensor = torch.vmap(lambda *each: merge_cores(each), tuple(stacked))(*cores)
+    return merged
+
+
 def _matrices(part: Tensor, order: str) -> Tensor:
-    """A part ``[E, D, i, j, D']`` as the ``[E, k, m]`` of its step."""
-    experts, d, i, j, r = part.shape
+    """A part ``[…, D, i, j, D']`` as the ``[…, k, m]`` of its step."""
     if order == "left":
-        return part.reshape(experts, d * i, j * r)
-    return part.transpose(2, 3).reshape(experts, d * j, i * r).mT
+        return part.flatten(-4, -3).flatten(-2)
+    return part.transpose(-3, -2).flatten(-4, -3).flatten(-2).mT
 
 
 @lru_cache(maxsize=1024)

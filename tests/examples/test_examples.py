@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from examples.mpo_adapter import MPOAdapter
-from examples.mpo_experts import MPOExperts
+from examples.mpo_experts import Mixture
 from examples.over_parameterised import widened
 from examples.problem import loss_of, teacher, train
 from examples.shared_centre import share_centre, stack
@@ -48,14 +48,18 @@ def test_an_adapter_starts_as_nothing_and_merges() -> None:
 
 def test_experts_hold_one_centre_and_all_train_it() -> None:
     torch.manual_seed(0)
-    experts = MPOExperts(torch.nn.Linear(64, 64), experts=3)
-    first = experts.experts[0]
-    assert len({id(expert.cores[first.central]) for expert in experts.experts}) == 1
-    experts(torch.randn(4, 64)).sum().backward()
+    linear = torch.nn.Linear(64, 64)
+    experts = Mixture(linear, experts=3)
+    cores = experts.experts.cores
+    assert [core.dim() for core in cores] == [5, 4, 5]
+    x = torch.randn(4, 64)
+    y, gate = experts(x), experts.gate(x).softmax(-1)
+    right = torch.stack([x @ weight.t() for weight in experts.experts.to_weight()], 1) + linear.bias
+    torch.testing.assert_close(y, (right * gate[..., None]).sum(1))
+    y.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in experts.parameters())
-    size = sum(p.numel() for p in experts.parameters())
-    alone = 3 * sum(p.numel() for p in first.parameters())
-    assert size < 0.6 * alone
+    alone = 3 * MPOLinear.from_linear(linear, MPOShape.balanced(64, 64, 3)).shape.num_parameters
+    assert sum(core.numel() for core in cores) < 0.6 * alone
 
 
 def test_layers_hold_one_centre() -> None:

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mpo_kernels import MPOEmbedding, MPOLinear, MPOShape, QuantizedMPOLinear
+from mpo_kernels import (
+    InterpolativeLinear,
+    MPOEmbedding,
+    MPOExperts,
+    MPOLinear,
+    MPOShape,
+    QuantizedMPOLinear,
+)
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
 from mpo_kernels.layers.module import check_rows, merged_for
 from mpop.models.config import LINEARS, STORES, matches
@@ -123,7 +130,8 @@ def optimize_for_inference(model: PreTrainedModel, rows: int = 1) -> None:
     Every MPO linear is merged and laid out for the device that it is on, or in bytes laid out; see
     `mpo_kernels.MPOLinear.merged`. An output head that shares the cores of an embedding is so too,
     and goes on sharing them; an embedding without one stays as it is. What the model computes is
-    the same but for rounding; its cores are new parameters that do not train.
+    the same but for rounding; its cores are new parameters that do not train. Matrices in
+    interpolative form, and experts, stay as they are.
 
     Args:
         model: compressed, in evaluation mode, in place.
@@ -147,6 +155,8 @@ def optimize_for_inference(model: PreTrainedModel, rows: int = 1) -> None:
     for names in matrices:
         owner, *others = (module_at(model, name) for name in names)
         new: Any
+        if isinstance(owner, InterpolativeLinear | MPOExperts):
+            continue  # as they are read
         if not isinstance(owner, MPOEmbedding):
             new = owner.merged(rows)
         elif head := next((each for each in others if isinstance(each, MPOLinear)), None):

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mpo_kernels import MPOShape
-from mpo_kernels.cores.stack import decompose_stack, reconstruct_stack
 from mpo_kernels.layers.experts import MPOExperts
 from mpo_kernels.ops import grouped
 
@@ -28,26 +27,32 @@ def _offsets(counts: tuple[int, ...]) -> Tensor:
     return torch.tensor(counts).cumsum(0).int()
 
 
-def _layer(shape: MPOShape, dtype: torch.dtype = torch.float64) -> MPOExperts:
+def _layer(
+    shape: MPOShape, dtype: torch.dtype = torch.float64, shared: int | None = None
+) -> MPOExperts:
     torch.manual_seed(0)
-    return MPOExperts(len(COUNTS), shape, dtype=dtype)
+    return MPOExperts(len(COUNTS), shape, shared, dtype=dtype)
 
 
 def _dense(x: Tensor, layer: MPOExperts, counts: tuple[int, ...] = COUNTS) -> Tensor:
     """By einsum of each expert's cores, which autograd differentiates."""
     shape, rows = layer.shape, []
     for e, part in enumerate(x.split(counts)):
-        whole = layer.cores[0][e]
-        for core in list(layer.cores)[1:]:
-            whole = torch.einsum("aijb,bklc->aikjlc", whole, core[e]).flatten(3, 4).flatten(1, 2)
+        whole, *others = (core if core.dim() == 4 else core[e] for core in layer.cores)
+        for core in others:
+            whole = torch.einsum("aijb,bklc->aikjlc", whole, core).flatten(3, 4).flatten(1, 2)
         rows.append(part @ whole[0, : shape.in_features, : shape.out_features, 0])
     return torch.cat(rows)
 
 
 @pytest.mark.parametrize("counts", [COUNTS, (0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 0)])
+@pytest.mark.parametrize("shared", [None, 0, -1], ids=["own cores", "first shared", "last shared"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_it_is_the_dense_matrix_of_each_expert(shape: MPOShape, counts: tuple[int, ...]) -> None:
-    layer = _layer(shape)
+def test_it_is_the_dense_matrix_of_each_expert(
+    shape: MPOShape, shared: int | None, counts: tuple[int, ...]
+) -> None:
+    layer = _layer(shape, shared=shared if shared is None else shared % shape.num_cores)
+    assert layer.cores[shared or 0].dim() == (5 if shared is None else 4)
     x = torch.randn(sum(counts), shape.in_features, dtype=torch.float64, requires_grad=True)
     wanted = [x, *layer.cores]
     found, right = layer(x, _offsets(counts)), _dense(x, layer, counts)
@@ -58,12 +63,13 @@ def test_it_is_the_dense_matrix_of_each_expert(shape: MPOShape, counts: tuple[in
         torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.parametrize("shared", [None, 1, 4])
 @pytest.mark.parametrize("rows", [1, 1000])
-def test_few_rows_and_many_merge_otherwise_and_agree(rows: int) -> None:
+def test_few_rows_and_many_merge_otherwise_and_agree(rows: int, shared: int | None) -> None:
     shape = SHAPES["five"]
     plans = {grouped._plan(shape.core_shapes, 6, n)[0] for n in (1, 1024)}
     assert len(plans) == 2
-    layer, counts = _layer(shape), (0, 0, rows, 0, 0, 0)
+    layer, counts = _layer(shape, shared=shared), (0, 0, rows, 0, 0, 0)
     x = torch.randn(rows, 24, dtype=torch.float64)
     torch.testing.assert_close(layer(x, _offsets(counts)), _dense(x, layer, counts))
 
@@ -114,6 +120,8 @@ def test_bad_input() -> None:
             layer(bad, ends)
     with pytest.raises(ValueError, match="expected at least one expert, got 0"):
         MPOExperts(0, SHAPES["odd"])
+    with pytest.raises(ValueError, match="shared: expected one of 2 cores, got 2"):
+        MPOExperts(3, SHAPES["odd"], shared=2)
 
 
 def test_its_parts_in_a_model() -> None:
@@ -125,6 +133,10 @@ def test_its_parts_in_a_model() -> None:
     layer.freeze_central()
     trained = [core.requires_grad for core in layer.cores]
     assert trained == [k != layer.central for k in range(5)]
+    one = _layer(SHAPES["five"], shared=2)
+    assert one.to_weight().shape == (6, 36, 24)
+    with pytest.raises(ValueError, match="cores of their own"):
+        one.balance()
     with pytest.raises(NotImplementedError, match=r"MPOExperts \[6, 36, 24\]: held as cores"):
         layer.weight.float()
 
@@ -133,62 +145,11 @@ def test_a_state_of_other_ranks_is_loaded_and_of_other_experts_refused() -> None
     layer, small = _layer(SHAPES["low rank"]), _layer(MPOShape.low_rank(24, 40, 3))
     small.load_state_dict(layer.state_dict())
     assert small.shape == layer.shape and torch.equal(small.cores[0], layer.cores[0])
+    shared = _layer(SHAPES["low rank"], shared=1)
+    one = _layer(MPOShape.low_rank(24, 40, 3), shared=1)
+    one.load_state_dict(shared.state_dict())
+    assert torch.equal(one.cores[1], shared.cores[1])
+    with pytest.raises(RuntimeError, match="expected cores of 6 experts"):
+        layer.load_state_dict(shared.state_dict())
     with pytest.raises(RuntimeError, match="expected cores of 5 experts"):
         MPOExperts(5, layer.shape, dtype=torch.float64).load_state_dict(layer.state_dict())
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_decomposed_at_full_rank_nothing_is_lost(shape: MPOShape) -> None:
-    weights = torch.randn(3, shape.out_features, shape.in_features, dtype=torch.float64)
-    found = decompose_stack(weights, shape.with_ranks(None))
-    layer = MPOExperts.from_decomposition(found)
-    torch.testing.assert_close(layer.to_weight(), weights)
-    assert found.rel_error < 1e-12
-
-
-@pytest.mark.parametrize("cores", [2, 3])
-def test_bounds_hold_for_all_experts_with_one_rank_set(cores: int) -> None:
-    torch.manual_seed(0)
-    scales = torch.tensor([1.0, 0.1, 3.0, 0.0])[:, None, None]  # and one that is zero
-    weights = (scales * torch.randn(4, 16, 12)).double()
-    weights[1] = weights[1, :, :2] @ torch.randn(2, 12, dtype=torch.float64)  # of rank two
-    shape = MPOShape.balanced(12, 16, cores)
-    for bounds in ({"compression": 0.5}, {"rel_error": 0.4}):
-        found = decompose_stack(weights, shape, **bounds)
-        each = reconstruct_stack(found.cores, found.shape)
-        errors = [torch.linalg.norm(a - b) for a, b in zip(each, weights, strict=True)]
-        total = torch.stack(errors).norm() / weights.norm()
-        assert found.rel_error == pytest.approx(float(total))
-        if "compression" in bounds:
-            assert found.shape.compression <= 0.5
-        else:
-            bound = 0.4 * torch.linalg.vector_norm(weights, dim=(1, 2))
-            assert (torch.stack(errors) <= bound + 1e-9).all()
-
-
-def test_each_expert_is_fitted_to_its_own_inputs() -> None:
-    torch.manual_seed(0)
-    weights = torch.randn(3, 10, 8, dtype=torch.float64)
-    inputs = torch.randn(3, 20, 8, dtype=torch.float64) * torch.logspace(0, -2, 8).double()
-    inputs[1] = inputs[1].flip(1)
-    moments = inputs.mT @ inputs
-    shape = MPOShape.low_rank(8, 10, 3)
-    errors = []
-    for options in ({}, {"second_moments": moments}, {"second_moments": moments[[0, 0, 0]]}):
-        found = decompose_stack(weights, shape, **options, judges=moments)
-        right = torch.einsum("eri,eoi->ero", inputs, weights)
-        layer = MPOExperts.from_decomposition(found)
-        offsets = torch.tensor([20, 40, 60], dtype=torch.int32)
-        y = layer(inputs.flatten(0, 1), offsets).view_as(right)
-        assert found.output_error == pytest.approx(
-            float((y.detach() - right).norm() / right.norm())
-        )
-        errors.append(found.output_error)
-    assert errors[1] < 0.5 * errors[0] and errors[1] < 0.5 * errors[2]
-
-
-def test_what_is_wrong_with_one_expert_is_said_with_its_number() -> None:
-    weights = torch.randn(3, 10, 8)
-    weights[2, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"^2: expected a finite weight"):
-        decompose_stack(weights, MPOShape.low_rank(8, 10, 3))

@@ -13,8 +13,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from tiny_models import BUILDERS, build, logits
 
-import mpo_kernels
 import mpop
+from mpo_kernels.cores.stack import decompose_stack
 from mpop.models import selection
 from mpop.models.matrices import mpo_modules
 
@@ -92,7 +92,7 @@ def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def counting(weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         alive.append(sum(ref() is not None for ref in seen))
         seen.append(weakref.ref(weight))
-        return mpo_kernels.decompose(weight, *args, **kwargs)
+        return decompose_stack(weight, *args, **kwargs)
 
     monkeypatch.setattr(selection, "decompose_stack", counting)
     loaded = _load(tmp_path, hf.BertForSequenceClassification)

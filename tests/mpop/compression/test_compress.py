@@ -18,6 +18,7 @@ from torch import nn
 import mpo_kernels
 import mpop
 from mpo_kernels import MPOEmbedding, MPOLinear, MPOShape
+from mpo_kernels.cores.stack import decompose_stack
 from mpop.models import selection
 from mpop.models.matrices import mpo_modules
 
@@ -300,7 +301,7 @@ def test_dense_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
 
     def counting(*args, **kwargs):
         alive.append(sum(ref() is not None for ref in weights))
-        return mpo_kernels.decompose(*args, **kwargs)
+        return decompose_stack(*args, **kwargs)
 
     monkeypatch.setattr(selection, "decompose_stack", counting)
     _compress(model, embeddings=False)
@@ -424,7 +425,7 @@ def test_an_interrupt_leaves_a_model_that_says_what_it_holds(
     def interrupted(*args, **kwargs):
         if next(calls, None) is None:
             raise KeyboardInterrupt
-        return mpo_kernels.decompose(*args, **kwargs)
+        return decompose_stack(*args, **kwargs)
 
     monkeypatch.setattr(selection, "decompose_stack", interrupted)
     with pytest.raises(KeyboardInterrupt):

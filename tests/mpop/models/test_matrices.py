@@ -330,16 +330,6 @@ class TestWhatIsLeftDense:
         assert str(report).count("left dense: ") == 1 and "not selected" in str(report)
         assert f"left dense: {left:,} parameters" in mpop.model_card(model)
 
-    def test_experts_are_named_and_warned_of(self) -> None:
-        config = hf.MixtralConfig(**GEMMA, num_local_experts=4)
-        with pytest.warns(
-            UserWarning, match="MixtralForCausalLM stays dense: .*experts.* MixtralExperts"
-        ):
-            report = mpop.compress(hf.MixtralForCausalLM(config))
-        assert report.left[0].reason.endswith("of MixtralExperts")
-        assert report.left[0].parameters > report.parameters_before / 2
-        assert "MixtralExperts" in str(report)
-
 
 def test_matrices_that_share_one_core_are_not_balanced() -> None:
     model = build("bert")
