@@ -46,8 +46,10 @@ def probe(
     for tensor in output.to_tuple() if logits is None else (logits,):
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             rows = mask.rows(tensor, tensor.shape[:-1], is_decoder).float()
-            signs = torch.randint(2, rows.shape, generator=generator, device=rows.device)
-            total = total + (rows * (2 * signs - 1)).sum() / rows.detach().norm()
+            drawn = torch.rand(
+                rows.shape, dtype=rows.dtype, device=rows.device, generator=generator
+            )
+            total = total + (rows * (drawn - 0.5).sign()).sum() / rows.detach().norm()
     return total
 
 
