@@ -1,10 +1,16 @@
-"""Rows sorted by expert times the matrices of their experts, dense or held as chains of cores."""
+"""Rows sorted by expert times the matrices of their experts, dense or held as chains of cores.
+
+Where torch has one product for all experts that does not wait for the host (`grouped_mm` on a GPU,
+or while a graph is compiled), each step of a chain is one; else each expert's rows are a layer's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +19,12 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from mpo_kernels.cores.chain import merge_cores
+from mpo_kernels.ops.functional import linear
 from mpo_kernels.planning.candidates import chain_steps
-from mpo_kernels.planning.plan import CoreShape, Step, groups, merged_parts, row_bucket
+from mpo_kernels.planning.plan import CoreShape, groups, merged_parts, row_bucket
 from mpo_kernels.planning.work import merge_work
+
+_MANY = 4096
 
 
 def grouped_mm(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
@@ -27,67 +36,16 @@ def grouped_mm(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         In x's dtype, which is that of the matrices (the autocast dtype under autocast).
     """
-    product: Tensor = _GroupedMM.apply(*_cast(x, matrices), offsets)
-    return product
-
-
-class _GroupedMM(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(x, matrices, offsets)
-        return _rows_times(x, matrices, offsets)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, matrices, offsets = ctx.saved_tensors
-        need_x, need_matrices, _ = ctx.needs_input_grad
-        dx = _rows_times(grad, matrices.mT, offsets) if need_x else None
-        return dx, _rows_by_rows(x, grad, offsets) if need_matrices else None, None
-
-
-def _rows_times(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-    """``x [rows, k], matrices [E, k, m] -> [rows, m]``."""
-    if _has_kernel(x, matrices.shape[2]):
-        return F.grouped_mm(x.contiguous(), matrices, offs=offsets)
-    parts = zip(x.split(_counts(offsets)), matrices, strict=True)
-    return torch.cat([rows @ matrix for rows, matrix in parts])
-
-
-def _rows_by_rows(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
-    """``x [rows, k], grad [rows, m] -> [E, k, m]``."""
-    if _has_kernel(x, grad.shape[1]):
-        return F.grouped_mm(x.contiguous().t(), grad.contiguous(), offs=offsets)
-    counts = _counts(offsets)
-    parts = zip(x.split(counts), grad.split(counts), strict=True)
-    return torch.stack([rows.t() @ flow for rows, flow in parts])
-
-
-def _counts(offsets: Tensor) -> list[int]:
-    return offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-
-
-def _has_kernel(x: Tensor, columns: int) -> bool:
-    """Whether torch has one product for all experts, of this dtype and these sizes."""
-    if torch.__version__ < "2.11":  # before, addresses had to be multiples of 16 bytes as well
-        return False
-    if x.shape[1] * x.itemsize % 16 or columns * x.itemsize % 16:
-        return False
-    if x.is_cuda:
-        is_new = torch.cuda.get_device_capability(x.device) >= (8, 0)
-        return is_new and x.dtype == torch.bfloat16
-    # Inductor knows no other.
-    known = (torch.bfloat16,) if is_compiling() else (torch.bfloat16, torch.float16, torch.float32)
-    return x.device.type == "cpu" and x.dtype in known
+    x, matrices = _cast(x, matrices)
+    if _has_kernel(x, matrices.shape[1:]):
+        return _product(x, matrices, offsets)
+    return _by_expert(torch.mm, x, [matrices], offsets)
 
 
 def grouped_linear(
     x: Tensor, cores: Sequence[Tensor], offsets: Tensor, out_features: int
 ) -> Tensor:
     """Each expert's rows times the ``W [in, out]`` of its chain, which is never formed whole.
-
-    Neighbouring cores are merged, and the parts applied from the left or the right, as takes the
-    fewest multiply-adds; each product is one of :func:`grouped_mm`.
 
     Args:
         x: ``[rows, in_features]``, the rows sorted by expert.
@@ -108,18 +66,24 @@ def grouped_linear(
                 f"expected cores like x, {x.dtype} on {x.device}, got {core.dtype} on {core.device}"
             )
     shapes = tuple((d, i, j, r) for d, i, j, r in (core.shape[-4:] for core in cores))
-    split, order, steps = _plan(shapes, len(offsets), row_bucket(len(x)))
-    parts = [_merged(cores[a:b]) for a, b in groups(split, len(cores))]
-    state = F.pad(x, (0, steps[0].takes - x.shape[1]))
-    for step in steps:
-        rows = state.reshape(-1, step.k, step.n).transpose(1, 2).reshape(-1, step.k)
-        matrices = _matrices(parts[step.part], order)
+    # A graph is for any number of rows.
+    plan = _plan(shapes, len(offsets), _MANY if is_compiling() else row_bucket(len(x)))
+    sizes = [size for _, m, _, k, _ in plan.steps for size in (k, m)]
+    if not _has_kernel(x, sizes) or not (plan.is_cheap or is_compiling()):
+        return _by_expert(
+            lambda rows, *each: linear(rows, list(each), None, out_features), x, cores, offsets
+        )
+    parts = [_merged(cores[a:b]) for a, b in groups(plan.split, len(cores))]
+    state = F.pad(x, (0, math.prod([i for _, i, _, _ in shapes]) - x.shape[1]))
+    for part, m, n, k, batch in plan.steps:
+        rows = state.reshape(-1, k, n).transpose(1, 2).reshape(-1, k)
+        matrices = _matrices(parts[part], plan.order)
         if matrices.dim() == 2:
             product = rows @ matrices
         else:
-            product = grouped_mm(rows, matrices, offsets * (step.batch * step.n))
-        state = product.view(-1, step.n, step.m).transpose(1, 2)
-    return state.reshape(len(x), steps[-1].gives)[:, :out_features]
+            product = _product(rows, matrices, offsets * (batch * n))
+        state = product.view(-1, n, m).transpose(1, 2)
+    return state.reshape(len(x), math.prod([j for _, _, j, _ in shapes]))[:, :out_features]
 
 
 def _cast(*operands: Tensor) -> list[Tensor]:
@@ -129,6 +93,56 @@ def _cast(*operands: Tensor) -> list[Tensor]:
     if not casts or operands[0].dtype == torch.float64:
         return list(operands)
     return [operand.to(torch.get_autocast_dtype(kind)) for operand in operands]
+
+
+def _has_kernel(x: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether torch has products for all experts, of this dtype and these sizes, that pay."""
+    if torch.__version__ < "2.11":  # before, addresses had to be multiples of 16 bytes as well
+        return False
+    if x.dtype != torch.bfloat16 or any(size * x.itemsize % 16 for size in sizes):
+        return False
+    if x.is_cuda:
+        return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.device.type == "cpu" and is_compiling()  # a CPU's is a loop too
+
+
+def _by_expert(
+    product: Callable[..., Tensor], x: Tensor, operands: Sequence[Tensor], offsets: Tensor
+) -> Tensor:
+    """``product`` of each expert's rows and its part of ``operands [E, …]``; shared without E."""
+    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    rows = x.split(counts)
+    of_each = [
+        operand.unbind() if operand.dim() != 4 else [operand] * len(counts) for operand in operands
+    ]
+    # A graph does not know who has rows; where nobody has, one is asked for the gradients' sake.
+    used = [k for k, count in enumerate(counts) if is_compiling() or count] or [0]
+    return torch.cat([product(rows[k], *(each[k] for each in of_each)) for k in used])
+
+
+def _product(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    product: Tensor = _GroupedMM.apply(x, matrices, offsets)
+    return product
+
+
+class _GroupedMM(torch.autograd.Function):
+    """Torch's own backward refuses gradients of any strides, such as those of a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(x, matrices, offsets)
+        return F.grouped_mm(x.contiguous(), matrices, offs=offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, matrices, offsets = ctx.saved_tensors
+        need_x, need_matrices, _ = ctx.needs_input_grad
+        grad = grad.contiguous()
+        dx = F.grouped_mm(grad, matrices.mT, offs=offsets) if need_x else None
+        if not need_matrices:
+            return dx, None, None
+        return dx, F.grouped_mm(x.contiguous().t(), grad, offs=offsets), None
 
 
 def _merged(cores: Sequence[Tensor]) -> Tensor:
@@ -147,11 +161,24 @@ def _matrices(part: Tensor, order: str) -> Tensor:
     return part.transpose(-3, -2).flatten(-4, -3).flatten(-2).mT
 
 
+class _Plan(NamedTuple):
+    """Where a chain is cut into parts, from which end they are applied, and by what products."""
+
+    macs: int
+    split: tuple[int, ...]
+    order: str
+    steps: tuple[tuple[int, ...], ...]  # those of `planning.plan.Step`, which Dynamo does not take
+    is_cheap: bool  # no dearer than dense matrices
+
+
+@torch.compiler.assume_constant_result
+def _plan(shapes: tuple[CoreShape, ...], experts: int, rows: int) -> _Plan:
+    """The fewest multiply-adds for so many rows of all experts together."""
+    return _least(shapes, experts, rows)
+
+
 @lru_cache(maxsize=1024)
-def _plan(
-    shapes: tuple[CoreShape, ...], experts: int, rows: int
-) -> tuple[tuple[int, ...], str, list[Step]]:
-    """Where to cut the chain into parts, from which end to apply them, and the products of that."""
+def _least(shapes: tuple[CoreShape, ...], experts: int, rows: int) -> _Plan:
     n, plans = len(shapes), []
     for cuts in range(2 ** (n - 1)):
         split = tuple(k for k in range(1, n) if cuts >> (k - 1) & 1)
@@ -160,5 +187,8 @@ def _plan(
             for order in ("left", "right"):
                 steps = chain_steps(parts, order)
                 each = sum(step.m * step.n * step.k * step.batch for step in steps)
-                plans.append((experts * merging + rows * each, split, order, steps))
-    return min(plans, key=lambda plan: plan[0])[1:]
+                macs = experts * merging + rows * each
+                dense = rows * steps[0].takes * steps[-1].gives
+                products = tuple(astuple(step) for step in steps)
+                plans.append(_Plan(macs, split, order, products, macs <= dense))
+    return min(plans, key=lambda plan: plan.macs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,11 +47,29 @@ def _dense(x: Tensor, layer: MPOExperts, counts: tuple[int, ...] = COUNTS) -> Te
     return torch.cat(rows)
 
 
+def _stand_in(x: Tensor, other: Tensor, *, offs: Tensor) -> Tensor:
+    """What torch's kernel computes, of any dtype and sizes."""
+    bounds = [0, *offs.tolist()]
+    parts = [slice(a, b) for a, b in pairwise(bounds)]
+    if other.dim() == 3:
+        return torch.cat([x[part] @ w for part, w in zip(parts, other, strict=True)])
+    return torch.stack([x[:, part] @ other[part] for part in parts])
+
+
+@pytest.fixture(params=["by expert", "grouped"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "grouped":
+        monkeypatch.setattr(torch.nn.functional, "grouped_mm", _stand_in, raising=False)
+        monkeypatch.setattr(grouped, "_has_kernel", lambda *operands: True)
+        monkeypatch.setattr(grouped, "is_compiling", lambda: True)
+    return request.param
+
+
 @pytest.mark.parametrize("counts", [COUNTS, (0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 0)])
 @pytest.mark.parametrize("shared", [None, 0, -1], ids=["own cores", "first shared", "last shared"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_it_is_the_dense_matrix_of_each_expert(
-    shape: MPOShape, shared: int | None, counts: tuple[int, ...]
+    shape: MPOShape, shared: int | None, counts: tuple[int, ...], way: str
 ) -> None:
     layer = _layer(shape, shared=shared if shared is None else shared % shape.num_cores)
     assert layer.cores[shared or 0].dim() == (5 if shared is None else 4)
@@ -65,35 +85,49 @@ def test_it_is_the_dense_matrix_of_each_expert(
 
 @pytest.mark.parametrize("shared", [None, 1, 4])
 @pytest.mark.parametrize("rows", [1, 1000])
-def test_few_rows_and_many_merge_otherwise_and_agree(rows: int, shared: int | None) -> None:
+def test_few_rows_and_many_merge_otherwise_and_agree(
+    rows: int, shared: int | None, way: str
+) -> None:
     shape = SHAPES["five"]
-    plans = {grouped._plan(shape.core_shapes, 6, n)[0] for n in (1, 1024)}
-    assert len(plans) == 2
+    assert len({grouped._plan(shape.core_shapes, 6, n).split for n in (1, 1024)}) == 2
     layer, counts = _layer(shape, shared=shared), (0, 0, rows, 0, 0, 0)
     x = torch.randn(rows, 24, dtype=torch.float64)
     torch.testing.assert_close(layer(x, _offsets(counts)), _dense(x, layer, counts))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="torch's kernel is not used before")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernel_is_the_loop(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, calls = _layer(SHAPES["low rank"], dtype), []
-    x = torch.randn(9, 24, dtype=dtype, requires_grad=True)
-    kernel = torch.nn.functional.grouped_mm
-
-    def counted(*args: Tensor, **options: Tensor) -> Tensor:
-        calls.append(1)
-        return kernel(*args, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
+def test_torch_s_kernel_is_the_loop(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = _layer(SHAPES["low rank"], dtype)
+    x, dense = torch.randn(9, 24, dtype=dtype, requires_grad=True), torch.randn(6, 24, 16)
     found = []
-    for is_there in (True, False):
-        if not is_there:
-            monkeypatch.setattr(grouped, "_has_kernel", lambda *operands: False)
+    for is_there in (False, True):
+        monkeypatch.setattr(grouped, "_has_kernel", lambda *_, there=is_there: there)
         y = layer(x, _offsets(COUNTS))
-        found.append((y, *torch.autograd.grad(y.sum(), [x, *layer.cores])))
-    assert len(calls) == (6 if torch.__version__ >= (2, 11) else 0)
+        grads = torch.autograd.grad(y.sum(), [x, *layer.cores])
+        found.append((y, *grads, grouped.grouped_mm(x, dense.to(dtype), _offsets(COUNTS))))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_when_a_chain_is_grouped() -> None:
+    cheap = [grouped._plan(SHAPES[name].core_shapes, 6, 64).is_cheap for name in ("odd", "five")]
+    assert cheap == [True, False]
+    bits = torch.empty(1, dtype=torch.bfloat16)
+    assert not grouped._has_kernel(bits, [8])  # on a CPU it is a loop itself
+    assert not grouped._has_kernel(bits.float(), [8])
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("low rank", torch.bfloat16), ("odd", torch.float32)])
+def test_compiled_it_is_one_graph(name: str, dtype: torch.dtype) -> None:
+    layer, offsets = _layer(SHAPES[name], dtype), _offsets(COUNTS)
+    x = torch.randn(9, layer.in_features, dtype=dtype)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found, right = compiled(x, offsets), layer(x, offsets)
+    torch.testing.assert_close(found, right)
+    grads = [torch.autograd.grad(y.square().sum(), list(layer.cores)) for y in (found, right)]
+    for grad, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(grad, expected)
 
 
 def test_autocast_computes_in_its_dtype() -> None:
