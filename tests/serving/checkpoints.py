@@ -13,7 +13,7 @@ from saved import edit_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import mpop
-from mpop.models.config import FORMAT_VERSION
+from mpop.models.config import FORMAT_VERSION, INTERPOLATIVE
 
 VOCABULARY = 150
 _DECODER = {
@@ -54,6 +54,12 @@ BUILDERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         hf.BertConfig(**_BERT, num_labels=3)
     ),
 }
+
+
+def _low_rank(in_features: int, out_features: int, rank: int) -> dict[str, Any]:
+    return {"in_factors": (1, in_features), "out_factors": (out_features, 1), "ranks": rank}
+
+
 # Fused matrices with cores of other numbers, sizes that are padded, and dense ones among them.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -69,6 +75,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "factors chosen": ("llama", {"compression": 0.6, "factors": "auto"}),
+    "interpolative form": (
+        "llama",
+        {
+            "form": INTERPOLATIVE,
+            "include": ["*.q_proj", "*.k_proj", "*.mlp.*", "lm_head"],
+            "overrides": {
+                "*.q_proj": _low_rank(96, 128, 30),
+                "*.k_proj": _low_rank(96, 32, 20),
+                "*.gate_proj": _low_rank(96, 176, 40),
+                "*.up_proj": _low_rank(96, 176, 80),
+                "lm_head": _low_rank(96, VOCABULARY, 50),
+            },
+        },
+    ),
 }
 # One head of keys and values, which two processes both hold; a head of 150 words, padded to 192.
 SPLIT = {
@@ -79,7 +99,7 @@ SPLIT = {
 }
 
 
-def save(path: Path, name: str, **options: Any) -> hf.PreTrainedModel:
+def save(path: Path, name: str, form: str | None = None, **options: Any) -> hf.PreTrainedModel:
     """Write a compressed model and a tokenizer; returns the dense model with the same weights."""
     torch.manual_seed(0)
     model = BUILDERS[name]().eval()
@@ -87,6 +107,8 @@ def save(path: Path, name: str, **options: Any) -> hf.PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     mpop.compress(model, mpop.CompressionConfig(**options))
+    if form == INTERPOLATIVE:
+        mpop.interpolate(model)
     mpop.save(model, path)
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))

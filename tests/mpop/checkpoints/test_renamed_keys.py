@@ -122,6 +122,8 @@ def test_saved_and_loaded_in_interpolative_form(name: str, tmp_path: Path) -> No
     model = build(name)
     for names in select(model, replace(part_of(model), embeddings=False)):
         weight = weight_of(module_at(model, names[0])).detach()
+        if weight.dim() == 3:  # of experts
+            continue
         shape = MPOShape.low_rank(weight.shape[1], weight.shape[0], 5)
         hold(model, names, decompose(weight, shape), INTERPOLATIVE)
     attach(model)
