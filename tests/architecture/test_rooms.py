@@ -18,7 +18,15 @@ PACKAGES = {"bench": "bench", "mpo_kernels": "mpo_kernels"} | {
 }
 # From the top floor down; what is not named itself belongs to the room that it is in.
 FLOORS = (
-    *("bench.__main__", "bench.train_step", "bench.gpu", "bench.glue", "bench.layer", "bench"),
+    *(
+        "bench.__main__",
+        "bench.train_step",
+        "bench.gpu",
+        "bench.language",
+        "bench.glue",
+        "bench.layer",
+        "bench",
+    ),
     *("mpop_serving", "mpop.__main__", "mpop.cli", "mpop"),
     *("mpop.integrations", "mpop.language", "mpop.finetuning", "mpop.compression"),
     *("mpop.checkpoints", "mpop.models", "mpop.data"),

@@ -421,9 +421,10 @@ def relative_squares(
 
 
 def _weight_of(module: MPOModule) -> Tensor:
-    """``[out, in]`` of its cores, of a table the map from the vocabulary."""
+    """``[out, in]``, of a table the map from the vocabulary."""
     size = {"in_features": module.shape.in_features, "out_features": module.shape.out_features}
-    return reconstruct(list(module.cores), **size)
+    weight = reconstruct(list(module.cores), **size)
+    return weight.t() if isinstance(module, MPOTiedLinear) else weight  # whose cores are a table's
 
 
 def _fitting(module: MPOModule, moments: Moments | None) -> dict[str, Tensor | None]:

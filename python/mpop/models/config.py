@@ -202,11 +202,6 @@ class CompressionConfig:
             )
         if self.factors != "auto" and (self.objective, self.rows) != ("parameters", 1):
             raise ValueError(f"objective {self.objective!r}: expected factors 'auto'")
-        if self.factors == INTERPOLATIVE and self.tensor_parallel > 1:
-            raise ValueError(
-                "factors 'interpolative' are not dealt to devices: expected a tensor_parallel of "
-                f"1, got {self.tensor_parallel}"
-            )
         budgets = {name: getattr(self, name) for name in _BUDGETS}
         self.ranks = MatrixConfig(self.num_cores, **budgets).ranks
         if self.include is not None:
