@@ -251,13 +251,15 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = drawn.subplots()
+    axes, shown = drawn.subplots(), next(iter(_WINDOWS))
     for way in dict.fromkeys(row["way"] for row in rows):
         points = sorted(
-            (row["bytes"] / 1e6, row["perplexity"]["test 512"][0])
+            (row["bytes"] / 1e6, row["perplexity"][shown][0])
             for row in rows
-            if row["way"] == way and row["perplexity"]["test 512"]
+            if row["way"] == way and row["perplexity"][shown]
         )
+        if not points:
+            continue
         (line,) = axes.plot(*zip(*points, strict=True), "o-", markersize=4)
         axes.annotate(
             way, points[0], (4, 4), textcoords="offset points", color=line.get_color(), fontsize=8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -122,6 +123,7 @@ def rounded(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, float
             bits, and of a group an offset as well.
     """
     out_features, in_features = weight.shape
+    group = group and math.gcd(group, in_features)
     steps = 2**bits - 1
     if group is None:
         scale = weight.abs().amax(1, keepdim=True) / (steps // 2)

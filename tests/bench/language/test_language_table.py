@@ -1,0 +1,84 @@
+"""The table of language models on a tiny decoder, and its ways of cutting against plain algebra."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_text
+import torch
+from tiny_glue import write_glue
+
+from bench.language import table
+from bench.language.ways import ROUNDINGS, WAYS, cut
+from mpop.compression.calibration import Moments
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("language")
+    tiny_text.save_llama(made / "model")
+    for seed, name in enumerate(("valid", "test")):
+        (made / f"{name}.txt").write_text(tiny_text.words(3000, seed))
+    write_glue(made / "glue")
+    return made
+
+
+def test_it_goes_on_where_it_was(folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(table, "_WINDOWS", {"test 16": 4, "test 32": 2, "other 16": 2})
+    monkeypatch.setattr(torch, "autocast", lambda *args: torch.no_grad())
+    options = ["--output", str(folder / "out"), "--texts", str(folder)]
+    options += ["--data-dir", str(folder / "glue"), "--model", str(folder / "model")]
+    options += ["--ratios", "0.7", "--samples", "24", "--seqlen", "32"]
+    table.main([*options, "--budget-minutes", "0"])
+    runs = folder / "out" / "runs.jsonl"
+    assert [json.loads(line)["way"] for line in runs.read_text().splitlines()] == [
+        *("dense", "int8", "int4")
+    ]
+    table.main([*options, "--ways", "svd", "aware", "ours"])
+    rows = [json.loads(line) for line in runs.read_text().splitlines()]
+    assert [row["way"] for row in rows] == ["dense", "int8", "int4", "svd", "aware", "ours"]
+    dense, int8, *_, aware, ours = rows
+    assert dense["of_matrices"] == dense["of_model"] == 1
+    assert int8["perplexity"]["test 16"] == pytest.approx(dense["perplexity"]["test 16"], rel=0.05)
+    assert int8["bytes"] < dense["bytes"]
+    for row in (aware, ours):
+        assert 0.6 < row["of_matrices"] <= 0.7 and row["of_model"] < 1
+    text = (folder / "out" / "table.md").read_text()
+    assert "`ours`" in text and "python -m bench.language.table" in text
+    assert (folder / "out" / "table.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["aware", "ranks", "both", "ours", "chain-3"])
+def test_a_budget_holds_and_the_rank_is_of_it(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    weights = {("a",): random(20, 12), ("b",): random(12, 30)}
+    moments = {}
+    for names, weight in weights.items():
+        x, g = random(400, weight.shape[1]), random(400, len(weight))
+        moments[names] = Moments(x.t() @ x, x.t() @ x, 400, 0.1, g.t() @ g)
+    found = list(cut(weights, moments, WAYS[name], 0.6))
+    assert sum(parameters for *_, parameters in found) <= 0.6 * (240 + 360)
+    for names, new, parameters in found:
+        assert new.shape == weights[names].shape
+        if WAYS[name].num_cores is None and parameters < new.numel():
+            rank = int(torch.linalg.matrix_rank(new, rtol=1e-4))
+            saved = rank**2 if WAYS[name].interpolative else 0
+            assert parameters == rank * sum(new.shape) - saved
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_what_is_rounded_is_near(name: str) -> None:
+    weight = torch.randn(8, 128)
+    new, num_bytes = ROUNDINGS[name](weight)
+    bits = int(name.removeprefix("int"))
+    steps = [len(row.unique()) for row in new.view(-1, 128 if bits == 8 else 64)]
+    assert max(steps) <= 2**bits
+    assert (new - weight).abs().max() < 1.1 * weight.abs().max() * 2.0**-bits
+    assert weight.numel() * bits / 8 < num_bytes < weight.numel() * (bits + 1) / 8
