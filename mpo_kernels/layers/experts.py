@@ -20,7 +20,7 @@ class MPOExperts(MPOModule):
     """Maps rows sorted by expert, ``[rows, in_features] -> [rows, out_features]``, each by its own.
 
     Equivalent to ``F.linear(x_e, reconstruct(cores_e))`` for each expert e, computed from the
-    cores in one grouped product a step. A bias is the caller's to add.
+    cores by :func:`mpo_kernels.ops.grouped.grouped_linear`. A bias is the caller's to add.
 
     Attributes:
         cores: ParameterList; core k is ``[E, D_k, i_k, j_k, D_{k+1}]``, a shared one without E.
