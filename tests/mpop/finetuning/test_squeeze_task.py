@@ -44,10 +44,9 @@ def test_squeezing_a_task(data: Path, bert: Path, tmp_path: Path, capsys: Any) -
     assert main([*command[:4], str(tmp_path / "o"), "--task", "cola", *command[7:]]) == 2
     assert "has the outputs negative, positive; cola needs" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
-    # Too few texts for the pooler, which sees one row of each.
-    few = [*command[:4], str(tmp_path / "few"), *command[5:], "--calibration-samples", "36"]
+    few = [*command[:4], str(tmp_path / "few"), *command[5:], "--calibration-samples", "3"]
     assert main(few) == 2
-    assert "pooler.dense: expected at least 32 rows" in capsys.readouterr().err
+    assert "in two batches or more: give more text" in capsys.readouterr().err
     assert main([*few[:-1], "0"]) == 0
 
 
@@ -81,5 +80,5 @@ def test_compressing_with_calibration(data: Path, bert: Path, tmp_path: Path, ca
     assert main(command) == 0
     rows = last_json(capsys.readouterr().out)["rows"]
     assert rows and all(0 < row["output_error"] < 1 for row in rows)
-    assert main([*command, "--overwrite", "--calibration-samples", "3"]) == 2
+    assert main([*command, "--overwrite", "--samples", "3"]) == 2
     assert "give more text" in capsys.readouterr().err
