@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any, TypeAlias
 
 import torch
-from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -504,7 +503,9 @@ def put(model: nn.Module, name: str, new: nn.Module) -> None:
     hooks = {key: value for key, value in vars(old).items() if "ward_" in key and "hook" in key}
     if any(hooks.values()):
         vars(new).update(hooks)  # the very dictionaries, from which a handle removes its hook
-    if hasattr(old, "_hf_hook"):
+    if hasattr(old, "_hf_hook"):  # servers do without accelerate
+        from accelerate.hooks import add_hook_to_module
+
         add_hook_to_module(new, old._hf_hook)
     if isinstance(new, UnformedLayer):
         new.label = name
