@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mpo_kernels.cores.fitting import output_square, scaled
@@ -106,7 +107,8 @@ def second_moments(
                     hooks.callback(handle.remove)
         hooks.callback(model.train, training)
         positions = 0
-        for number, batch in enumerate(batches):
+        # `disable=None`: no bar where stderr is not a terminal.
+        for number, batch in enumerate(tqdm(batches, "calibrate", leave=False, disable=None)):
             inputs = {key: value.to(device) for key, value in batch.items()}
             mask.of(inputs)
             is_judging = number % _JUDGE_EVERY == 1
@@ -120,7 +122,7 @@ def second_moments(
                     for stream in streams.values():
                         stream.gradients.begin()
                     loss = probe(model(**inputs), mask, has_decoder, generator)
-                    if loss is not None:  # inputs are not finite then, which is told below
+                    if loss is not None:  # else inputs are not finite, which is told below
                         loss.backward()
                     for stream in streams.values():
                         stream.gradients.end()
