@@ -122,9 +122,9 @@ def decompose(
         second_moment: E[x xᵀ] ``[in_features, in_features]`` in any scale, or ``[in_features]``
             where it is diagonal, as an embedding's counts are. Directions without input are held
             by a little of the identity.
-        gradient_moment: E[g gᵀ] ``[out_features, out_features]`` in any scale, or its diagonal
-            ``[out_features]``, of the gradients of a loss at the layer's output, which then count
-            as well: what the loss rises by is fitted, to second order.
+        gradient_moment: E[g gᵀ] ``[out_features, out_features]`` in any scale, of the gradients of a
+            loss at the layer's output, which then count as well: what the loss rises by is fitted,
+            to second order.
         judge: the second moment of other inputs, which ``output_error`` is then of.
         max_sweeps: of alternating least squares; it ends where one takes less than a hundredth
             off the error.
@@ -364,6 +364,9 @@ def _check_moments(
         if second_moments[0] is None:
             raise ValueError("expected a second moment of inputs beside one of gradients, got none")
         check_second_moment(gradient_moment, shape.out_features, "gradients")
+        if gradient_moment.dim() == 1:
+            size = [shape.out_features] * 2
+            raise ValueError(f"expected a second moment {size} of gradients, got its diagonal")
 
 
 def _check_bounds(max_rank: int | None, rel_error: float | None, compression: float | None) -> None:

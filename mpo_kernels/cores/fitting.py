@@ -104,13 +104,6 @@ def output_square(
     return max(float((weight.t() * weighted).sum(dtype=torch.float64)), 0.0)
 
 
-def _lower(second_moment: Tensor) -> Tensor:
-    """L with L Lᵀ the regularised moment, ``[size, size]``."""
-    if second_moment.dim() == 1:
-        return torch.diag(second_moment.sqrt())
-    return torch.linalg.cholesky(second_moment)
-
-
 @torch.no_grad()
 def weighted_spectrum(
     weight: Tensor, second_moment: Tensor | None, gradient_moment: Tensor | None = None
@@ -126,7 +119,8 @@ def weighted_spectrum(
     """
     matrix = weight.detach().t().double()
     if gradient_moment is not None:
-        matrix = matrix @ _lower(regularised(gradient_moment.double(), GRADIENT_RIDGE))
+        gradients = regularised(gradient_moment.double(), GRADIENT_RIDGE)
+        matrix = matrix @ torch.linalg.cholesky(gradients)
     if second_moment is None:
         # The smaller Gram matrix of the two.
         gram = matrix.t() @ matrix if matrix.shape[1] <= len(matrix) else matrix @ matrix.t()
@@ -162,7 +156,7 @@ class Projection:
     Args:
         matrix: ``[∏ i, ∏ j]``, the transposed weight with its padding.
         second_moment: S ``[in, in]`` or ``[in]``, of the inputs without their padding.
-        gradient_moment: G ``[out, out]`` or ``[out]``, likewise.
+        gradient_moment: G ``[out, out]``, likewise.
         shape: for which :meth:`holds`.
 
     Attributes:
@@ -179,7 +173,7 @@ class Projection:
         if gradient_moment is not None:
             gradients = padded_moment(gradient_moment.detach().double(), size, GRADIENT_RIDGE)
             gradients.diagonal()[len(gradient_moment) :] = 1.0  # of outputs that are zero
-            self._lower = _lower(gradients)
+            self._lower = torch.linalg.cholesky(gradients)
             matrix = (matrix.double() @ self._lower).to(matrix.dtype)
         self._digits = matrix.view(-1, *shape.out_factors)
         inputs = matrix[: len(moment)]

@@ -101,6 +101,13 @@ def test_gradients_count_only_beside_inputs() -> None:
     shape = MPOShape.low_rank(7, 13, 4)
     with pytest.raises(ValueError, match="inputs beside one of gradients"):
         decompose(torch.randn(13, 7), shape, gradient_moment=moment_of(13))
+    with pytest.raises(ValueError, match=r"\[13, 13\] of gradients, got its diagonal"):
+        decompose(
+            torch.randn(13, 7),
+            shape,
+            second_moment=moment_of(7),
+            gradient_moment=moment_of(13).diagonal(),
+        )
     with pytest.raises(ValueError, match=r"\[13, 13\]"):
         decompose(
             torch.randn(13, 7), shape, second_moment=moment_of(7), gradient_moment=moment_of(7)
