@@ -122,9 +122,9 @@ def decompose(
         second_moment: E[x xᵀ] ``[in_features, in_features]`` in any scale, or ``[in_features]``
             where it is diagonal, as an embedding's counts are. Directions without input are held
             by a little of the identity.
-        gradient_moment: E[g gᵀ] ``[out_features, out_features]`` in any scale, of the gradients of a
-            loss at the layer's output, which then count as well: what the loss rises by is fitted,
-            to second order.
+        gradient_moment: E[g gᵀ] ``[out_features, out_features]`` in any scale, of a loss's
+            gradients at the layer's output, which then count as well: what the loss rises by is
+            fitted, to second order.
         judge: the second moment of other inputs, which ``output_error`` is then of.
         max_sweeps: of alternating least squares; it ends where one takes less than a hundredth
             off the error.
