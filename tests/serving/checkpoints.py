@@ -13,7 +13,7 @@ from saved import edit_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import mpop
-from mpop.models.config import FORMAT_VERSION, INTERPOLATIVE
+from mpop.models.config import FORMAT_VERSION, INTERPOLATIVE, STORES
 
 VOCABULARY = 150
 _DECODER = {
@@ -90,6 +90,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+CASES |= {
+    f"in {store}": ("llama", {"compression": 0.6, "embeddings": False, "store": store})
+    for store in STORES
+}
 # One head of keys and values, which two processes both hold; a head of 150 words, padded to 192.
 SPLIT = {
     "compression": 0.7,
@@ -99,7 +103,9 @@ SPLIT = {
 }
 
 
-def save(path: Path, name: str, form: str | None = None, **options: Any) -> hf.PreTrainedModel:
+def save(
+    path: Path, name: str, form: str | None = None, store: str | None = None, **options: Any
+) -> hf.PreTrainedModel:
     """Write a compressed model and a tokenizer; returns the dense model with the same weights."""
     torch.manual_seed(0)
     model = BUILDERS[name]().eval()
@@ -109,6 +115,8 @@ def save(path: Path, name: str, form: str | None = None, **options: Any) -> hf.P
     mpop.compress(model, mpop.CompressionConfig(**options))
     if form == INTERPOLATIVE:
         mpop.interpolate(model)
+    if store is not None:
+        mpop.quantize(model, STORES[store])
     mpop.save(model, path)
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
