@@ -23,7 +23,7 @@ from mpop.cli import (
     perplexity,
     squeeze,
 )
-from mpop.cli.options import Parser
+from mpop.cli.options.parser import Parser
 
 COMMANDS = (compress, finetune, evaluate, perplexity, squeeze, inspect, merge, bench, export)
 

@@ -6,7 +6,8 @@ import math
 import sys
 from typing import Any
 
-from mpop.cli.options import command, fall, positive_float
+from mpop.cli.options.parser import command
+from mpop.cli.options.values import fall, positive_float
 
 
 def add(commands: Any) -> None:
