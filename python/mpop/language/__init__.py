@@ -1,1 +1,1 @@
-"""Language models: what they are worth."""
+"""Language models: what they are worth and how they heal."""
