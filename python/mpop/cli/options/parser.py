@@ -72,9 +72,13 @@ class Parser(argparse.ArgumentParser):
             "without it the hub is used",
         )
 
-    def add_data(self, precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")) -> None:
-        """The task, its data, and how it is batched."""
-        self.add_argument("--task", required=True, type=task, help="a GLUE task, e.g. rte or SST-2")
+    def add_data(
+        self, precisions: tuple[str, ...] = ("fp32", "bf16", "fp16"), choice: Any = None
+    ) -> None:
+        """The task, or another of a required `choice`, its data, and how it is batched."""
+        (choice or self).add_argument(
+            "--task", required=choice is None, type=task, help="a GLUE task, e.g. rte or SST-2"
+        )
         self.add_data_dir()
         self.number("--batch-size", 32, "rows per device")
         self.number("--max-length", 128, "tokens a row")
