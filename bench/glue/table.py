@@ -32,7 +32,7 @@ from bench.glue.encoder import say
 from bench.glue.methods import METHODS, SHARES
 from bench.glue.report import figure, markdown, tasks_figure, trace
 from bench.results import text_of
-from mpop.cli.options import positive_int
+from mpop.cli.options.values import positive_int
 from mpop.data.glue import TASKS, get_task
 from mpop.demo import default_model
 

@@ -45,6 +45,7 @@ if find_spec("transformers") is not None:  # without it, the command still says 
 # Imported when first used.
 _LAZY = {
     "format_rows": "mpop.compression.inspect",
+    "heal": "mpop.language.healing",
     "inspect_model": "mpop.compression.inspect",
     "plot_spectra": "mpop.compression.inspect",
     "plot_trace": "mpop.finetuning.squeeze",
@@ -66,6 +67,7 @@ __all__ = [
     "export",
     "format_rows",
     "freeze_central",
+    "heal",
     "inspect_model",
     "interpolate",
     "load",

@@ -11,7 +11,7 @@ PUBLIC = {
     "mpo_kernels.export": "DECOMPOSITIONS",
     "mpop": "CompressionConfig CompressionReport Exported MPOConfig ParameterCount Perplexity "
     "Settler SqueezeReport balance compress count_parameters dequantize_centres export format_rows "
-    "freeze_central inspect_model interpolate load merge model_card optimize_for_inference "
+    "freeze_central heal inspect_model interpolate load merge model_card optimize_for_inference "
     "perplexity plot_spectra plot_trace push_to_hub quantize quantize_centres save squeeze "
     "text_batches unfreeze",
     "mpop.benchmark": "benchmark",

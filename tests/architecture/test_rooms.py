@@ -27,7 +27,7 @@ FLOORS = (
         "bench.layer",
         "bench",
     ),
-    *("mpop_serving", "mpop.__main__", "mpop.cli", "mpop"),
+    *("mpop_serving", "mpop.__main__", "mpop.cli", "mpop.cli.options", "mpop"),
     *("mpop.integrations", "mpop.language", "mpop.finetuning", "mpop.compression"),
     *("mpop.checkpoints", "mpop.models", "mpop.data"),
     *("mpo_kernels.__main__", "mpo_kernels", "mpo_kernels.layers", "mpo_kernels.ops"),

@@ -75,6 +75,18 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return from_pretrained(AutoTokenizer, source)
 
 
+def shared_tokenizer(source: str | Path, other: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of two checkpoints.
+
+    Raises:
+        ValueError: it cannot be loaded, or they are of different vocabularies.
+    """
+    tokenizer = load_tokenizer(source)
+    if load_tokenizer(other).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"expected a model of the same vocabulary as {source}, got {other}")
+    return tokenizer
+
+
 def copy_companions(source: str | Path, output: str | Path) -> None:
     """Copy the tokenizer, and what makes a folder a sentence-transformers model, where there are.
 

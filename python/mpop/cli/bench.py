@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpop.cli.options import check_plot, command, positive_int
+from mpop.cli.options.parser import command
+from mpop.cli.options.values import check_plot, positive_int
 
 
 def add(commands: Any) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpop.cli.options import command, positive_float, positive_int, share
+from mpop.cli.options.parser import command
+from mpop.cli.options.values import positive_float, positive_int, share
 
 FACTORS = ("balanced", "auto", "interpolative")
 OBJECTIVES = ("parameters", "memory", "latency")

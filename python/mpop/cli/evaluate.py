@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpop.cli.options import command, metrics_table
+from mpop.cli.options.parser import command, metrics_table
 
 
 def add(commands: Any) -> None:

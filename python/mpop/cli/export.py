@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpop.cli.options import command
+from mpop.cli.options.parser import command
 
 EXPORTS = ("onnx", "pt2", "aoti")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpop.cli.options import command, metrics_table, positive_float, share
+from mpop.cli.options.parser import command, metrics_table
+from mpop.cli.options.values import positive_float, share
 
 
 def add(commands: Any) -> None:

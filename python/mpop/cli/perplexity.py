@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpop.cli.options import Parser, command
+from mpop.cli.options.parser import Parser, command
 
 
 def add(commands: Any) -> None:
@@ -46,16 +46,14 @@ def run(
 
     import mpop
     from mpop.benchmark import DTYPES
-    from mpop.checkpoints.opening import load_as_saved, load_tokenizer
+    from mpop.checkpoints.opening import load_as_saved, load_tokenizer, shared_tokenizer
     from mpop.compression.report import table
     from mpop.data.text import read_text
     from mpop.language.perplexity import continuation
 
     if not Path(text).exists():
         raise ValueError(f"missing file {text}")
-    tokenizer = load_tokenizer(model)
-    if against and load_tokenizer(against).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"expected a model of the same vocabulary as {model}, got {against}")
+    tokenizer = shared_tokenizer(model, against) if against else load_tokenizer(model)
     content = read_text(tokenizer, text)
     encoded = tokenizer(content, verbose=False)
     tokens = torch.tensor(encoded.input_ids, dtype=torch.int64, device="cpu")

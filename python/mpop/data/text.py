@@ -53,6 +53,31 @@ def text_batches(
             "expected samples, seqlen and batch_size of at least 1, "
             f"got {samples}, {seqlen} and {batch_size}"
         )
+    text = read_text(tokenizer, source, _CHARACTERS * samples * seqlen)
+    ids = token_ids(tokenizer, text, is_whole=False)
+    packed = windows(tokenizer, ids, source, samples=samples, seqlen=seqlen, seed=seed)
+    return [{"input_ids": batch} for batch in packed.split(batch_size)]
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    source: str | Path,
+    *,
+    samples: int | None,
+    seqlen: int,
+    seed: int,
+) -> Tensor:
+    """Windows ``[samples, seqlen]`` of a text's tokens, as `text_batches` chooses them.
+
+    Args:
+        ids: ``[n]``, without what the tokenizer adds.
+        source: what they are of, for an error.
+        samples: None for all.
+
+    Raises:
+        ValueError: fewer tokens than a window, or a window of what the tokenizer adds alone.
+    """
     before, after = _added(tokenizer)
     size = seqlen - len(before) - len(after)
     if size < 1:
@@ -60,8 +85,6 @@ def text_batches(
             f"expected a seqlen above the {seqlen - size} tokens that the tokenizer adds, "
             f"got {seqlen}"
         )
-    text = read_text(tokenizer, source, _CHARACTERS * samples * seqlen)
-    ids = _tensor(_encode(tokenizer, text, False))
     count = len(ids) // size
     if count == 0:
         raise ValueError(
@@ -69,11 +92,15 @@ def text_batches(
         )
     generator = random.Random(seed)
     start = generator.randint(0, len(ids) - count * size)
-    chosen = generator.sample(range(count), min(samples, count))
-    windows = ids[start : start + count * size].view(count, size)[chosen]
-    ends = [_tensor(part).expand(len(windows), -1) for part in (before, after)]
-    packed = torch.cat((ends[0], windows, ends[1]), dim=1)
-    return [{"input_ids": batch} for batch in packed.split(batch_size)]
+    chosen = generator.sample(range(count), min(samples or count, count))
+    packed = ids[start : start + count * size].view(count, size)[chosen]
+    ends = [_tensor(part).expand(len(packed), -1) for part in (before, after)]
+    return torch.cat((ends[0], packed, ends[1]), dim=1)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, is_whole: bool) -> Tensor:
+    """A text's tokens ``[n]``, however many, int64; a whole one has what the tokenizer adds."""
+    return _tensor(_encode(tokenizer, text, is_whole))
 
 
 def read_text(
@@ -110,7 +137,6 @@ def read_text(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, is_whole: bool) -> list[int]:
-    """A text's tokens, however many; a whole one has what the tokenizer adds."""
     # `verbose` would say that they are more than the model takes at a time.
     ids: list[int] = tokenizer(text, add_special_tokens=is_whole, verbose=False).input_ids
     return ids

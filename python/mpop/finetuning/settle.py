@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+# Of a model and a batch of its keyword arguments.
+Loss: TypeAlias = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
 class Settler:
@@ -19,7 +22,7 @@ class Settler:
     before by more than ``tolerance`` of it; two whole windows are needed to say so.
 
     Args:
-        model: what is trained, in place; its output has a `.loss`.
+        model: what is trained, in place.
         dataset: rows for ``collate``; the order of each epoch follows from ``seed``.
         collate: a batch of rows to the model's keyword arguments.
         optimizer: over the trained parameters.
@@ -29,6 +32,7 @@ class Settler:
         max_steps: at most this many steps a call.
         max_grad_norm: gradients are clipped to this norm.
         autocast: the dtype that the forward pass is autocast to; None for none.
+        loss: of the model and a batch; by default its output's `.loss`.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Settler:
         max_grad_norm: float = 1.0,
         seed: int = 0,
         autocast: torch.dtype | None = None,
+        loss: Loss | None = None,
     ) -> None:
         if min(batch_size, window, max_steps) < 1:
             raise ValueError("expected a batch_size, window and max_steps of at least 1")
@@ -52,6 +57,7 @@ class Settler:
         self.dataset, self.collate, self.batch_size = dataset, collate, batch_size
         self.window, self.tolerance, self.max_steps = window, tolerance, max_steps
         self.max_grad_norm, self.seed, self.autocast = max_grad_norm, seed, autocast
+        self.loss: Loss = loss or (lambda model, inputs: model(**inputs).loss)
         self.epoch = self.batch = 0
 
     def __call__(self) -> float:
@@ -67,7 +73,7 @@ class Settler:
         for _ in range(self.max_steps):
             inputs = {key: value.to(device) for key, value in next(batches).items()}
             with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                loss = self.model(**inputs).loss
+                loss = self.loss(self.model, inputs)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"the loss is {losses[-1]}; lower the learning rate")

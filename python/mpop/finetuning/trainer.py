@@ -13,6 +13,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 from mpo_kernels import InterpolativeLinear
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpo_kernels.layers.module import MPOModule
+from mpop.finetuning.settle import Loss
 
 
 class MPOTrainer(Trainer):
@@ -20,11 +21,20 @@ class MPOTrainer(Trainer):
 
     Args:
         mpo_learning_rate: Peak rate of the trained cores; all else has `args.learning_rate`.
+        loss: Of the model and a batch, a mean over its rows; the model's own by default.
     """
 
-    def __init__(self, *args: Any, mpo_learning_rate: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, mpo_learning_rate: float, loss: Loss | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.mpo_learning_rate = mpo_learning_rate
+        self.mpo_learning_rate, self.loss = mpo_learning_rate, loss
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The `loss` that was given, or the model's own."""
+        if self.loss is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return self.loss(model, inputs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group the trained parameters by rate and decay; biases and norms do not decay."""

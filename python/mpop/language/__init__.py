@@ -1,1 +1,1 @@
-"""Language models: what they are worth."""
+"""Language models: what they are worth, how they heal, and squeezing them on text."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mpop.models.lengths import longest
 
 # Positions whose logits are in fp32 at a time.
-_CHUNK = 256
+CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,7 @@ def perplexity(
         FloatingPointError: a loss with NaN or Inf in it.
     """
     models = [model] if against is None else [model, against]
-    sizes = [_vocabulary(each) for each in models]
-    if sizes[-1] != sizes[0]:
-        raise ValueError(
-            f"expected two models of one vocabulary, got {sizes[0]:,} and {sizes[1]:,} tokens"
-        )
+    vocabulary = vocabulary_of(*models)
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"expected integer tokens, got {tokens.dtype}")
     if tokens.dim() != 1:
@@ -101,9 +97,10 @@ def perplexity(
     windows = len(tokens) // seqlen
     if windows == 0:
         raise ValueError(f"expected at least the {seqlen} tokens of one window, got {len(tokens)}")
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < sizes[0]:
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise ValueError(
-            f"expected tokens below {sizes[0]:,}, the model's vocabulary, got {int(tokens.max()):,}"
+            f"expected tokens below {vocabulary:,}, the model's vocabulary, "
+            f"got {int(tokens.max()):,}"
         )
     packed = tokens[: windows * seqlen].view(windows, seqlen).long()
     totals = [0.0] * (2 * len(models) - 1)
@@ -143,15 +140,24 @@ def continuation(model: PreTrainedModel, prompt: Tensor, count: int = 32) -> Ten
     return made[0, len(prompt) :]
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
-    """Its size, of a decoder with a head over it."""
-    if not model.can_generate() or model.config.is_encoder_decoder:
+def vocabulary_of(*models: PreTrainedModel) -> int:
+    """Its size, of one or two decoders with a head over it.
+
+    Raises:
+        ValueError: another kind of model, or two of different vocabularies.
+    """
+    for model in models:
+        if not model.can_generate() or model.config.is_encoder_decoder:
+            raise ValueError(
+                "expected a decoder with a language modelling head, such as AutoModelForCausalLM "
+                f"loads, got {type(model).__name__}"
+            )
+    sizes: list[int] = [model.config.get_text_config().vocab_size for model in models]
+    if sizes[-1] != sizes[0]:
         raise ValueError(
-            "expected a decoder with a language modelling head, such as AutoModelForCausalLM "
-            f"loads, got {type(model).__name__}"
+            f"expected two models of one vocabulary, got {sizes[0]:,} and {sizes[1]:,} tokens"
         )
-    size: int = model.config.get_text_config().vocab_size
-    return size
+    return sizes[0]
 
 
 def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
@@ -162,8 +168,8 @@ def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
 def _sums(targets: Tensor, logits: Tensor, against: Tensor | None = None) -> list[float]:
     """Over one window's targets ``[n]``: the loss, the other's, and the divergence from it."""
     sums: list[list[Tensor]] = []
-    for start in range(0, len(targets), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for start in range(0, len(targets), CHUNK):
+        part = slice(start, start + CHUNK)
         own = logits[part].float().log_softmax(-1)
         found = [functional.nll_loss(own, targets[part], reduction="sum")]
         if against is not None:

@@ -35,7 +35,7 @@ def reference(model: torch.nn.Module, seqlen: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_against_fp64(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 5)  # does not divide 12
+    monkeypatch.setattr(module, "CHUNK", 5)  # does not divide 12
     model, dense = llama().train(), other()
     found = mpop.perplexity(model, TOKENS, seqlen=13, batch_size=batch_size, against=dense)
     assert (found.windows, found.tokens, found.targets, found.dropped) == (7, 91, 84, 5)

@@ -1,0 +1,1 @@
+"""What the commands share: the parser, options that several have, types of values."""
