@@ -14,7 +14,7 @@ from tiny_models import BUILDERS, batches, build, inputs, logits
 from torch import Tensor, nn
 
 import mpop
-from mpo_kernels import MPOShape, decompose
+from mpo_kernels import InterpolativeLinear, MPOShape, decompose
 from mpo_kernels.layers.cost import LayerCost
 from mpop.compression.allocation import Point, allocate, curve
 from mpop.compression.calibration import Calibration, Moments, second_moments
@@ -352,7 +352,7 @@ class TestCompress:
 
     def test_refusals(self) -> None:
         for options, message in [
-            ({"factors": "best"}, "factors: expected 'balanced' or 'auto'"),
+            ({"factors": "best"}, "factors: expected 'balanced' or 'auto' or 'interpolative'"),
             ({"factors": "auto"}, "share one budget: expected a compression"),
             ({"factors": "auto", "compression": 0.5, "overrides": {"*": {}}}, "no overrides"),
             ({"objective": "latency"}, "expected factors 'auto'"),
@@ -368,6 +368,53 @@ class TestCompress:
         loaded, data = mpop.load(tmp_path).eval(), batches(1)[0]
         with torch.no_grad():
             assert torch.equal(loaded(**data).logits, model.eval()(**data).logits)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "bert", "mixtral"])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_interpolative_under_one_budget(name: str, embeddings: bool, tmp_path: Path) -> None:
+    model, data = build(name), batches(16)
+    before = mpop.count_parameters(model).total
+    options = {"compression": 0.7, "factors": "interpolative", "embeddings": embeddings}
+    report = mpop.compress(model, mpop.CompressionConfig(**options), data)
+    held = {row.name: module_at(model, row.name) for row in report.rows}
+    for row in report.rows:
+        module = held[row.name]
+        is_linear = not is_embedding(module) and row.experts == 1
+        assert isinstance(module, InterpolativeLinear) == is_linear
+        assert row.form == ("interpolative" if is_linear else None)
+        assert row.parameters_after == sum(core.numel() for core in module.cores)
+        assert row.parameters_after < row.parameters_before
+    assert mpop.count_parameters(model).total == report.parameters_after < before
+    selected = [n for n in dense_matrices(build(name)) if "head" not in n[0]]
+    assert len(report.rows) <= len(selected)
+    mpop.save(model, tmp_path)
+    loaded = mpop.load(tmp_path).eval()
+    batch = data[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_interpolative_loses_less_than_two_cores() -> None:
+    """At the same parameters, by what the model's distributions lose."""
+    data = batches(40)
+
+    def lost(factors: str) -> float:
+        model, dense = build("llama").double(), build("llama").double()
+        config = mpop.CompressionConfig(compression=0.8, factors=factors, embeddings=False)
+        report = mpop.compress(model, config, data[:32])
+        kept = sum(row.parameters_after for row in report.rows)
+        left = set(dict(dense.named_modules())) - {row.name for row in report.rows}
+        whole = sum(row.parameters_before for row in report.rows)
+        assert left and kept <= whole
+        total = 0.0
+        with torch.no_grad():
+            for batch in data[32:]:
+                old, new = (each(**batch).logits.log_softmax(-1) for each in (dense, model))
+                total += float((old.exp() * (old - new)).sum())
+        return total
+
+    assert lost("interpolative") < 0.8 * lost("auto")
 
 
 def _on_one_process(rank: int, world: int, port: int, folder: str) -> None:
