@@ -82,9 +82,8 @@ def quantize(
     patterns = ["*"] if include is None else list(include)
     for pattern in patterns:
         if not any(matches(pattern, names) for names in linears):
-            raise ValueError(
-                f"include: expected MPO linears, got {pattern!r}, which fits none of {len(linears)}"
-            )
+            got = "none" if include is None else f"{pattern!r}, which fits none of {len(linears)}"
+            raise ValueError(f"expected MPO linears to quantize (include), got {got}")
     _warn_of_experts(model)
     made: dict[nn.Module, QuantizedMPOLinear] = {}
     chosen = [n for n in linears if any(matches(pattern, n) for pattern in patterns)]

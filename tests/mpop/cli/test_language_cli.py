@@ -194,3 +194,12 @@ def test_models_that_cannot_be_measured(
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     line = fails(capsys, [*command, str(broken)], code=1)
     assert "expected finite losses, got nan in window 1 of" in line
+
+
+def test_bytes_are_not_of_the_interpolative_form(
+    dense: Path, texts: Path, tmp_path: Path, capsys: Any
+) -> None:
+    command = compress(dense, tmp_path / "o", texts / "a.txt", "--factors", "interpolative")
+    assert main([*command, "--store", "int8"]) == 2
+    assert "--store int8: expected factors balanced or auto" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
