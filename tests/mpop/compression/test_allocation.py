@@ -150,6 +150,21 @@ class TestSecondMoments:
             plain - 0.9 * torch.linalg.eigvalsh(plain)[0] * torch.eye(len(plain))
         )
 
+    def test_sums_are_in_fp32_under_autocast(self) -> None:
+        model, names = build("llama"), ("model.layers.1.mlp.down_proj",)
+        seen: list[Tensor] = []
+        handle = module_at(model, names[0]).register_forward_pre_hook(
+            lambda _, args: seen.append(args[0])
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            found = second_moments(model, [inputs(model)] * 4, [names])[names]
+        handle.remove()
+        x = seen[1].flatten(0, 1).double()
+        assert seen[1].dtype == torch.bfloat16
+        torch.testing.assert_close(found.judge.double(), x.t() @ x, rtol=1e-5, atol=1e-6)
+        gradients = found.gradients.double()
+        assert torch.linalg.eigvalsh(gradients)[0] > -1e-5 * gradients.diagonal().max()
+
     def test_no_rows(self) -> None:
         model = build("bert")
         before = state(model)
