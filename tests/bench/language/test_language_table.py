@@ -28,7 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_goes_on_where_it_was(folder: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(table, "_WINDOWS", {"test 16": 4, "test 32": 2, "other 16": 2})
-    monkeypatch.setattr(torch, "autocast", lambda *args: torch.no_grad())
     options = ["--output", str(folder / "out"), "--texts", str(folder)]
     options += ["--data-dir", str(folder / "glue"), "--model", str(folder / "model")]
     options += ["--ratios", "0.7", "--samples", "24", "--seqlen", "32"]
