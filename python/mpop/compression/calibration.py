@@ -15,13 +15,7 @@ from transformers import PreTrainedModel
 
 from mpo_kernels.cores.fitting import output_square, scaled
 from mpop.compression.distributed import sum_over_processes
-from mpop.compression.gradients import (
-    ExpertsGradients,
-    Gradients,
-    add_product,
-    backward_pass,
-    probe,
-)
+from mpop.compression.gradients import ExpertsGradients, Gradients, backward_pass, probe
 from mpop.models.matrices import Names, inputs_of, is_embedding, module_at
 from mpop.models.subclasses import DenseExperts
 
@@ -272,8 +266,9 @@ class _Products:
         """Of the rows that count, and their number."""
         if self._seen is not x:
             rows = mask.rows(x, x.shape[:-1], is_decoder).float()
-            self._seen, self._product, self._rows = x, rows.new_zeros(2 * x.shape[-1:]), len(rows)
-            add_product(self._product, rows)
+            product = rows.new_zeros(2 * rows.shape[1:])
+            # In place, which autocast leaves in fp32.
+            self._seen, self._product, self._rows = x, product.addmm_(rows.t(), rows), len(rows)
         return self._product, self._rows
 
 
@@ -364,7 +359,7 @@ class _ExpertsStream(_Stream):
             rows = rows.float() * gates.float()[:, None]
             counts = offsets.diff(prepend=offsets.new_zeros(1))
             for total, part in zip(self._sums[which], rows.split(counts.tolist()), strict=True):
-                add_product(total, part)
+                total.addmm_(part.t(), part)
             self._rows[which] += counts
             self._tokens += 0 if which else len(x)
             if experts.weight.requires_grad:

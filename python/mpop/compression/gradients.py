@@ -53,12 +53,6 @@ def probe(
     return total
 
 
-def add_product(total: Tensor, rows: Tensor) -> None:
-    """Rows' second moment, in fp32 where the model runs under autocast as well."""
-    with torch.autocast(rows.device.type, enabled=False):
-        total.addmm_(rows.t(), rows)
-
-
 @contextmanager
 def backward_pass(model: nn.Module) -> Iterator[None]:
     """Gradients of activations alone; what they need waits in the host's memory."""
@@ -115,7 +109,7 @@ class Gradients:
             else:
                 squares = squares / rows.shape[1]
                 if len(self._sum):
-                    add_product(self._sum, rows)
+                    self._sum.addmm_(rows.t(), rows)
             self._squares[int(is_other)] += squares.sum()
             self.rows[int(is_other)] += len(rows)
 
