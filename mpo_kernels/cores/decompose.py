@@ -161,7 +161,7 @@ def decompose(
         found = Projection(padded, second_moment.to(padded), gradient_moment, shape)
         spectra, ranks = [found.spectrum], caps
         if compression is not None:
-            ranks = _ranks_within(spectra, shape, compression, caps)
+            ranks = ranks_within(spectra, shape, compression, caps)
         return of(found.cores(ranks[0]), spectra)
 
     def cut(bound: float | None) -> Decomposition:
@@ -176,7 +176,7 @@ def decompose(
             spectra.append(values.double())
         cores.append(carried.reshape(rank, shape.in_factors[-1], shape.out_factors[-1], 1))
         if compression is not None:
-            kept_ranks = _ranks_within(spectra, shape, compression, caps)
+            kept_ranks = ranks_within(spectra, shape, compression, caps)
             cores = _truncate(orthogonalise(cores, 0), kept_ranks, None)[0]
         if second_moment is not None:
             cores = _fitted(cores, padded, second_moment, gradient_moment, shape, max_sweeps)
@@ -410,7 +410,7 @@ def _tail_rank(values: Tensor, threshold: float | None) -> int:
     return max(1, len(values) - int((tails <= threshold).sum()))
 
 
-def _ranks_within(
+def ranks_within(
     spectra: Sequence[Tensor], shape: MPOShape, compression: float, caps: Sequence[int]
 ) -> tuple[int, ...]:
     """Bonds within a budget: by λ² a parameter, the cheapest go first, the dearest come back."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mpo_kernels.cores.decompose import Decomposition, _ranks_within, decompose, reconstruct
+from mpo_kernels.cores.decompose import Decomposition, decompose, ranks_within, reconstruct
 from mpo_kernels.cores.family import Cost, bound_within, choose
 from mpo_kernels.cores.fitting import output_square, weighted_spectrum
 from mpo_kernels.cores.shape import MPOShape
@@ -75,7 +75,7 @@ def decompose_stack(
         spectra = [torch.zeros(full, dtype=torch.float64, device="cpu") for full in shape.ranks]
         if shape.num_cores > 2:  # of two cores the budget alone decides
             spectra = _pooled(each(shape))
-        shape = shape.with_ranks(_ranks_within(spectra, shape, compression, shape.ranks))
+        shape = shape.with_ranks(ranks_within(spectra, shape, compression, shape.ranks))
     elif rel_error is not None:
         bonds = zip(*(one.shape.ranks for one in each(shape, bound=rel_error)), strict=True)
         shape = shape.with_ranks([max(bond) for bond in bonds])

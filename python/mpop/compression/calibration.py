@@ -261,14 +261,16 @@ class _Products:
     def forget(self) -> None:
         """Between batches."""
         self._seen: Tensor | None = None
+        self._version = -1
 
     def of(self, x: Tensor, mask: _Mask, is_decoder: bool) -> tuple[Tensor, int]:
         """Of the rows that count, and their number."""
-        if self._seen is not x:
+        if self._seen is not x or self._version != x._version:
             rows = mask.rows(x, x.shape[:-1], is_decoder).float()
             product = rows.new_zeros(2 * rows.shape[1:])
             # In place, which autocast leaves in fp32.
-            self._seen, self._product, self._rows = x, product.addmm_(rows.t(), rows), len(rows)
+            self._product, self._rows = product.addmm_(rows.t(), rows), len(rows)
+            self._seen, self._version = x, x._version
         return self._product, self._rows
 
 

@@ -148,12 +148,15 @@ class ExpertsGradients(Gradients):
         self._sum = torch.zeros(0, 0, dtype=torch.float32, device=device)
         self._squares = torch.zeros(1, dtype=torch.float64, device=device)
         self.rows = torch.zeros(1, dtype=torch.float64, device=device)  # Σ ‖x‖² in their place
+        self._kept: Tensor | None = None  # a gradient that was there before
 
     def begin(self) -> None:
-        self._experts.weight.requires_grad_(True)
+        weight = self._experts.weight
+        self._kept, weight.grad = weight.grad, None
+        weight.requires_grad_(True)
 
     def end(self) -> None:
         weight = self._experts.weight
         if weight.grad is not None:
             self._squares += weight.grad.double().square().sum() / outputs_of(self._experts)
-        weight.grad = None
+        weight.grad = self._kept

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from mpo_kernels import InterpolativeLinear, MPOLinear
-from mpop.models.config import CompressionConfig, has_rows, matches
+from mpop.models.config import LINEARS, CompressionConfig, has_rows, matches
 from mpop.models.matrices import module_at, mpo_matrices, parameters_of, put, spec_of
 from mpop.models.plain import check_unwrapped
 from mpop.models.quantized import note
@@ -51,7 +51,7 @@ def interpolate(model: nn.Module, include: Iterable[str] | None = None) -> Inter
     chosen = [
         names
         for names, spec in specs.items()
-        if spec.kind != "embedding" and spec.form is None and has_rows(spec.shape)
+        if spec.kind in LINEARS and spec.form is None and has_rows(spec.shape)
     ]
     if not chosen:
         raise ValueError(

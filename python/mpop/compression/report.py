@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpo_kernels import Decomposition, MPOShape
+from mpo_kernels.layers.cost import LayerCost
 from mpop.models.left import LeftDense, describe_left
 from mpop.models.matrices import Names, sizes
 
@@ -44,8 +45,8 @@ class CompressionRow:
 
     @property
     def parameters_after(self) -> int:
-        saved = self.shape.ranks[0] ** 2 if self.form is not None else 0
-        return self.experts * (self.shape.num_parameters - saved)
+        cost = LayerCost(interpolative=self.form is not None)
+        return self.experts * int(cost.of(self.shape))
 
 
 @dataclass(frozen=True)

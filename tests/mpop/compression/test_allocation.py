@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import socket
@@ -165,6 +166,37 @@ class TestSecondMoments:
         torch.testing.assert_close(found.judge.double(), x.t() @ x, rtol=1e-5, atol=1e-6)
         gradients = found.gradients.double()
         assert torch.linalg.eigvalsh(gradients)[0] > -1e-5 * gradients.diagonal().max()
+
+    def test_an_input_that_is_written_to_is_another(self) -> None:
+        class Twice(nn.Module):
+            def __init__(self, first: nn.Module) -> None:
+                super().__init__()
+                self.first, self.second = first, copy.deepcopy(first)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = self.first(x)
+                return y + self.second(x.mul_(2))
+
+        model = build("bert")
+        model.bert.encoder.layer[0].intermediate.dense = Twice(
+            model.bert.encoder.layer[0].intermediate.dense
+        )
+        stem = "bert.encoder.layer.0.intermediate.dense"
+        names = [(f"{stem}.first",), (f"{stem}.second",)]
+        with torch.no_grad():
+            found = second_moments(model, batches(4, 16, 12), names)
+        first, second = (found[each].judge for each in names)
+        torch.testing.assert_close(second, 4 * first)
+
+    def test_a_gradient_that_was_there_stays(self) -> None:
+        model = build("mixtral")
+        name = "model.layers.0.mlp.experts.down_proj"
+        kept = torch.ones_like(model.get_parameter(name))
+        model.get_parameter(name).grad = kept
+        clean = second_moments(build("mixtral"), batches(4), [(name,)])[name,]
+        found = second_moments(model, batches(4), [(name,)])[name,]
+        assert model.get_parameter(name).grad is kept and bool((kept == 1).all())
+        assert found.slope == pytest.approx(clean.slope)
 
     def test_no_rows(self) -> None:
         model = build("bert")

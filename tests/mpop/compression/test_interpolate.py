@@ -19,7 +19,7 @@ from transformers import AutoModel, PreTrainedModel, TrainingArguments
 
 import mpop
 import mpop.peft
-from mpo_kernels import InterpolativeLinear, MPOLinear, MPOShape, decompose
+from mpo_kernels import InterpolativeLinear, MPOExperts, MPOLinear, MPOShape, decompose
 from mpop.checkpoints.quantizer import attach
 from mpop.finetuning.trainer import MPOTrainer
 from mpop.models.config import INTERPOLATIVE
@@ -301,3 +301,13 @@ def test_a_spoilt_checkpoint(case: str, tmp_path: Path) -> None:
     spoil(tmp_path)
     with pytest.raises(ValueError, match=message):
         mpop.load(tmp_path)
+
+
+def test_experts_have_no_such_form() -> None:
+    model, include = build("mixtral"), ("*.experts.*",)
+    config = mpop.CompressionConfig(compression=0.6, factors="auto", include=include)
+    mpop.compress(model, config, batches(16))
+    held = [module for module in model.modules() if isinstance(module, MPOExperts)]
+    assert held and all(module.shape.is_low_rank for module in held)
+    with pytest.raises(ValueError, match="plain low rank, got none in 4 matrices"):
+        mpop.interpolate(model)
