@@ -16,8 +16,8 @@ from peft import PeftModel
 
 from bench import facts
 from mpop.benchmark import median_seconds
+from mpop.data.lengths import longest
 from mpop.finetuning.trainer import peak_memory, reset_peak_memory
-from mpop.models.lengths import longest
 
 BATCH, LENGTH, REPEATS = 32, 64, 20
 

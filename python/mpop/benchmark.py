@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 import mpop
 from mpop.checkpoints.opening import is_compressed, load_as_saved
+from mpop.data.lengths import longest
 from mpop.finetuning.trainer import peak_memory, reset_peak_memory
-from mpop.models.lengths import longest
 from mpop.models.light import count_parameters
 
 _WARM_UP = 2

@@ -25,14 +25,8 @@ from transformers.quantizers import get_module_from_name
 
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpop.models.config import STORES, ModuleSpec
-from mpop.models.matrices import (
-    Names,
-    compressed_matrices,
-    drop_broken_ties,
-    module_at,
-    spec_of,
-    weight_key,
-)
+from mpop.models.matrices import Names, compressed_matrices, module_at, spec_of, weight_key
+from mpop.models.swapping import drop_broken_ties
 
 # Of a prefix that a file may have or lack; the first versions of transformers 5 know none.
 _PREFIXES = getattr(core_model_loading, "PrefixChange", ())

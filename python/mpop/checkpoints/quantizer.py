@@ -28,23 +28,18 @@ from mpop.models.matrices import (
     MPO,
     OTHER_EMBEDDINGS,
     compressed_matrices,
-    densify,
     describe,
-    drop_broken_ties,
-    empty_mpo,
     kind_of,
     module_at,
     mpo_matrices,
-    replace,
     sorted_matrices,
-    swap,
     turned,
-    update_ties,
     weight_key,
     weight_of,
 )
 from mpop.models.plain import check_unwrapped
 from mpop.models.selection import MatrixPlan, plan, warn_uncalibrated
+from mpop.models.swapping import densify, drop_broken_ties, empty_mpo, replace, swap, update_ties
 
 # transformers initialises what was not loaded; a weight without values bears its mark of what was.
 # So does what some of their models initialise by the name of experts' parameters.

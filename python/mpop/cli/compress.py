@@ -149,7 +149,7 @@ def _batches(
     import mpop
     from mpop.checkpoints.opening import load_tokenizer
     from mpop.data.glue import find_task
-    from mpop.models.lengths import longest
+    from mpop.data.lengths import longest
 
     if task := None if Path(source).exists() else find_task(source):
         from mpop.finetuning.rows import calibration_batches

@@ -26,9 +26,10 @@ from mpop.compression.report import CompressionReport, row_of
 from mpop.models.config import INTERPOLATIVE, CompressionConfig, MPOConfig
 from mpop.models.left import left_dense
 from mpop.models.light import count_bytes, count_parameters
-from mpop.models.matrices import Names, densify, module_at, mpo_matrices, replace, weight_of
+from mpop.models.matrices import Names, module_at, mpo_matrices, weight_of
 from mpop.models.plain import check_unwrapped
 from mpop.models.selection import MatrixPlan, devices_of, plan, select, warn_uncalibrated
+from mpop.models.swapping import densify, replace
 
 # Below this many weights no progress bar is shown: it is done at once.
 _QUICK = 10_000_000

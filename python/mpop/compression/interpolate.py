@@ -9,10 +9,11 @@ from torch import nn
 
 from mpo_kernels import InterpolativeLinear, MPOLinear
 from mpop.models.config import LINEARS, CompressionConfig, has_rows, matches
-from mpop.models.matrices import module_at, mpo_matrices, parameters_of, put, spec_of
+from mpop.models.matrices import module_at, mpo_matrices, parameters_of, spec_of
 from mpop.models.plain import check_unwrapped
 from mpop.models.quantized import note
 from mpop.models.selection import check_matches
+from mpop.models.swapping import put
 
 
 class Interpolated(NamedTuple):

@@ -1,1 +1,1 @@
-"""Data sets as texts and labels."""
+"""Data sets as texts and labels, and how long a text may be."""

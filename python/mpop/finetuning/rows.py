@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from mpop.checkpoints.opening import check_output, load_tokenizer
 from mpop.data.glue import Task, compute_metrics, get_task, load_split
+from mpop.data.lengths import longest
 from mpop.finetuning.trainer import Collator
-from mpop.models.lengths import longest
 
 EVAL_SPLITS = ("dev", "train-holdout")
 # Subsets are the same for every seed, method and rate, so that runs differ in nothing else.

@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mpo_kernels.export import DECOMPOSITIONS
-from mpop.models.lengths import longest
+from mpop.data.lengths import longest
 from mpop.models.matrices import mpo_matrices
 
 Inputs: TypeAlias = dict[str, Tensor]

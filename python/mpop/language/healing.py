@@ -33,6 +33,7 @@ from mpop.checkpoints.opening import (
     load_as_saved,
     shared_tokenizer,
 )
+from mpop.data.lengths import longest
 from mpop.data.text import read_text, text_batches, token_ids
 from mpop.finetuning.classifier import trainable
 from mpop.finetuning.rows import check_choice, check_positive
@@ -45,7 +46,6 @@ from mpop.finetuning.trainer import (
     runtime_arguments,
 )
 from mpop.language.perplexity import CHUNK, Perplexity, perplexity, vocabulary_of
-from mpop.models.lengths import longest
 from mpop.models.light import count_parameters
 from mpop.models.matrices import module_at, sorted_matrices
 

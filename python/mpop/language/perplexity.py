@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from mpop.models.lengths import longest
+from mpop.data.lengths import longest
 
 # Positions whose logits are in fp32 at a time.
 CHUNK = 256

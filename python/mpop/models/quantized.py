@@ -28,14 +28,12 @@ from mpop.models.matrices import (
     expert_names,
     module_at,
     mpo_matrices,
-    put,
     spec_of,
-    swap,
     tensors_of,
-    update_ties,
 )
 from mpop.models.plain import check_own_values, check_unwrapped
 from mpop.models.subclasses import adopt
+from mpop.models.swapping import put, swap, update_ties
 
 
 class Memory(NamedTuple):
@@ -82,8 +80,11 @@ def quantize(
     patterns = ["*"] if include is None else list(include)
     for pattern in patterns:
         if not any(matches(pattern, names) for names in linears):
-            got = "none" if include is None else f"{pattern!r}, which fits none of {len(linears)}"
-            raise ValueError(f"expected MPO linears to quantize (include), got {got}")
+            if include is None:
+                raise ValueError("expected MPO linears to quantize, got none")
+            raise ValueError(
+                f"include: expected MPO linears, got {pattern!r}, which fits none of {len(linears)}"
+            )
     _warn_of_experts(model)
     made: dict[nn.Module, QuantizedMPOLinear] = {}
     chosen = [n for n in linears if any(matches(pattern, n) for pattern in patterns)]

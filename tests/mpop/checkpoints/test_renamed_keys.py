@@ -20,8 +20,8 @@ from mpo_kernels import MPOShape, decompose
 from mpop.checkpoints.quantizer import attach
 from mpop.models.config import INTERPOLATIVE
 from mpop.models.matrices import dense_matrices, module_at, weight_of
-from mpop.models.matrices import replace as hold
 from mpop.models.selection import select
+from mpop.models.swapping import replace as hold
 
 _TEXT = {
     "vocab_size": 64,

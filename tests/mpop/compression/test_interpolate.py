@@ -25,8 +25,9 @@ from mpop.finetuning.trainer import MPOTrainer
 from mpop.models.config import INTERPOLATIVE
 from mpop.models.left import left_dense
 from mpop.models.light import count_bytes
-from mpop.models.matrices import describe, module_at, replace, update_ties, weight_of
+from mpop.models.matrices import describe, module_at, weight_of
 from mpop.models.selection import select
+from mpop.models.swapping import replace, update_ties
 
 RANK = 10
 QUERY = {

@@ -14,10 +14,10 @@ from tiny_models import VOCABULARY, build
 
 import mpop
 from mpop.data.glue import TASKS
+from mpop.data.lengths import longest
 from mpop.finetuning import rows
 from mpop.finetuning.squeeze_task import squeeze_on_task
 from mpop.finetuning.task import evaluate, finetune
-from mpop.models.lengths import longest
 
 FAST: dict[str, Any] = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "disable_tqdm": True}
 

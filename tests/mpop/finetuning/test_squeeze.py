@@ -20,7 +20,8 @@ import mpop
 from mpo_kernels import MPOLinear, MPOShape, reconstruct, round_cores
 from mpop.finetuning.settle import Settler, has_settled
 from mpop.finetuning.squeeze import choose_cuts, relative_squares, round_trained, squeeze
-from mpop.models.matrices import mpo_modules, to_dense
+from mpop.models.matrices import mpo_modules
+from mpop.models.swapping import to_dense
 
 
 class TestSettled:

@@ -8,8 +8,9 @@ import transformers as hf
 from tiny_models import build, logits
 
 import mpop
-from mpop.models.matrices import empty_mpo, mpo_modules, swap
+from mpop.models.matrices import mpo_modules
 from mpop.models.selection import plan
+from mpop.models.swapping import empty_mpo, swap
 
 
 def _albert_base() -> hf.PreTrainedModel:

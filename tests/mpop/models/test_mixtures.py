@@ -343,7 +343,7 @@ class TestBadInput:
             with pytest.warns(UserWarning, match=f"only layers .* of 4 stacks .* {UP}, stay"):
                 quantize(part)
             assert isinstance(module_at(part, UP), MPOExperts)
-        with pytest.raises(ValueError, match=r"linears to quantize .*, got '\*.experts.\*'"):
+        with pytest.raises(ValueError, match=r"include: expected MPO linears, got '\*.experts.\*'"):
             mpop.quantize(model, include=["*.experts.*"])
         with pytest.raises(
             ValueError, match=f"^{UP}: expected cores of layers, got .*: leave them"
