@@ -6,7 +6,7 @@ from mpo_kernels.cores.shape import MPOShape
 from mpo_kernels.layers.embedding import MPOEmbedding
 from mpo_kernels.layers.experts import MPOExperts
 from mpo_kernels.layers.linear import InterpolativeLinear, MPOLinear
-from mpo_kernels.layers.quantized import QuantizedMPOLinear
+from mpo_kernels.layers.quantized import QuantizedInterpolativeLinear, QuantizedMPOLinear
 from mpo_kernels.ops.functional import mpo_embedding, mpo_linear
 from mpo_kernels.planning.plan import Plan
 from mpo_kernels.version import __version__
@@ -19,6 +19,7 @@ __all__ = [
     "MPOLinear",
     "MPOShape",
     "Plan",
+    "QuantizedInterpolativeLinear",
     "QuantizedMPOLinear",
     "__version__",
     "available_backends",

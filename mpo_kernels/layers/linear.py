@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpo_kernels.cores.chain import check_finite
@@ -16,9 +15,9 @@ from mpo_kernels.cores.decompose import Decomposition, decompose, reconstruct
 from mpo_kernels.cores.gauge import interpolated
 from mpo_kernels.cores.shape import MPOShape
 from mpo_kernels.layers.module import MPOModule, merged_for, plan_for
-from mpo_kernels.layers.quantized import QuantizedMPOLinear
+from mpo_kernels.layers.quantized import QuantizedInterpolativeLinear, QuantizedMPOLinear
 from mpo_kernels.layers.unformed import UnformedLayer
-from mpo_kernels.ops.functional import check_input
+from mpo_kernels.ops.functional import check_input, interpolative
 from mpo_kernels.ops.functional import linear as contract
 from mpo_kernels.planning.plan import Gradients, Plan
 
@@ -324,9 +323,7 @@ class InterpolativeLinear(UnformedLayer):
             return self._of(x, 1)
         check_input(x, self.in_features)
         coefficients, pivots = self.cores
-        z = F.linear(x, pivots)
-        y = torch.cat((z, F.linear(z, coefficients)), -1).index_select(-1, self.order)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return interpolative(x, coefficients, pivots, self.order, self.bias)
 
     @torch.no_grad()
     def to_mpo(self) -> MPOLinear:
@@ -341,9 +338,16 @@ class InterpolativeLinear(UnformedLayer):
         layer = MPOLinear._of_cores(cores, self.in_features, self.out_features, self.bias)
         return layer.train(self.training)
 
-    def quantized(self, dtype: torch.dtype = torch.int8) -> QuantizedMPOLinear:
-        """Plain low rank in bytes, r² of them more; see :meth:`MPOLinear.quantized`."""
-        return self.to_mpo().quantized(dtype)
+    def quantized(self, dtype: torch.dtype = torch.int8) -> QuantizedInterpolativeLinear:
+        """The same layer with cores of one byte an element, for serving.
+
+        Args:
+            dtype: ``torch.int8`` or ``torch.float8_e4m3fn``; each row of a core has a scale.
+
+        Raises:
+            ValueError: another dtype, or NaN or Inf in a core.
+        """
+        return QuantizedInterpolativeLinear(self, dtype)
 
     def to_linear(self) -> nn.Linear:
         """The dense layer, with a copy of the bias."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as dense_linear
 
 from mpo_kernels.cores.chain import check_cores
 from mpo_kernels.ops.eager import unobserved
@@ -70,6 +71,22 @@ def linear(x: Tensor, cores: list[Tensor], bias: Tensor | None, out_features: in
     if unobserved(x, cores, bias):
         return computed(x, cores, bias, out_features)
     return torch.ops.mpo_kernels.linear(x, cores, bias, out_features)
+
+
+def interpolative(
+    x: Tensor, coefficients: Tensor, pivots: Tensor, order: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``x [..., n] -> [..., m]`` by r rows of a weight, and what makes the others of them.
+
+    Args:
+        coefficients: T ``[m − r, r]``.
+        pivots: B ``[r, n]``.
+        order: int64 ``[m]``: where in ``cat(x Bᵀ, x Bᵀ Tᵀ)`` each output stands.
+        bias: ``[m]`` or None.
+    """
+    z = dense_linear(x, pivots)
+    y = torch.cat((z, dense_linear(z, coefficients)), -1).index_select(-1, order)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def mpo_linear(

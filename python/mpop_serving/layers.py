@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpo_kernels import mpo_embedding, mpo_linear, reconstruct
+from mpo_kernels.cores.quantize import dequantize_rows
 from mpo_kernels.cores.shape import leading_digit
 from mpo_kernels.layers.module import merged_for
 
@@ -62,8 +63,8 @@ class _Dense:
         columns = self.place.share(self.name, weight.shape[1], self.in_size)
         return weight[rows.start : rows.stop, columns.start : columns.stop]
 
-    def parts(self, held: Sequence[Tensor]) -> list[Tensor]:
-        """What computes, from what was cut."""
+    def parts(self, held: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """What computes in ``dtype``, from what was cut."""
         return list(held)
 
     def __call__(self, x: Tensor, parts: list[Tensor]) -> Tensor:
@@ -120,7 +121,7 @@ class _Cores:
                 )
         return core
 
-    def parts(self, held: Sequence[Tensor]) -> list[Tensor]:
+    def parts(self, held: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """What computes, from what was cut: merged for one row, which takes little memory.
 
         Bytes are not merged, but lie as one row is read fastest.
@@ -156,7 +157,7 @@ class _Cores:
 class _Rows(_Cores):
     """One matrix in interpolative form, which computes as plain low rank, or dense if that is less.
 
-    No kernel of the servers' knows the form.
+    No kernel of the servers' knows the form, nor its bytes, which are saved on disk alone.
     """
 
     def __init__(
@@ -164,16 +165,20 @@ class _Rows(_Cores):
     ) -> None:
         super().__init__(name, spec, inputs, outputs)
         (_, _, columns), (_, _, rows) = self.cuts
-        self.cuts = [(1, "cores.1", columns), (0, "order", rows)]
+        self.saved, self.store = self.store, None  # widened when it is loaded
+        self.cuts = [(1, spec.core(1), columns), (0, "order", rows)]
 
-    def parts(self, held: Sequence[Tensor]) -> list[Tensor]:
-        coefficients, pivots, order = held
+    def parts(self, held: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        coefficients, pivots, *scales, order = held
+        if self.saved is not None:
+            codes = [core.view(self.saved) for core in (coefficients, pivots)]
+            coefficients, pivots = dequantize_rows(codes, scales, dtype)
         one = torch.eye(len(pivots), dtype=pivots.dtype, device=pivots.device)
         left = torch.cat((one, coefficients))[order]
         cores = [left[None, None], pivots[:, :, None, None]]
         if left.numel() + pivots.numel() >= self.in_features * self.out_features:
             cores = [reconstruct(cores).t()[None, :, :, None]]
-        return super().parts(cores)
+        return super().parts(cores, dtype)
 
 
 def _matrix(
@@ -198,7 +203,7 @@ class _Method:
 
     def _expect(self, layer: Any, matrices: Sequence[_Dense | _Cores], dtype: torch.dtype) -> None:
         """Give the layer the parameters that are looked for by name; they stay empty."""
-        self.matrices = matrices
+        self.matrices, self.dtype = matrices, dtype
         self.held: list[dict[str, Tensor]] = [{} for _ in matrices]
 
         layer.cores = nn.ParameterList()
@@ -230,7 +235,7 @@ class _Method:
             for tensor in matrix.tensors:
                 if tensor not in held:
                     raise ValueError(f"{matrix.name}.{tensor}: missing from the checkpoint")
-            parts = matrix.parts([held.pop(tensor) for tensor in matrix.tensors])
+            parts = matrix.parts([held.pop(tensor) for tensor in matrix.tensors], self.dtype)
             layer.parts.append(nn.ParameterList(nn.Parameter(p, False) for p in parts))
 
 

@@ -6,8 +6,8 @@ import pytest
 
 PUBLIC = {
     "mpo_kernels": "Decomposition InterpolativeLinear MPOEmbedding MPOExperts MPOLinear MPOShape "
-    "Plan QuantizedMPOLinear __version__ available_backends decompose mpo_embedding mpo_linear "
-    "reconstruct round_cores use_backend",
+    "Plan QuantizedInterpolativeLinear QuantizedMPOLinear __version__ available_backends decompose "
+    "mpo_embedding mpo_linear reconstruct round_cores use_backend",
     "mpo_kernels.export": "DECOMPOSITIONS",
     "mpop": "CompressionConfig CompressionReport Exported MPOConfig ParameterCount Perplexity "
     "Settler SqueezeReport balance compress count_parameters dequantize_centres export format_rows "

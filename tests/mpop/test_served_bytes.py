@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpo_kernels import InterpolativeLinear, MPOLinear, MPOShape, QuantizedMPOLinear
+from mpo_kernels import MPOLinear, MPOShape, QuantizedMPOLinear
 from mpop.models.config import INTERPOLATIVE, ModuleSpec
 from mpop_serving.layers import LinearMethod, Place, VocabularyMethod
 
@@ -118,17 +118,22 @@ def test_a_head_of_its_own(processes: int) -> None:
     assert not found[:, 50:].any()
 
 
-def rows_of(rank: int, outputs: int = 16) -> tuple[InterpolativeLinear, ModuleSpec]:
+def rows_of(rank: int, outputs: int = 16, store: str | None = None) -> tuple[Any, ModuleSpec]:
     torch.manual_seed(0)
     shape = MPOShape.low_rank(12, outputs, rank)
-    layer = MPOLinear(12, outputs, shape, bias=False).interpolative()
-    return layer, ModuleSpec("linear", shape, False, form=INTERPOLATIVE)
+    layer: Any = MPOLinear(12, outputs, shape, bias=False).interpolative()
+    held = layer if store is None else layer.quantized(STORES[store])
+    return held, ModuleSpec("linear", shape, False, store, form=INTERPOLATIVE)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.parametrize("rank", [1, 3, 6, 11, 12])
-def test_columns_and_rows_of_interpolative_form(rank: int, processes: int) -> None:
-    held, spec = rows_of(rank)
+@pytest.mark.parametrize(
+    ("rank", "store"), [(1, None), (3, "int8"), (6, None), (11, "float8_e4m3fn"), (12, None)]
+)
+def test_columns_and_rows_of_interpolative_form(
+    rank: int, store: str | None, processes: int
+) -> None:
+    held, spec = rows_of(rank, store=store)
     assert {name: tuple(t.shape) for name, t in held.state_dict().items()} == spec.tensors
     x, sums = torch.randn(3, 12), torch.zeros(3, 16)
     want = held(x).detach()
@@ -171,9 +176,9 @@ def test_interpolative_form_fused_with_others() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("rank", [3, 11])
-def test_a_head_in_interpolative_form(rank: int, processes: int) -> None:
-    held, spec = rows_of(rank, 50)
+@pytest.mark.parametrize(("rank", "store"), [(3, None), (11, None), (5, "int8")])
+def test_a_head_in_interpolative_form(rank: int, store: str | None, processes: int) -> None:
+    held, spec = rows_of(rank, 50, store)
     x, logits, size = torch.randn(3, 12), [], 64 // processes
     sizes = {"org_vocab_size": 50, "embedding_dim": 12, "num_embeddings_per_partition": size}
     for place in range(processes):

@@ -90,6 +90,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+CASES["interpolative form in int8"] = ("llama", CASES["interpolative form"][1] | {"store": "int8"})
 CASES |= {
     f"in {store}": ("llama", {"compression": 0.6, "embeddings": False, "store": store})
     for store in STORES

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from mpo_kernels import MPOEmbedding, MPOExperts, QuantizedMPOLinear
+from mpo_kernels import MPOEmbedding, MPOExperts
+from mpo_kernels.layers.quantized import QuantizedLayer
 from mpo_kernels.layers.unformed import UnformedWeight
 from mpop.checkpoints.keys import (
     Contents,
@@ -264,7 +265,7 @@ def attach(model: PreTrainedModel) -> None:
     model.hf_quantizer = MPOQuantizer(config)  # type: ignore[assignment]
 
 
-def _empty(model: PreTrainedModel, name: str, spec: ModuleSpec) -> MPO | QuantizedMPOLinear:
+def _empty(model: PreTrainedModel, name: str, spec: ModuleSpec) -> MPO | QuantizedLayer:
     """What the checkpoint has in the place of a dense module, without values."""
     dense, shape = module_at(model, name), spec.shape
     *experts, out_features, in_features = weight_of(dense).shape

@@ -116,11 +116,6 @@ def run(
     text = {name: options.pop(name) for name in ("samples", "seqlen", "seed", "data_dir")}
     calibrate, store = options.pop("calibrate"), options.pop("store")
     config = mpop.CompressionConfig(**options)
-    if store is not None and config.factors == "interpolative":
-        raise ValueError(
-            f"--store {store}: expected factors balanced or auto, got interpolative, which bytes "
-            "do not hold: as two cores they would take more than was asked for"
-        )
     loaded = load_as_saved(model).to(device)  # type: ignore[arg-type]
     batches = None if calibrate is None else _batches(loaded, model, calibrate, **text)
     report = mpop.compress(loaded, config, batches)

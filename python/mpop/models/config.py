@@ -285,7 +285,10 @@ class ModuleSpec(NamedTuple):
         if self.form is not None:
             features, (rank,) = self.shape.out_features, self.shape.ranks
             pivots = (rank, self.shape.in_features)
-            return {"cores.0": (features - rank, rank), "cores.1": pivots, "order": (features,)}
+            shapes = {self.core(0): (features - rank, rank), self.core(1): pivots}
+            if self.store is not None:
+                shapes |= {"scale_0": (features - rank,), "scale_1": (rank,)}
+            return shapes | {"order": (features,)}
         stack = () if self.experts is None else (self.experts,)
         shapes = {self.core(k): (*stack, *size) for k, size in enumerate(self.shape.core_shapes)}
         if self.store is not None:
@@ -386,11 +389,11 @@ class MPOConfig(QuantizationConfigMixin):
                         f"frozen, got {store!r} of a {kind}, frozen: {frozen}"
                     )
                 made = MPOShape.from_dict(shape)
-                is_plain = kind in LINEARS and store is None and has_rows(made)
+                is_plain = kind in LINEARS and has_rows(made)
                 if form is not None and (form != INTERPOLATIVE or not is_plain):
                     raise ValueError(
-                        f"form: expected {INTERPOLATIVE!r}, of a linear or conv1d of low rank that "
-                        f"is not quantised, got {form!r} of a {kind}, store: {store}, {made}"
+                        f"form: expected {INTERPOLATIVE!r}, of a linear or conv1d of low rank, got "
+                        f"{form!r} of a {kind}, {made}"
                     )
                 specs[name] = ModuleSpec(kind, made, frozen, store, experts, form)
             except (KeyError, TypeError, ValueError) as error:

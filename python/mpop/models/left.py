@@ -9,9 +9,10 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from mpo_kernels import InterpolativeLinear, QuantizedMPOLinear
+from mpo_kernels import InterpolativeLinear
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpo_kernels.layers.module import MPOModule
+from mpo_kernels.layers.quantized import QuantizedLayer
 from mpop.models.matrices import OTHER_EMBEDDINGS, module_at, sorted_matrices
 
 NOT_SELECTED = "not selected"
@@ -40,7 +41,7 @@ def left_dense(model: PreTrainedModel) -> tuple[LeftDense, ...]:
         counted.add(id(weight))
         counts[reason or NOT_SELECTED] += weight.numel()
     for module in model.modules():
-        if isinstance(module, QuantizedMPOLinear) and module.bias is not None:
+        if isinstance(module, QuantizedLayer) and module.bias is not None:
             counts[_SMALL] += module.bias.numel()  # a buffer, as all of it
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in counted:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from mpo_kernels import InterpolativeLinear, QuantizedMPOLinear
+from mpo_kernels import InterpolativeLinear
 from mpo_kernels.layers.blockwise import BlockwiseLayer
+from mpo_kernels.layers.quantized import QuantizedLayer
 from mpop.models.matrices import (
     MPO,
     check_own_cores,
@@ -45,8 +46,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     for layer in model.modules():
         if isinstance(layer, BlockwiseLayer):
             total += math.prod(layer.shape.core_shapes[layer.central])
-        elif isinstance(layer, QuantizedMPOLinear):
-            total += layer.shape.num_parameters + (0 if layer.bias is None else layer.bias.numel())
+        elif isinstance(layer, QuantizedLayer):
+            held = layer.codes if layer.bias is None else [*layer.codes, layer.bias]
+            total += sum(tensor.numel() for tensor in held)
     return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), total)
 
 
@@ -60,7 +62,7 @@ def count_bytes(model: nn.Module) -> ByteCount:
         held = tensors_of(module)
         for tensor in held:
             others.pop(id(tensor), None)
-        if isinstance(module, QuantizedMPOLinear | InterpolativeLinear):
+        if isinstance(module, QuantizedLayer | InterpolativeLinear):
             matrices += sum(tensor.nbytes for tensor in held)
         else:
             matrices += parameters_of(module)[0] * held[0].itemsize

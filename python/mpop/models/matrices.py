@@ -12,16 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mpo_kernels import (
-    InterpolativeLinear,
-    MPOEmbedding,
-    MPOExperts,
-    MPOLinear,
-    MPOShape,
-    QuantizedMPOLinear,
-)
+from mpo_kernels import InterpolativeLinear, MPOEmbedding, MPOExperts, MPOLinear, MPOShape
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer
 from mpo_kernels.layers.embedding import MPOTiedLinear
+from mpo_kernels.layers.quantized import QuantizedInterpolativeLinear, QuantizedLayer
 from mpo_kernels.layers.unformed import UnformedLayer
 from mpop.models.config import INTERPOLATIVE, STORES, ModuleSpec, MPOConfig
 from mpop.models.reads import weights_read
@@ -30,7 +24,8 @@ from mpop.models.subclasses import DenseExperts, expert_parameters
 DenseLayer: TypeAlias = nn.Linear | Conv1D | nn.Embedding
 Dense: TypeAlias = DenseLayer | DenseExperts
 MPO: TypeAlias = MPOLinear | InterpolativeLinear | MPOEmbedding | MPOExperts
-Compressed: TypeAlias = MPO | BlockwiseLayer | QuantizedMPOLinear
+Interpolative: TypeAlias = InterpolativeLinear | QuantizedInterpolativeLinear
+Compressed: TypeAlias = MPO | BlockwiseLayer | QuantizedLayer
 Names: TypeAlias = tuple[str, ...]  # the modules that hold one matrix, its owner first
 
 _KINDS: dict[type[DenseLayer], str] = {
@@ -186,7 +181,7 @@ def check_centres(model: nn.Module) -> None:
 def check_not_quantized(model: nn.Module) -> None:
     """Raise a ValueError that names the first matrix whose cores are int8 or e4m3."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedMPOLinear):
+        if isinstance(module, QuantizedLayer):
             raise ValueError(
                 f"{name}: expected cores of 16 bits or more, got {store_of(module)}, which neither "
                 "train nor change: take the model as it was before mpop.quantize (mpop compress "
@@ -217,7 +212,9 @@ def tensors_of(module: Compressed) -> tuple[Tensor, ...]:
     """Those that hold the matrix of a module, without a bias."""
     if isinstance(module, BlockwiseLayer):
         return (*module.auxiliary, module.codes, module.scales)
-    if isinstance(module, QuantizedMPOLinear):
+    if isinstance(module, QuantizedInterpolativeLinear):
+        return (*module.codes, *module.scales, module.order)
+    if isinstance(module, QuantizedLayer):
         return (*module.codes, *module.scales)
     if isinstance(module, InterpolativeLinear):
         return (*module.cores, module.order)
@@ -226,7 +223,7 @@ def tensors_of(module: Compressed) -> tuple[Tensor, ...]:
 
 def store_of(module: Compressed) -> str | None:
     """One of `config.STORES` where the cores are quantised."""
-    if not isinstance(module, QuantizedMPOLinear):
+    if not isinstance(module, QuantizedLayer):
         return None
     return next(store for store, dtype in STORES.items() if dtype == module.dtype)
 
@@ -270,13 +267,13 @@ def spec_of(module: Compressed) -> ModuleSpec:
     """What a checkpoint says of a module."""
     if isinstance(module, BlockwiseLayer):
         is_light = all(core.requires_grad for core in module.auxiliary)
-    elif isinstance(module, QuantizedMPOLinear):
+    elif isinstance(module, QuantizedLayer):
         is_light = False
     else:
         trained = [core.requires_grad for core in module.cores]
         is_light = trained == [k != module.central for k in range(len(trained))]
     experts = module.num_experts if isinstance(module, MPOExperts) else None
-    form = INTERPOLATIVE if isinstance(module, InterpolativeLinear) else None
+    form = INTERPOLATIVE if isinstance(module, Interpolative) else None
     kind, store = kind_of_mpo(module), store_of(module)
     return ModuleSpec(kind, module.shape, is_light, store, experts, form)
 
@@ -301,7 +298,7 @@ def parameters_of(module: Compressed) -> tuple[int, int]:
     """What a module holds for its matrix, or those of experts, and what the dense one does."""
     count, shape = matrices_in(module), module.shape
     held = shape.num_parameters
-    if isinstance(module, InterpolativeLinear):
+    if isinstance(module, Interpolative):
         held = sum(core.numel() for core in module.cores)
     return count * held, count * shape.dense_parameters
 

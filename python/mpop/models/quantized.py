@@ -10,18 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mpo_kernels import (
-    InterpolativeLinear,
-    MPOEmbedding,
-    MPOExperts,
-    MPOLinear,
-    MPOShape,
-    QuantizedMPOLinear,
-)
+from mpo_kernels import MPOEmbedding, MPOExperts, MPOLinear, MPOShape
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
 from mpo_kernels.layers.module import check_rows, merged_for
+from mpo_kernels.layers.quantized import QuantizedLayer
 from mpop.models.config import LINEARS, STORES, matches
 from mpop.models.matrices import (
+    Interpolative,
     check_centres,
     check_not_interpolative,
     compressed_matrices,
@@ -48,10 +43,9 @@ def quantize(
 ) -> Memory:
     """Hold the MPO linears in one byte a number, for serving: nothing of them trains any more.
 
-    Each slice of a bond has an fp32 scale; see `mpo_kernels.MPOLinear.quantized`. Word embeddings,
-    and an output head with the cores of one, and experts (a UserWarning says so) stay as they are;
-    of a matrix in interpolative form the plain cores are quantised, r² numbers more. Saved and
-    loaded, bytes stay bytes.
+    Each slice of a bond, or in interpolative form each row, has an fp32 scale; see
+    `mpo_kernels.MPOLinear.quantized`. Word embeddings, and an output head with the cores of one,
+    and experts (a UserWarning says so) stay as they are. Saved and loaded, bytes stay bytes.
 
     Args:
         model: compressed, in place.
@@ -86,11 +80,11 @@ def quantize(
                 f"include: expected MPO linears, got {pattern!r}, which fits none of {len(linears)}"
             )
     _warn_of_experts(model)
-    made: dict[nn.Module, QuantizedMPOLinear] = {}
+    made: dict[nn.Module, QuantizedLayer] = {}
     chosen = [n for n in linears if any(matches(pattern, n) for pattern in patterns)]
     for names in chosen:
         for module in (module_at(model, name) for name in names):
-            if isinstance(module, QuantizedMPOLinear):
+            if isinstance(module, QuantizedLayer):
                 raise ValueError(
                     f"{names[0]}: expected an MPO linear, got one in {module.dtype} already: leave "
                     "it out by include=..."
@@ -155,7 +149,7 @@ def optimize_for_inference(model: PreTrainedModel, rows: int = 1) -> None:
     for names in matrices:
         owner, *others = (module_at(model, name) for name in names)
         new: Any
-        if isinstance(owner, InterpolativeLinear | MPOExperts):
+        if isinstance(owner, Interpolative | MPOExperts):
             continue  # as they are read
         if not isinstance(owner, MPOEmbedding):
             new = owner.merged(rows)

@@ -18,8 +18,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from mpo_kernels import InterpolativeLinear, MPOEmbedding, MPOLinear, QuantizedMPOLinear
+from mpo_kernels import InterpolativeLinear, MPOEmbedding, MPOLinear
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLinear
+from mpo_kernels.layers.quantized import QuantizedLayer
 
 # What an expression stands for: modules, or functions bound to them.
 Found: TypeAlias = frozenset[Any]
@@ -37,7 +38,7 @@ _ITERATING = {"enumerate", "zip", "reversed", "iter", "list", "tuple", "next", "
 _LEAVES = tuple(
     layer.forward
     for layer in (
-        *(nn.Linear, MPOLinear, InterpolativeLinear, QuantizedMPOLinear, BlockwiseLinear),
+        *(nn.Linear, MPOLinear, InterpolativeLinear, QuantizedLayer, BlockwiseLinear),
         *(nn.Embedding, MPOEmbedding, BlockwiseEmbedding),
     )
 )

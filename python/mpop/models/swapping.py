@@ -16,9 +16,9 @@ from mpo_kernels import (
     MPOExperts,
     MPOLinear,
     MPOShape,
-    QuantizedMPOLinear,
 )
 from mpo_kernels.cores.chain import check_finite
+from mpo_kernels.layers.quantized import QuantizedLayer
 from mpo_kernels.layers.unformed import UnformedLayer
 from mpop.models.matrices import (
     MPO,
@@ -60,7 +60,7 @@ def empty_mpo(dense: Dense, shape: MPOShape, form: str | None = None) -> MPO:
 
 
 def to_dense(
-    module: MPO | QuantizedMPOLinear, dtype: torch.dtype = torch.float32
+    module: MPO | QuantizedLayer, dtype: torch.dtype = torch.float32
 ) -> DenseLayer | nn.Parameter:
     """A dense module of the kind that was replaced, or of experts `[E, out, in]`, as it is now.
 
@@ -71,9 +71,7 @@ def to_dense(
         return module.to_embedding()
     if isinstance(module, MPOExperts):
         return nn.Parameter(module.to_weight())
-    linear = (
-        module.to_linear(dtype) if isinstance(module, QuantizedMPOLinear) else module.to_linear()
-    )
+    linear = module.to_linear(dtype) if isinstance(module, QuantizedLayer) else module.to_linear()
     if kind_of_mpo(module) != "conv1d":
         return linear
     with torch.device("meta"):
@@ -107,7 +105,7 @@ def densify(model: PreTrainedModel) -> None:
 
 
 def swap(
-    model: PreTrainedModel, names: Names, new: MPO | QuantizedMPOLinear | DenseLayer | nn.Parameter
+    model: PreTrainedModel, names: Names, new: MPO | QuantizedLayer | DenseLayer | nn.Parameter
 ) -> None:
     """Put `new` in the place of the modules `names`, which go on sharing one matrix.
 
@@ -137,7 +135,7 @@ def _swap_experts(model: nn.Module, name: str, new: MPOExperts | nn.Parameter) -
     hold(experts, leaf, new)
 
 
-def _part(new: MPO | QuantizedMPOLinear | DenseLayer, old: Any, shared: bool) -> Any:
+def _part(new: MPO | QuantizedLayer | DenseLayer, old: Any, shared: bool) -> Any:
     """What takes the place of one of the modules that share a matrix."""
     part: Any = new
     if isinstance(new, nn.Embedding | MPOEmbedding):
@@ -150,10 +148,10 @@ def _part(new: MPO | QuantizedMPOLinear | DenseLayer, old: Any, shared: bool) ->
         part.padding_idx = old.padding_idx
         adopt(part, old)
         return part
-    if not isinstance(new, QuantizedMPOLinear):  # whose own is a buffer
-        in_bytes = isinstance(old, QuantizedMPOLinear) and old.bias is not None
+    if not isinstance(new, QuantizedLayer):  # whose own is a buffer
+        in_bytes = isinstance(old, QuantizedLayer) and old.bias is not None
         part.bias = nn.Parameter(old.bias) if in_bytes else old.bias
-    if isinstance(new, MPOLinear | InterpolativeLinear | QuantizedMPOLinear):
+    if isinstance(new, MPOLinear | InterpolativeLinear | QuantizedLayer):
         part.kind = kind_of_mpo(old) if isinstance(old, Compressed) else kind_of(old)
     return part
 

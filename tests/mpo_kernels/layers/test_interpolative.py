@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpo_kernels import InterpolativeLinear, MPOEmbedding, MPOLinear, MPOShape, QuantizedMPOLinear
+from mpo_kernels import InterpolativeLinear, MPOEmbedding, MPOLinear, MPOShape
 from mpo_kernels.cores.gauge import interpolated
 from mpo_kernels.testing import relative_error
 
@@ -125,7 +125,7 @@ def test_compiles_as_one_graph():
     assert asks(torch.randn(2, dtype=torch.float64)).dtype == torch.float32
 
 
-def test_autocast_halves_nested_and_bytes():
+def test_autocast_halves_and_nested():
     plain = low_rank(13, 7, 4)
     layer = plain.interpolative()
     x = torch.randn(3, 7)
@@ -139,8 +139,55 @@ def test_autocast_halves_nested_and_bytes():
     assert relative_error(half(x.bfloat16()), plain(x)) < 0.02
     nested = torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
     torch.testing.assert_close(layer(nested).values(), layer(torch.cat((x, x[:2]))))
-    coded = layer.quantized()
-    assert isinstance(coded, QuantizedMPOLinear) and relative_error(coded(x), plain(x)) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("m", "n", "rank"), [(13, 7, 4), (7, 13, 6), (5, 5, 5)])
+def test_bytes_have_a_scale_for_each_row(m, n, rank, dtype):
+    layer = low_rank(m, n, rank).interpolative()
+    with torch.no_grad():
+        layer.cores[1].mul_(torch.logspace(-3, 3, rank)[:, None])  # of very different sizes
+        layer.cores[0].mul_(torch.logspace(3, -3, rank))
+    coded = layer.eval().quantized(dtype)
+    # Half a step of 127, or half of the last of three bits, of the largest of a row.
+    bound, held = {torch.int8: 0.5 / 127, torch.float8_e4m3fn: 2**-4}[dtype], []
+    for codes, scale, core in zip(coded.cores, coded.scales, layer.cores, strict=True):
+        assert codes.dtype == dtype and codes.shape == core.shape and scale.shape == core.shape[:1]
+        held.append(codes.double() * scale.double()[:, None])
+        largest = core.detach().abs().amax(1, keepdim=True)
+        assert ((held[-1] - core.detach()).abs() <= 1.01 * bound * largest).all()
+    exact = torch.cat((held[1], held[0] @ held[1]))[layer.order]
+    bias = layer.bias.detach().double()
+    for lead in ((2, 3), (0,), ()):
+        x = torch.randn(*lead, n)
+        expected = F.linear(x.double(), exact, bias).float()
+        torch.testing.assert_close(coded(x), expected, rtol=1e-4, atol=1e-4)
+    assert relative_error(coded.to_linear().weight, exact) <= 1e-6
+    assert not list(coded.parameters()) and coded.weight.shape == (m, n)
+    assert sum(code.nbytes for code in coded.codes) == rank * (m + n - rank)
+    x = torch.randn(2, n, requires_grad=True)
+    (gradient,) = torch.autograd.grad(coded(x).sum(), x)
+    torch.testing.assert_close(gradient, exact.sum(0).float().expand(2, n), rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert coded(x).dtype == torch.bfloat16
+    half = copy.deepcopy(coded).to(torch.bfloat16)
+    assert half.bias.dtype == torch.bfloat16 and half.order.dtype == torch.int64
+    assert all(map(torch.equal, half.scales, coded.scales))
+    assert relative_error(half(x.bfloat16()), coded(x)) < 0.05
+    empty = InterpolativeLinear(n, m, rank, device="meta").quantized(dtype).to_empty(device="cpu")
+    empty.load_state_dict(coded.state_dict())
+    assert torch.equal(empty(x), coded(x))
+    with pytest.raises(ValueError, match=f"expected cores of 16 bits or more, got {dtype}"):
+        coded.quantized()
+
+
+def test_what_bytes_do_not_hold():
+    layer = low_rank(7, 5, 3).interpolative()
+    with pytest.raises(ValueError, match=r"expected a dtype of .*, got torch\.int16"):
+        layer.quantized(torch.int16)
+    layer.cores[0].data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="expected finite cores, got NaN or Inf in core 0"):
+        layer.quantized()
 
 
 def test_meta_and_state():

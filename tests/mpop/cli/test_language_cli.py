@@ -196,10 +196,15 @@ def test_models_that_cannot_be_measured(
     assert "expected finite losses, got nan in window 1 of" in line
 
 
-def test_bytes_are_not_of_the_interpolative_form(
-    dense: Path, texts: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_rows_in_bytes(dense: Path, texts: Path, tmp_path: Path, capsys: Any) -> None:
     command = compress(dense, tmp_path / "o", texts / "a.txt", "--factors", "interpolative")
-    assert main([*command, "--store", "int8"]) == 2
-    assert "--store int8: expected factors balanced or auto" in capsys.readouterr().err
-    assert not (tmp_path / "o").exists()
+    assert main([*command, "--store", "int8", "--json"]) == 0
+    result = last_json(capsys.readouterr().out)
+    entries = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
+    assert {entry["store"] for entry in entries["modules"].values()} == {"int8"}
+    held = load_file(tmp_path / "o" / "model.safetensors")
+    assert result["matrix_bytes"] == sum(
+        held[f"{name}.{tensor}"].nbytes
+        for name in entries["modules"]
+        for tensor in ("int8_core_0", "int8_core_1", "scale_0", "scale_1", "order")
+    )

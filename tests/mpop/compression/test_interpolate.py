@@ -19,10 +19,17 @@ from transformers import AutoModel, PreTrainedModel, TrainingArguments
 
 import mpop
 import mpop.peft
-from mpo_kernels import InterpolativeLinear, MPOExperts, MPOLinear, MPOShape, decompose
+from mpo_kernels import (
+    InterpolativeLinear,
+    MPOExperts,
+    MPOLinear,
+    MPOShape,
+    QuantizedInterpolativeLinear,
+    decompose,
+)
 from mpop.checkpoints.quantizer import attach
 from mpop.finetuning.trainer import MPOTrainer
-from mpop.models.config import INTERPOLATIVE
+from mpop.models.config import INTERPOLATIVE, STORES
 from mpop.models.left import left_dense
 from mpop.models.light import count_bytes
 from mpop.models.matrices import describe, module_at, weight_of
@@ -209,15 +216,32 @@ def test_what_needs_plain_cores_is_refused(change: str) -> None:
     assert torch.equal(logits(model), expected)
 
 
-def test_in_bytes_they_are_plain_cores(tmp_path: Path) -> None:
-    model = compressed("bert")
-    plain = copy.deepcopy(model)
-    mpop.interpolate(model)
-    found, expected = mpop.quantize(model), mpop.quantize(plain)
-    assert found.after == expected.after and found.before < expected.before
-    assert error(logits(model), logits(plain)) < 0.05 and not rows_of(model)
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("name", QUERY)
+def test_in_bytes(name: str, store: str, tmp_path: Path) -> None:
+    model = compressed(name)
+    changed = mpop.interpolate(model)
+    expected, counts = logits(model), mpop.count_parameters(model)
+    found = mpop.quantize(model, STORES[store])
+    layers = {m for m in model.modules() if isinstance(m, QuantizedInterpolativeLinear)}
+    held = [tensor for layer in layers for tensor in (*layer.scales, layer.order)]
+    assert found.after == changed.after + sum(tensor.nbytes for tensor in held)
+    assert count_bytes(model).matrices == found.after
+    assert error(logits(model), expected) < (0.02 if store == "int8" else 0.1)
+    assert mpop.count_parameters(model).total == counts.total
     mpop.save(model, tmp_path)
-    assert torch.equal(logits(mpop.load(tmp_path).eval()), logits(model))
+    card = (tmp_path / "README.md").read_text()
+    assert f"matrices have cores in {store}" in card and "are held as rows of theirs" in card
+    again = mpop.load(tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    specs = again.config.quantization_config.specs()
+    assert specs[QUERY[name]][-3:] == (store, None, INTERPOLATIVE)
+    merged = mpop.merge(copy.deepcopy(again))
+    assert error(logits(merged), logits(model)) < 1e-4
+    with pytest.raises(ValueError, match=f"expected cores of 16 bits or more, got {store}"):
+        mpop.interpolate(model)
+    mpop.optimize_for_inference(model)  # which leaves them as they are
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_inspected_they_have_the_spectra_of_the_matrices() -> None:
@@ -284,11 +308,11 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda path: edit_config(
             path, lambda c: _entry(c).update(in_factors=[2, 12], out_factors=[12, 2])
         ),
-        r"query': form: .* of low rank .*in_factors=\(2, 12\)",
+        r"query': form: .* of low rank, .*in_factors=\(2, 12\)",
     ),
-    "in bytes": (
+    "in bytes by the configuration": (
         lambda path: edit_config(path, lambda c: _entry(c).update(store="int8")),
-        r"query': form: .* not quantised, .*store: int8",
+        r"query\.int8_core_0: missing from the checkpoint",
     ),
 }
 
