@@ -8,6 +8,7 @@ line of `runs.jsonl`, and a stopped table goes on where it was.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -29,6 +30,7 @@ from bench.layer.report import table
 from bench.results import text_of
 from mpop.compression.calibration import second_moments
 from mpop.data.glue import get_task, load_split
+from mpop.models.light import count_bytes
 from mpop.models.matrices import module_at
 from mpop.models.selection import select
 
@@ -82,16 +84,38 @@ class Bench:
         self.whole = sum(weight.numel() for weight in self.kept.values())
         self.parameters = self.model.num_parameters()
 
+    def has(self, key: Row) -> bool:
+        """Whether there is a row of it."""
+        return any(all(row[name] == value for name, value in key.items()) for row in self.rows)
+
     def run(self, key: Row, make: Callable[[], tuple[float, float]]) -> None:
         """A row, unless it is there: `make` puts the weights; returns parameters and bytes."""
-        if any(all(row[name] == value for name, value in key.items()) for row in self.rows):
+        if self.has(key):
             return
         say(" ".join(map(str, key.values())))
         begun = time.perf_counter()
         parameters, num_bytes = make()
-        seconds = time.perf_counter() - begun
+        self._note(key, self.model, parameters, num_bytes, time.perf_counter() - begun)
+        with torch.no_grad():
+            for names, weight in self.weights.items():
+                weight.copy_(self.kept[names])
+
+    def run_saved(self, way: str, folder: str) -> None:
+        """A row of a model that was compressed, unless it is there."""
+        model = mpop.load(folder).eval()
+        others = self.parameters - self.whole
+        held = mpop.count_parameters(model).total - others
+        num_bytes = count_bytes(copy.deepcopy(model).bfloat16()).total - 2 * others
+        key = {"way": way, "ratio": round(held / self.whole, 2), "seed": 0}
+        if not self.has(key):
+            say(" ".join(map(str, key.values())))
+            self._note(key, model, held, num_bytes, 0.0)
+
+    def _note(
+        self, key: Row, model: Any, parameters: float, num_bytes: float, seconds: float
+    ) -> None:
         try:
-            found: Row = {"perplexity": self.texts.perplexities(self.model), "diverged": False}
+            found: Row = {"perplexity": self.texts.perplexities(model), "diverged": False}
         except FloatingPointError:
             found = {"perplexity": dict.fromkeys(_WINDOWS), "diverged": True}
         others = self.parameters - self.whole
@@ -106,18 +130,16 @@ class Bench:
         self.rows.append(row)
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        with torch.no_grad():
-            for names, weight in self.weights.items():
-                weight.copy_(self.kept[names])
 
     @torch.no_grad()
     def put(self, new: Any) -> tuple[float, float]:
-        """Weights in the place of the model's; the parameters of all, and the bytes in 16 bits."""
-        total = 0.0
-        for names, weight, parameters in new:
-            self.weights[names].copy_(weight)
-            total += parameters
-        return total, 2 * total
+        """Weights in the place of the model's; the parameters and the bytes of all."""
+        parameters = num_bytes = 0.0
+        for matrix in new:
+            self.weights[matrix.names].copy_(matrix.weight)
+            parameters += matrix.parameters
+            num_bytes += matrix.bytes
+        return parameters, num_bytes
 
     @torch.no_grad()
     def round(self, name: str) -> tuple[float, float]:
@@ -151,13 +173,15 @@ def measure(options: argparse.Namespace) -> list[Row]:
     bench.run({"way": "dense", **plain}, lambda: (bench.whole, 2 * bench.whole))
     for name in ROUNDINGS:
         bench.run({"way": name, **plain}, lambda name=name: bench.round(name))
+    for saved in options.saved:
+        bench.run_saved(*saved.split("=", 1))
     ends = time.monotonic() + 60 * options.budget_minutes
     for seed in options.seeds:
         found: AllMoments | None = None
         for ratio in options.ratios:
             for name in options.ways:
                 key = {"way": name, "ratio": ratio, "seed": seed}
-                if any(all(row[k] == v for k, v in key.items()) for row in bench.rows):
+                if bench.has(key):
                     continue
                 if time.monotonic() > ends:
                     return bench.rows
@@ -210,7 +234,10 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
         )
         for row in rows
     ]
-    meanings = [f"- `{name}`: {way.meaning}." for name, way in WAYS.items()]
+    shown = {row["way"] for row in rows}
+    meanings = [f"- `{name}`: {way.meaning}." for name, way in WAYS.items() if name in shown]
+    if "healed" in shown:
+        meanings.append("- `healed`: `ours`, trained on the dense model's text by `mpop heal`.")
     versions, git = conditions["versions"], conditions["git"]
     return "\n".join(
         [
@@ -285,6 +312,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=512, help="their tokens")
+    parser.add_argument(
+        "--saved",
+        nargs="+",
+        default=[],
+        metavar="WAY=FOLDER",
+        help="compressed models as well, such as healed=FOLDER, one of 'mpop heal'",
+    )
     parser.add_argument("--budget-minutes", type=float, default=1e6, help="stop after the run")
     return parser.parse_args(argv)
 

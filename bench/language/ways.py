@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mpo_kernels import MPOShape, decompose, reconstruct
+from mpo_kernels import MPOLinear, MPOShape, decompose, reconstruct
 from mpo_kernels.layers.cost import LayerCost
 from mpop.compression.allocation import allocate, curve
 from mpop.compression.calibration import Moments
@@ -30,6 +30,7 @@ class Way(NamedTuple):
         shared: one budget over all matrices, by the second moments of gradients.
         interpolative: low rank as rows and what makes the others of them.
         num_cores: balanced factors of so many cores; None for plain low rank.
+        in_bytes: the rows in int8, as `mpop.quantize` holds them.
     """
 
     meaning: str
@@ -38,6 +39,7 @@ class Way(NamedTuple):
     shared: bool = False
     interpolative: bool = False
     num_cores: int | None = None
+    in_bytes: bool = False
 
 
 WAYS = {
@@ -52,6 +54,9 @@ WAYS = {
         interpolative=True,
     ),
 }
+WAYS["ours-int8"] = WAYS["ours"]._replace(
+    meaning="`ours` in int8: `--store int8`; matrices that stay dense are in 16 bits", in_bytes=True
+)
 WAYS |= {
     f"chain-{n}": Way(
         f"`both` in {n} balanced cores for each matrix, its share of the budget the same",
@@ -63,16 +68,28 @@ WAYS |= {
 }
 
 
-def cut(
-    weights: Weights, moments: AllMoments, way: Way, ratio: float
-) -> Iterator[tuple[Names, Tensor, float]]:
-    """(names, new weight, parameters) of each matrix."""
+class Cut(NamedTuple):
+    """A matrix after it.
+
+    Attributes:
+        weight: ``[out, in]``.
+        parameters, bytes: that it takes.
+    """
+
+    names: Names
+    weight: Tensor
+    parameters: float
+    bytes: float
+
+
+def cut(weights: Weights, moments: AllMoments, way: Way, ratio: float) -> Iterator[Cut]:
+    """Each matrix, cut so that all have the share `ratio` of their parameters."""
     budgets = _budgets(weights, moments, way, ratio)
     for names, weight in weights.items():
         of_inputs = moments[names]
         budget = budgets[names]
         if budget >= weight.numel():
-            yield names, weight, weight.numel()
+            yield Cut(names, weight, weight.numel(), 2 * weight.numel())
             continue
         found = decompose(
             weight,
@@ -83,8 +100,15 @@ def cut(
             max_sweeps=_SWEEPS,
         )
         sizes = {"in_features": weight.shape[1], "out_features": len(weight)}
-        cost = LayerCost(interpolative=way.interpolative)
-        yield names, reconstruct(found.cores, **sizes), cost.of(found.shape)
+        parameters = LayerCost(interpolative=way.interpolative).of(found.shape)
+        if not way.in_bytes:
+            yield Cut(names, reconstruct(found.cores, **sizes), parameters, 2 * parameters)
+            continue
+        layer = MPOLinear(**sizes, shape=found.shape, bias=False)
+        layer.load_state_dict({f"cores.{k}": core for k, core in enumerate(found.cores)})
+        held = layer.interpolative().quantized()
+        num_bytes = sum(tensor.nbytes for tensor in held.state_dict().values())
+        yield Cut(names, held.to_linear().weight.detach(), parameters, num_bytes)
 
 
 def _shape(weight: Tensor, way: Way, budget: float) -> MPOShape:

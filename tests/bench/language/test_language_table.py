@@ -10,7 +10,9 @@ import pytest
 import tiny_text
 import torch
 from tiny_glue import write_glue
+from transformers import AutoModelForCausalLM
 
+import mpop
 from bench.language import table
 from bench.language.ways import ROUNDINGS, WAYS, cut
 from mpop.compression.calibration import Moments
@@ -36,10 +38,21 @@ def test_it_goes_on_where_it_was(folder: Path, monkeypatch: Any) -> None:
     assert [json.loads(line)["way"] for line in runs.read_text().splitlines()] == [
         *("dense", "int8", "int4")
     ]
-    table.main([*options, "--ways", "svd", "aware", "ours"])
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    config = mpop.CompressionConfig(compression=0.5, num_cores=2, embeddings=False)
+    mpop.compress(model, config, [{"input_ids": torch.arange(20).view(1, 20)}] * 9)
+    mpop.save(model, folder / "small")
+    options += ["--saved", f"healed={folder / 'small'}"]
+    table.main([*options, "--ways", "svd", "aware", "ours", "ours-int8"])
     rows = [json.loads(line) for line in runs.read_text().splitlines()]
-    assert [row["way"] for row in rows] == ["dense", "int8", "int4", "svd", "aware", "ours"]
-    dense, int8, *_, aware, ours = rows
+    names = [*("dense", "int8", "int4", "healed"), *("svd", "aware", "ours", "ours-int8")]
+    assert [row["way"] for row in rows] == names
+    dense, int8, _, healed, _, aware, ours, in_bytes = rows
+    assert healed["ratio"] == round(healed["of_matrices"], 2) and healed["ratio"] <= 0.5
+    assert healed["bytes"] == 2 * mpop.count_parameters(model).total
+    assert in_bytes["of_matrices"] == ours["of_matrices"] and in_bytes["bytes"] < ours["bytes"]
+    for name, found in in_bytes["perplexity"].items():
+        assert found == pytest.approx(ours["perplexity"][name], rel=0.05)
     assert dense["of_matrices"] == dense["of_model"] == 1
     assert int8["perplexity"]["test 16"] == pytest.approx(dense["perplexity"]["test 16"], rel=0.05)
     assert int8["bytes"] < dense["bytes"]
@@ -50,7 +63,7 @@ def test_it_goes_on_where_it_was(folder: Path, monkeypatch: Any) -> None:
     assert (folder / "out" / "table.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("name", ["aware", "ranks", "both", "ours", "chain-3"])
+@pytest.mark.parametrize("name", ["aware", "ranks", "both", "ours", "ours-int8", "chain-3"])
 def test_a_budget_holds_and_the_rank_is_of_it(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -63,8 +76,11 @@ def test_a_budget_holds_and_the_rank_is_of_it(name: str) -> None:
         x, g = random(400, weight.shape[1]), random(400, len(weight))
         moments[names] = Moments(x.t() @ x, x.t() @ x, 400, 0.1, g.t() @ g)
     found = list(cut(weights, moments, WAYS[name], 0.6))
-    assert sum(parameters for *_, parameters in found) <= 0.6 * (240 + 360)
-    for names, new, parameters in found:
+    assert sum(matrix.parameters for matrix in found) <= 0.6 * (240 + 360)
+    for names, new, parameters, num_bytes in found:
+        is_in_bytes = WAYS[name].in_bytes and parameters < new.numel()
+        # In bytes each row has a scale of four and its place of eight.
+        assert num_bytes == (parameters + 12 * len(new) if is_in_bytes else 2 * parameters)
         assert new.shape == weights[names].shape
         if WAYS[name].num_cores is None and parameters < new.numel():
             rank = int(torch.linalg.matrix_rank(new, rtol=1e-4))
