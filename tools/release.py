@@ -130,7 +130,7 @@ def release(root: Path) -> None:
     print("\n".join(sums))
     sdist, cpu, *cuda = (str(file.relative_to(root)) for file in files)
     for file in cuda:
-        print(f"not for the index, docs/releasing.md says why: {file}")
+        print(f"not for the index, docs/how-to/releasing.md says why: {file}")
     print(f"version {version}, not uploaded; once the tests have passed:")
     print(f"  {sys.executable} -m twine upload {sdist} {cpu}")
 

@@ -79,6 +79,6 @@ def default_figures(device_type: str, dtype: torch.dtype, threads: int) -> Devic
         # One AVX-512 core: 30 G MAC/s in fp32, half in fp64.
         rate = 30e9 * threads * (0.5 if dtype == torch.float64 else 1.0)
         return DeviceFigures("cpu", rate, 20e9, 5e-6, 0.0, 4, 2**20 * threads, 8 * 2**20)
-    # An H200: docs/planner.md has what these were fitted to.
+    # An H200: docs/explanations/planner.md has what these were fitted to.
     rate = 25e12 if dtype in (torch.float32, torch.float64) else 350e12
     return DeviceFigures(device_type, rate, 3e12, 3e-6, 24e-6, 64, 64 * 2**20, 64 * 2**20)

@@ -1,6 +1,6 @@
 """Serving MPO checkpoints with vLLM and SGLang: plug-ins that their entry points name.
 
-See docs/vllm.md and docs/sglang.md.
+See docs/how-to/vllm.md and docs/how-to/sglang.md.
 """
 
 

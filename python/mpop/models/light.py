@@ -21,7 +21,8 @@ from mpop.models.matrices import (
 )
 from mpop.models.plain import check_unwrapped
 
-# Of each matrix, what is trained unless a configuration says otherwise (docs/method.md, How light).
+# Of each matrix, what is trained unless a configuration says otherwise
+# (docs/explanations/method.md, How light).
 SHARE = 0.1
 
 
