@@ -51,7 +51,7 @@ def _name(command: Any) -> str:
 
 
 def _help(command: str) -> str:
-    os.environ.update(COLUMNS="80", NO_COLOR="1")
+    os.environ.update(COLUMNS="95", NO_COLOR="1")
     with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
         main([*command.split(), "--help"])
     return f"\n## mpop {command}\n\n```text\n{text.getvalue()}```\n"

