@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="mpop",
         description="Compress transformers with matrix product operators (MPO) and fine-tune them "
-        "lightly: the central tensors, which hold most parameters, stay frozen.",
+        "lightly:\nthe central tensors, which hold most parameters, stay frozen.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
