@@ -1,4 +1,4 @@
-"""The pages of `docs/`: their snippets run as they stand, on tiny models of the names they use."""
+"""README and the pages of `docs/` run as they stand, on tiny models of the names they use."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from mpop.cli import main
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = (
+    "../README.md",
     "tutorials/encoder.md",
     "tutorials/language-model.md",
     "tutorials/layer.md",
