@@ -211,6 +211,8 @@ def plot_benchmark(found: dict[str, Any], path: str | os.PathLike[str]) -> None:
         rates = found[name]["tokens_per_second"]
         axes.plot(list(map(int, rates)), list(rates.values()), "o-", label=name)
     axes.set(xlabel="texts at a time", ylabel="tokens per second", xscale="log", ylim=(0, None))
+    axes.set_xticks(list(map(int, rates)), list(rates))
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path)
 
