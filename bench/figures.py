@@ -10,7 +10,7 @@ from typing import Any
 from bench import drawing, facts
 from bench.glue import report
 from bench.language import table
-from mpop.benchmark import plot_benchmark
+from mpop.benchmark import draw_benchmark
 
 RESULTS = facts.ROOT / "bench" / "results"
 
@@ -25,8 +25,8 @@ def draw(output: Path = RESULTS) -> None:
         rows = _json(f"{folder}/table.json")["rows"]
         report.figures(rows, list(map(json.loads, lines)), output / folder)
     table.figure(_json("language/table.json")["rows"], output / "language" / "table.svg")
-    with drawing.style():
-        plot_benchmark(_json("model/half.json"), output / "model" / "half.svg")
+    with drawing.figure(output / "model" / "half.svg", 6, 4) as drawn:
+        draw_benchmark(_json("model/half.json"), drawn.subplots())
 
 
 def _json(name: str) -> dict[str, Any]:

@@ -39,8 +39,12 @@ Row = dict[str, Any]
 _WINDOWS = {"test 512": 24, "test 2048": 6, "other 512": 24}
 # Perplexities from here on are said above the figure.
 _BEYOND = 1e4
-_COLOURS = dict(zip(("ours", "aware", "both", "ranks"), drawing.COLOURS, strict=False))
-_COLOURS |= dict.fromkeys(("chain-2", "chain-3", "chain-5"), drawing.COLOURS[5])
+_OURS, *_OTHERS = drawing.COLOURS
+_COLOURS = {
+    **dict.fromkeys(("ours", "ours-int8", "healed"), _OURS),
+    **dict(zip(("aware", "both", "ranks"), _OTHERS, strict=False)),
+    **dict.fromkeys(("chain-2", "chain-3", "chain-5"), _OTHERS[-1]),
+}
 
 
 class Texts:
@@ -301,7 +305,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
             xlabel="megabytes",
             ylabel=f"perplexity, {shown}",
             yscale="log",
-            xmargin=0.13,  # for the names
+            xmargin=0.16,  # for the names
         )
         axes.yaxis.set(
             major_locator=LogLocator(subs=(1, 2, 3, 5)),
@@ -309,9 +313,11 @@ def figure(rows: Sequence[Row], path: Path) -> None:
             major_formatter="{x:,.0f}",
         )
         axes.set_title("\n".join(beyond), loc="left", fontsize="medium")
-        drawing.name(
-            axes, [drawing.Mark(*points[0][:2], way, "left") for way, points in lines.items()]
-        )
+        marks = [
+            drawing.Mark(*points[0][:2], way, "left" if len(points) > 1 else "right")
+            for way, points in lines.items()
+        ]
+        drawing.name(axes, marks)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -206,7 +206,12 @@ def plot_benchmark(found: dict[str, Any], path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    draw_benchmark(found, figure.subplots())
+    figure.savefig(path)
+
+
+def draw_benchmark(found: dict[str, Any], axes: Any) -> None:
+    """The same on axes of matplotlib."""
     for name in ("dense", "mpo"):
         rates = found[name]["tokens_per_second"]
         axes.plot(list(map(int, rates)), list(rates.values()), "o-", label=name)
@@ -214,7 +219,6 @@ def plot_benchmark(found: dict[str, Any], path: str | os.PathLike[str]) -> None:
     axes.set_xticks(list(map(int, rates)), list(rates))
     axes.minorticks_off()
     axes.legend()
-    figure.savefig(path)
 
 
 def main(argv: Sequence[str]) -> None:

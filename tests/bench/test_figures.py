@@ -45,6 +45,7 @@ def test_what_is_committed_is_what_is_drawn(again: Path) -> None:
 
     assert names(figures.RESULTS) == names(again)
     for name in names(again):
+        assert "dc:date" not in (figures.RESULTS / name).read_text()
         texts, places = shown(again / name)
         assert len(texts) > 5 and len(places) > 20, name
         committed, committed_places = shown(figures.RESULTS / name)
