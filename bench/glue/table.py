@@ -30,7 +30,7 @@ import torch
 from bench import facts
 from bench.glue.encoder import say
 from bench.glue.methods import METHODS, SHARES
-from bench.glue.report import figure, markdown, tasks_figure, trace
+from bench.glue.report import figures, markdown
 from bench.results import text_of
 from mpop.cli.options.values import positive_int
 from mpop.data.glue import TASKS, get_task
@@ -464,13 +464,10 @@ def main(argv: Sequence[str]) -> None:
         content, text = text_of(whole), markdown(rows, times, conditions)
         (Path(options.output) / "table.json").write_text(content, encoding="utf-8")
         (Path(options.output) / "table.md").write_text(text, encoding="utf-8")
-        if rows:
-            figure(rows, Path(options.output) / "table.png")
-            tasks_figure(rows, Path(options.output) / "tasks.png")
         if rounds := bench.rounds():
             lines = "".join(f"{json.dumps(each)}\n" for each in rounds)
             (Path(options.output) / "trace.jsonl").write_text(lines, encoding="utf-8")
-            trace(rounds, Path(options.output) / "trace.png")
+        figures(rows, rounds, Path(options.output))
     print(text)
     if bench.failed and not rows:
         raise SystemExit(f"{len(bench.failed)} runs failed; each has its error in {bench.file}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import mpop
-from bench import facts
+from bench import drawing, facts
 from bench.glue.encoder import say
 from bench.language.decoder import NAME, folder_of
 from bench.language.ways import ROUNDINGS, WAYS, AllMoments, cut
@@ -37,6 +37,14 @@ from mpop.models.selection import select
 Row = dict[str, Any]
 # Windows of the test text and of the other one.
 _WINDOWS = {"test 512": 24, "test 2048": 6, "other 512": 24}
+# Perplexities from here on are said above the figure.
+_BEYOND = 1e4
+_OURS, *_OTHERS = drawing.COLOURS
+_COLOURS = {
+    **dict.fromkeys(("ours", "ours-int8", "healed"), _OURS),
+    **dict(zip(("aware", "both", "ranks"), _OTHERS, strict=False)),
+    **dict.fromkeys(("chain-2", "chain-3", "chain-5"), _OTHERS[-1]),
+}
 
 
 class Texts:
@@ -274,26 +282,42 @@ def _cell(found: tuple[float, float] | None) -> str:
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Perplexity against bytes."""
-    from matplotlib.figure import Figure
+    """Perplexity against bytes, a line a way; what is beyond the axis is said."""
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    drawn = Figure(figsize=(7, 4.2), layout="constrained")
-    axes, shown = drawn.subplots(), next(iter(_WINDOWS))
-    for way in dict.fromkeys(row["way"] for row in rows):
-        points = sorted(
-            (row["bytes"] / 1e6, row["perplexity"][shown][0])
-            for row in rows
-            if row["way"] == way and row["perplexity"][shown]
+    shown = next(iter(_WINDOWS))
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    beyond = []
+    for row in sorted(rows, key=lambda each: each["bytes"]):
+        megabytes, found = row["bytes"] / 1e6, row["perplexity"][shown]
+        if found and found[0] < _BEYOND:
+            lines.setdefault(row["way"], []).append((megabytes, *found))
+        else:
+            value = f"{found[0]:,.0f}" if found else "not finite"
+            beyond.append(f"not shown: {row['way']} at {megabytes:.0f} MB, {value}")
+    with drawing.figure(path, 8, 4.6) as drawn:
+        axes = drawn.subplots()
+        for way, points in lines.items():
+            xs, ys, deviations = zip(*points, strict=True)
+            colour = _COLOURS.get(way, drawing.TEXT)
+            axes.errorbar(xs, ys, deviations, fmt="o-", color=colour, markersize=6)
+        axes.set(
+            xlabel="megabytes",
+            ylabel=f"perplexity, {shown}",
+            yscale="log",
+            xmargin=0.16,  # for the names
         )
-        if not points:
-            continue
-        (line,) = axes.plot(*zip(*points, strict=True), "o-", markersize=4)
-        axes.annotate(
-            way, points[0], (4, 4), textcoords="offset points", color=line.get_color(), fontsize=8
+        axes.yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 3, 5)),
+            minor_locator=NullLocator(),
+            major_formatter="{x:,.0f}",
         )
-    axes.set(xlabel="megabytes", ylabel="perplexity, WikiText-2 test", yscale="log")
-    axes.set_ylim(top=1e3)
-    drawn.savefig(path, dpi=130)
+        axes.set_title("\n".join(beyond), loc="left", fontsize="medium")
+        marks = [
+            drawing.Mark(*points[0][:2], way, "left" if len(points) > 1 else "right")
+            for way, points in lines.items()
+        ]
+        drawing.name(axes, marks)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -302,7 +326,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", required=True, help="folder of table.json, table.md, table.png")
+    parser.add_argument("--output", required=True, help="folder of table.json, table.md, table.svg")
     parser.add_argument("--texts", required=True, help="WikiText-2: a folder of valid and test.txt")
     parser.add_argument("--data-dir", help="a folder in GLUE's own layout; without it the hub")
     parser.add_argument("--model", help="a decoder's folder; by default that of the package")
@@ -335,7 +359,7 @@ def main(argv: Sequence[str]) -> None:
     (output / "table.json").write_text(text_of({"conditions": conditions, "rows": rows}))
     text = markdown(rows, conditions)
     (output / "table.md").write_text(text)
-    figure(rows, output / "table.png")
+    figure(rows, output / "table.svg")
     print(text)
 
 

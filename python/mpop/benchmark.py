@@ -206,13 +206,19 @@ def plot_benchmark(found: dict[str, Any], path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    draw_benchmark(found, figure.subplots())
+    figure.savefig(path)
+
+
+def draw_benchmark(found: dict[str, Any], axes: Any) -> None:
+    """The same on axes of matplotlib."""
     for name in ("dense", "mpo"):
         rates = found[name]["tokens_per_second"]
         axes.plot(list(map(int, rates)), list(rates.values()), "o-", label=name)
     axes.set(xlabel="texts at a time", ylabel="tokens per second", xscale="log", ylim=(0, None))
+    axes.set_xticks(list(map(int, rates)), list(rates))
+    axes.minorticks_off()
     axes.legend()
-    figure.savefig(path)
 
 
 def main(argv: Sequence[str]) -> None:

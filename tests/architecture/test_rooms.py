@@ -20,6 +20,7 @@ PACKAGES = {"bench": "bench", "mpo_kernels": "mpo_kernels"} | {
 FLOORS = (
     *(
         "bench.__main__",
+        "bench.figures",
         "bench.train_step",
         "bench.gpu",
         "bench.language",

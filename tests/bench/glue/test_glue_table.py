@@ -82,8 +82,8 @@ def test_choice_table_and_resuming(finetune, tmp_path):
     assert "| `light` | 0.5 (3 tried) |" in text  # the fourth has diverged
     lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
     assert [(line["seed"], line["step"]) for line in lines] == [(0, 1), (0, 2), (1, 1), (1, 2)]
-    assert (tmp_path / "trace.png").stat().st_size > 1000
-    assert (tmp_path / "table.png").stat().st_size > 1000
+    assert (tmp_path / "trace.svg").stat().st_size > 1000
+    assert (tmp_path / "tasks.svg").stat().st_size > 1000
     finetune.clear()
     assert run(tmp_path, "--max-train-samples", "rte=1200")["rows"] == [row]
     # Only the diverged rate is tried once more.
