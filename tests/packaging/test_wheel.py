@@ -19,6 +19,7 @@ from tools.release import (
     build_sdist,
     build_wheel,
     installed,
+    repaired,
     run_bare,
 )
 
@@ -34,7 +35,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def release(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         pytest.skip(f"the CUDA kernels are compiled where there is {', '.join(missing)}")
-    return build_wheel(sdist, tmp_path_factory.mktemp("release"), WITH_CUDA)
+    wheel = build_wheel(sdist, tmp_path_factory.mktemp("release"), WITH_CUDA)
+    return repaired(wheel, tmp_path_factory.mktemp("repaired"))
 
 
 USE = """
@@ -72,6 +74,7 @@ def used(python: Path) -> dict[str, Any]:
 def test_a_release_serves_every_architecture_and_imports_anywhere(
     release: Path, tmp_path: Path
 ) -> None:
+    assert "-manylinux_2_" in release.name
     assert cuda_static.main([str(release), "--check"]) == 0
     found = used(installed(release, tmp_path / "clean"))
     assert found["file"].startswith(str(tmp_path)) and not found["started"]
