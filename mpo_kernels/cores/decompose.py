@@ -136,9 +136,28 @@ def decompose(
             second moment of another size, with NaN or Inf, or zero, or one of gradients without
             one of inputs.
     """
-    _check_weight(weight, shape)
+    check_weight(weight, shape)
     _check_bounds(max_rank, rel_error, compression)
-    _check_moments(shape, gradient_moment, second_moment, judge)
+    check_moments(shape, gradient_moment, second_moment, judge)
+    return decomposed(
+        *(weight, shape, max_rank, rel_error, compression),
+        *(second_moment, gradient_moment, judge, max_sweeps),
+    )
+
+
+@torch.no_grad()
+def decomposed(
+    weight: Tensor,
+    shape: MPOShape,
+    max_rank: int | None,
+    rel_error: float | None,
+    compression: float | None,
+    second_moment: Tensor | None,
+    gradient_moment: Tensor | None,
+    judge: Tensor | None,
+    max_sweeps: int,
+) -> Decomposition:
+    """:func:`decompose` of what has been checked, as one matrix is for all that it may become."""
     work = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     padded = work.new_zeros(math.prod(shape.in_factors), math.prod(shape.out_factors))
     padded[: shape.in_features, : shape.out_features] = work.t()
@@ -228,7 +247,7 @@ def round_cores(
         in_features=in_features,
         out_features=out_features,
     )
-    _check_moments(shape, gradient_moment, second_moment)
+    check_moments(shape, gradient_moment, second_moment)
     bonds = [core.shape[3] for core in cores[:-1]]
     if ranks is not None:
         wanted = shape.with_ranks(tuple(ranks)).ranks
@@ -340,7 +359,8 @@ def _within(bound: float | None, cut: Callable[[float | None], Decomposition]) -
     return found
 
 
-def _check_weight(weight: Tensor, shape: MPOShape) -> None:
+def check_weight(weight: Tensor, shape: MPOShape) -> None:
+    """Raise unless it is a floating-point matrix of this shape, finite."""
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"expected a floating-point weight, got {got}")
@@ -354,9 +374,10 @@ def _check_weight(weight: Tensor, shape: MPOShape) -> None:
         raise ValueError("expected a finite weight, got NaN or Inf in it")
 
 
-def _check_moments(
+def check_moments(
     shape: MPOShape, gradient_moment: Tensor | None, *second_moments: Tensor | None
 ) -> None:
+    """Raise unless they are second moments of the inputs and of the gradients at the output."""
     for moment in second_moments:
         if moment is not None:
             check_second_moment(moment, shape.in_features)

@@ -12,7 +12,13 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from torch import Tensor
 
-from mpo_kernels.cores.decompose import Decomposition, decompose
+from mpo_kernels.cores.decompose import (
+    Decomposition,
+    check_moments,
+    check_weight,
+    decompose,
+    decomposed,
+)
 from mpo_kernels.cores.shape import MPOShape
 
 Objective: TypeAlias = Literal["parameters", "memory", "latency"]
@@ -92,17 +98,15 @@ def choose(
     Raises:
         ValueError: no member is that cheap, or sizes that ``tensor_parallel`` does not divide.
     """
+    candidates = members(weight.shape[1], weight.shape[0], tensor_parallel)
+    check_weight(weight, candidates[0])
+    check_moments(candidates[0], gradient_moment, second_moment, judge)
     judge = second_moment if judge is None else judge
 
     def fitted(shape: MPOShape, bound: dict[str, Any], sweeps: int) -> Decomposition:
-        return decompose(
-            weight,
-            shape,
-            **bound,
-            second_moment=second_moment,
-            gradient_moment=gradient_moment,
-            judge=judge,
-            max_sweeps=sweeps,
+        return decomposed(
+            *(weight, shape, bound.get("max_rank"), None, bound.get("compression")),
+            *(second_moment, gradient_moment, judge, sweeps),
         )
 
     def lost(found: Decomposition) -> float:
@@ -110,7 +114,6 @@ def choose(
 
     best: Decomposition | None = None
     is_hopeless = False
-    candidates = members(weight.shape[1], weight.shape[0], tensor_parallel)
     for shape in candidates[:1] if cost.interpolative else candidates:
         if is_hopeless and shape.num_cores > 2:
             break  # of balanced chains the longer lose more
