@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ def test_a_served_model_is_timed_and_compared(
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     name, options = CASES["interpolative form in int8"]
     save(tmp_path / "small", name, **options).save_pretrained(tmp_path / "dense")
+    for file in (tmp_path / "small").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "dense")
     (tmp_path / "text.txt").write_text(" ".join(f"w{k % 150}" for k in range(40)))
     output = tmp_path / "served.json"
     models = [str(tmp_path / which) for which in ("small", "dense")]
