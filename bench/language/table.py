@@ -91,6 +91,8 @@ class Bench:
         self.kept = {names: weight.clone() for names, weight in self.weights.items()}
         self.whole = sum(weight.numel() for weight in self.kept.values())
         self.parameters = self.model.num_parameters()
+        git = facts.commit()
+        self.commit = f"{(git['commit'] or 'none')[:12]}{' with changes' * git['dirty']}"
 
     def has(self, key: Row) -> bool:
         """Whether there is a row of it."""
@@ -133,6 +135,7 @@ class Bench:
             "of_model": (parameters + others) / self.parameters,
             "bytes": num_bytes + 2 * others,
             "seconds": seconds,
+            "commit": self.commit,
             **found,
         }
         self.rows.append(row)
@@ -214,6 +217,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             "of_matrices": group[0]["of_matrices"],
             "of_model": group[0]["of_model"],
             "bytes": group[0]["bytes"],
+            "commits": sorted({row["commit"] for row in group}),
             "perplexity": {
                 name: _spread([row["perplexity"][name] for row in group]) for name in _WINDOWS
             },
@@ -246,7 +250,8 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
     meanings = [f"- `{name}`: {way.meaning}." for name, way in WAYS.items() if name in shown]
     if "healed" in shown:
         meanings.append("- `healed`: `ours`, trained on the dense model's text by `mpop heal`.")
-    versions, git = conditions["versions"], conditions["git"]
+    versions = conditions["versions"]
+    commits = sorted({commit for row in rows for commit in row["commits"]})
     return "\n".join(
         [
             table(head, lines),
@@ -264,8 +269,7 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
             "rounded to four bits before: compare with its own dense row, not with other figures.",
             "",
             f"{conditions['machine']['cpu']}; torch {versions['torch']}, transformers "
-            f"{versions['transformers']}; commit {(git['commit'] or 'none')[:12]}"
-            f"{' with changes' * git['dirty']}.",
+            f"{versions['transformers']}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}.",
             "",
             f"`{conditions['command']}`",
             "",

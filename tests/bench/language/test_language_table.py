@@ -60,6 +60,7 @@ def test_it_goes_on_where_it_was(folder: Path, monkeypatch: Any) -> None:
         assert 0.6 < row["of_matrices"] <= 0.7 and row["of_model"] < 1
     text = (folder / "out" / "table.md").read_text()
     assert "`ours`" in text and "python -m bench.language.table" in text
+    assert rows[0]["commit"] in text
     assert (folder / "out" / "table.svg").stat().st_size > 0
 
 
