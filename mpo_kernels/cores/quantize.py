@@ -53,10 +53,11 @@ def dequantize(
 
     A bond's scale goes into both its cores by halves, so that neither leaves fp16's range.
     """
-    halves = [scale.sqrt() for scale in scales]
+    wide = torch.promote_types(dtype, torch.float32)
+    halves = [scale.to(wide).sqrt() for scale in scales]
     one = halves[0].new_ones(1)
     return [
-        (core.float() * left[:, None, None, None] * right).to(dtype)
+        (core.to(wide) * left[:, None, None, None] * right).to(dtype)
         for core, left, right in zip(cores, [one, *halves], [*halves, one], strict=True)
     ]
 
@@ -65,7 +66,8 @@ def dequantize_rows(
     matrices: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
     """What they stand for, in ``dtype``."""
+    wide = torch.promote_types(dtype, torch.float32)
     return [
-        (matrix.float() * scale[:, None]).to(dtype)
+        (matrix.to(wide) * scale[:, None]).to(dtype)
         for matrix, scale in zip(matrices, scales, strict=True)
     ]

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,7 @@ for files of yours in its layout):
   mpop finetune --model $MODEL --task $TASK --output tuned
   mpop compress --model tuned --compression 0.5 --factors auto --calibrate $TASK --no-embeddings \\
     --output half
-  mpop finetune --model half --task $TASK --method light --learning-rate 5e-5 --epochs 1 \\
+  mpop finetune --model half --task $TASK --method light --learning-rate 2.5e-5 --epochs 1 \\
     --output half-tuned
   mpop bench --model half-tuned
 """
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-train-samples", type=int, default=1500, metavar="N", help="(1500)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
     options = parser.parse_args(argv)
+    # So that what is temporary goes, whoever stops it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory(prefix="mpop-demo-") as scratch:
             run(options, Path(scratch))
@@ -86,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except subprocess.CalledProcessError as error:  # the command has said why
         return error.returncode
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -142,13 +148,16 @@ def apart(what: str, module: str, *arguments: str) -> dict[str, Any]:
         out, log = Path(folder) / "out", Path(folder) / "log"
         with out.open("wb") as stdout, log.open("wb") as stderr:
             process = subprocess.Popen(command, stdout=stdout, stderr=stderr)
-            with process:
+            try:
                 while True:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(PAUSE)
                         break
                     how_far = steps_of(log.read_bytes())
                     print(f"{time.monotonic() - begun:6.0f} s{how_far}", flush=True)
+            finally:
+                process.kill()
+                process.wait()
         if process.returncode:
             print(log.read_text(errors="replace"), file=sys.stderr, end="")
             raise subprocess.CalledProcessError(process.returncode, command)
@@ -205,8 +214,8 @@ def results_table(
 
 usual  every parameter is trained
 half   that model, its linear layers cut to half of their parameters, each to the form and size that
-       changes the answers to training sentences least, then trained a little; the vectors of its
-       words are left alone (memory: of the training after the cut)
+       changes the answers to training sentences least, then trained a little more, which usual is
+       not; the vectors of its words are left alone (memory: of the training after the cut)
 light  nothing is cut: each linear layer becomes a large times a small matrix, of which only the
        small one is trained, a tenth of the parameters (--share 0.1, the default); it answers as
        fast as usual once `mpop merge` has multiplied them again"""

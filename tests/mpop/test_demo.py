@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -127,3 +129,21 @@ def test_a_failing_command_is_not_hidden(monkeypatch, capfd):
     monkeypatch.setattr(demo, "run", lambda *_: demo.apart("waiting", "json.tool", "--nonsense"))
     assert demo.main([]) == 2
     assert "unrecognized arguments: --nonsense" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_says_so_and_leaves_nothing(number, tmp_path):
+    """Neither a process nor what was temporary."""
+    code = (
+        "import sys; from mpop import demo; demo.PAUSE = 0.1; sys.exit(demo.main(['--model', 'x']))"
+    )
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=env, **pipes) as process:
+        while " s" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == "python -m mpop.demo: stopped\n"
+    assert not list(tmp_path.iterdir())

@@ -35,7 +35,8 @@ EPILOG = """examples:
   mpop finetune --model bert-base-uncased --task rte --method light --output rte-light
   mpop evaluate --model rte-light --task rte
   mpop compress --model rte-dense --compression 0.5 --factors auto --calibrate rte --output half
-  mpop compress --model LLAMA --compression 0.8 --factors auto --calibrate text.jsonl --output small
+  mpop compress --model LLAMA --compression 0.8 --factors interpolative --no-embeddings \\
+    --calibrate text.jsonl --output small
   mpop heal --model small --teacher LLAMA --text text.jsonl --output healed
   mpop perplexity --model small --against LLAMA --text test.txt
   mpop squeeze --model rte-light --task rte --max-drop 0.01 --output rte-small

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from mpo_kernels import MPOShape, decompose, reconstruct
@@ -49,3 +50,15 @@ def test_a_kronecker_product_is_recognised() -> None:
     weight = torch.kron(torch.randn(6, 4), torch.randn(4, 6))
     found = choose(weight, 60, LayerCost())
     assert found.rel_error < 1e-5 and found.shape.in_factors == (4, 6)
+
+
+def test_what_it_is_given_is_checked_once_and_for_all() -> None:
+    weight, x = torch.randn(6, 4), torch.randn(9, 4)
+    moment, budget = x.t() @ x, 0.8 * 24
+    with pytest.raises(ValueError, match="expected a positive semidefinite second moment"):
+        choose(weight, budget, LayerCost(), 1 - 0.5 * torch.eye(4))
+    with pytest.raises(ValueError, match="expected a finite second moment of gradients"):
+        choose(weight, budget, LayerCost(), moment, gradient_moment=torch.zeros(6, 6))
+    weight[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="expected a finite weight"):
+        choose(weight, budget, LayerCost(), moment)

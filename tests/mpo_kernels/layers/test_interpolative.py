@@ -162,6 +162,7 @@ def test_bytes_have_a_scale_for_each_row(m, n, rank, dtype):
         x = torch.randn(*lead, n)
         expected = F.linear(x.double(), exact, bias).float()
         torch.testing.assert_close(coded(x), expected, rtol=1e-4, atol=1e-4)
+    assert relative_error(coded(x.double()), F.linear(x.double(), exact, bias)) <= 1e-14
     assert relative_error(coded.to_linear().weight, exact) <= 1e-6
     assert not list(coded.parameters()) and coded.weight.shape == (m, n)
     assert sum(code.nbytes for code in coded.codes) == rank * (m + n - rank)
