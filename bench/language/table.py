@@ -249,7 +249,9 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
     shown = {row["way"] for row in rows}
     meanings = [f"- `{name}`: {way.meaning}." for name, way in WAYS.items() if name in shown]
     if "healed" in shown:
-        meanings.append("- `healed`: `ours`, trained on the dense model's text by `mpop heal`.")
+        meanings.append(
+            "- `healed`: `ours` after `mpop heal`, every core trained on what dense says."
+        )
     versions = conditions["versions"]
     commits = sorted({commit for row in rows for commit in row["commits"]})
     return "\n".join(
