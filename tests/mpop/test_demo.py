@@ -139,7 +139,7 @@ def test_stopped_it_says_so_and_leaves_nothing(number, tmp_path):
     command = [sys.executable, "-c", f"import sys; from mpop import demo; {start}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, env=env, **pipes) as process:
-        while " s" not in process.stdout.readline():
+        while not process.stdout.readline().endswith(" s\n"):  # it waits for a command
             assert process.poll() is None
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
