@@ -134,9 +134,11 @@ def test_a_failing_command_is_not_hidden(monkeypatch, capfd):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_it_says_so_and_leaves_nothing(number, tmp_path):
     """Neither a process nor what was temporary."""
-    start = "demo.PAUSE = 0.1; sys.exit(demo.main(['--model', 'x']))"
+    # A shell's background jobs ignore the interrupt, and so what they start.
+    heard = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = "from mpop import demo; demo.PAUSE = 0.1; sys.exit(demo.main(['--model', 'x']))"
     env = os.environ | {"TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", f"import sys; from mpop import demo; {start}"]
+    command = [sys.executable, "-c", f"{heard}; {start}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, env=env, **pipes) as process:
         while not process.stdout.readline().endswith(" s\n"):  # it waits for a command
