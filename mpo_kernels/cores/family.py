@@ -96,7 +96,8 @@ def choose(
         gradient_moment: of a loss's gradients at the output; see :func:`mpo_kernels.decompose`.
 
     Raises:
-        ValueError: no member is that cheap, or sizes that ``tensor_parallel`` does not divide.
+        TypeError, ValueError: a weight or moments that :func:`mpo_kernels.decompose` refuses, no
+            member that is that cheap, or sizes that ``tensor_parallel`` does not divide.
     """
     candidates = members(weight.shape[1], weight.shape[0], tensor_parallel)
     check_weight(weight, candidates[0])
