@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mpo_kernels.cores.fitting import output_square, scaled
 from mpop.compression.distributed import sum_over_processes
 from mpop.compression.gradients import ExpertsGradients, Gradients, backward_pass, probe
+from mpop.compression.progress import progress
 from mpop.models.matrices import Names, inputs_of, is_embedding, module_at
 from mpop.models.subclasses import DenseExperts
 
@@ -107,8 +107,7 @@ def second_moments(
                     hooks.callback(handle.remove)
         hooks.callback(model.train, training)
         positions = 0
-        # `disable=None`: no bar where stderr is not a terminal.
-        for number, batch in enumerate(tqdm(batches, "calibrate", leave=False, disable=None)):
+        for number, batch in enumerate(progress(batches, "calibrate: batch")):
             inputs = {key: value.to(device) for key, value in batch.items()}
             mask.of(inputs)
             is_judging = number % _JUDGE_EVERY == 1
@@ -141,7 +140,7 @@ def _say_what_was_few(streams: Iterable[_Stream]) -> None:
         warnings.warn(
             f"little text to calibrate with: the second moments of {len(shrunk)} matrices have "
             f"fewer than {_ENOUGH} rows for an input and are shrunk to the identity, as the rows "
-            f"held out ask, by {most:.0%} at most ({name})",
+            f"held out ask, by {most:.1%} at most ({name})",
             stacklevel=3,
         )
     if few := {owner: lone for stream in streams for owner, lone in stream.few()}:

@@ -9,7 +9,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +21,7 @@ from mpop.compression.allocation import Point, allocate, curve, dense_cost
 from mpop.compression.calibration import MEMORY, Batches, Calibration, Moments
 from mpop.compression.distributed import over_processes
 from mpop.compression.permute import sort_hidden_units
+from mpop.compression.progress import progress
 from mpop.compression.report import CompressionReport, row_of
 from mpop.models.config import INTERPOLATIVE, CompressionConfig, MPOConfig
 from mpop.models.left import left_dense
@@ -30,9 +30,6 @@ from mpop.models.matrices import Names, module_at, mpo_matrices, weight_of
 from mpop.models.plain import check_unwrapped
 from mpop.models.selection import MatrixPlan, devices_of, plan, select, warn_uncalibrated
 from mpop.models.swapping import densify, replace
-
-# Below this many weights no progress bar is shown: it is done at once.
-_QUICK = 10_000_000
 
 
 def compress(
@@ -95,27 +92,26 @@ def compress(
         work = _fit_within(model, selected, config, source)
     else:
         work = _fit_planned(model, planned, source)
-    weights = sum(weight_of(module_at(model, names[0])).numel() for names in selected)
-    is_quick = weights < _QUICK and calibration is None
-    rows = []
+    rows, kept = [], []
     try:
-        # `disable=None`: no bar where stderr is not a terminal.
-        fitted: Iterable[Fitted] = tqdm(work, "compress", len(selected), disable=is_quick or None)
+        fitted: Iterable[Fitted] = progress(work, "compress: matrix", len(selected))
         if calibration is not None or config.shares_budget:
             # What is wrong with the batches may show late: nothing is replaced before all is there.
             fitted = list(fitted)
         for names, decomposition in fitted:
-            if decomposition is not None:
-                form = _form(model, names, config)
-                rows.append(row_of(names, decomposition, form))
-                replace(model, names, decomposition, form)
+            if decomposition is None:
+                kept.append(names)
+                continue
+            form = _form(model, names, config)
+            rows.append(row_of(names, decomposition, form))
+            replace(model, names, decomposition, form)
     finally:
         # After an interrupt too, so that the model says truthfully what it holds.
         if rows:
             attach(model)
         elif undo is not None:
             undo()
-    left = left_dense(model)
+    left = left_dense(model, kept)
     unasked = [part for part in left if part.is_unasked]
     if 2 * sum(part.parameters for part in unasked) > before:
         warnings.warn(
@@ -174,9 +170,11 @@ def _fit_within(
     def losses(moments: dict[Names, Moments], names: Names) -> list[Point]:
         return curve(weight_at(names), moments.get(names), cost_of(names))
 
-    curves: dict[Names, list[Point]] = {}
-    for group, moments in source.groups(selected):
-        curves.update(over_processes(group, partial(losses, moments)))
+    def judged() -> Iterator[tuple[Names, list[Point]]]:
+        for group, moments in source.groups(selected):
+            yield from over_processes(group, partial(losses, moments))
+
+    curves = dict(progress(judged(), "compare: matrix", len(selected)))
     dense = {names: dense_cost(weight_at(names), cost_of(names)) for names in selected}
     whole, least = sum(dense.values()), sum(points[0].cost for points in curves.values())
     if budget * whole < least:

@@ -13,9 +13,10 @@ from mpo_kernels import InterpolativeLinear
 from mpo_kernels.layers.blockwise import BlockwiseLayer
 from mpo_kernels.layers.module import MPOModule
 from mpo_kernels.layers.quantized import QuantizedLayer
-from mpop.models.matrices import OTHER_EMBEDDINGS, module_at, sorted_matrices
+from mpop.models.matrices import OTHER_EMBEDDINGS, Names, module_at, sorted_matrices
 
 NOT_SELECTED = "not selected"
+_KEPT = "selected, and worth more dense than cut"
 _SMALL = "biases, norms and the like"
 _CONVOLUTIONS = "convolutions"
 
@@ -29,17 +30,23 @@ class LeftDense(NamedTuple):
     @property
     def is_unasked(self) -> bool:
         """Whether matrices stay for a reason that lies in the model, not in the configuration."""
-        return self.reason not in (NOT_SELECTED, OTHER_EMBEDDINGS, _SMALL, _CONVOLUTIONS)
+        asked = (NOT_SELECTED, _KEPT, OTHER_EMBEDDINGS, _SMALL, _CONVOLUTIONS)
+        return self.reason not in asked
 
 
-def left_dense(model: PreTrainedModel) -> tuple[LeftDense, ...]:
-    """The dense parameters of a model, compressed or not, by reason; most first."""
+def left_dense(model: PreTrainedModel, kept: Iterable[Names] = ()) -> tuple[LeftDense, ...]:
+    """The dense parameters of a model, compressed or not, by reason; most first.
+
+    Args:
+        kept: matrices that were selected, and that a budget leaves dense.
+    """
+    kept = set(kept)
     counts: Counter[str] = Counter()
     counted = {id(core) for module in model.modules() for core in _cores(module)}
     for names, reason in sorted_matrices(model).items():
         weight = module_at(model, names[0]).weight
         counted.add(id(weight))
-        counts[reason or NOT_SELECTED] += weight.numel()
+        counts[_KEPT if names in kept else reason or NOT_SELECTED] += weight.numel()
     for module in model.modules():
         if isinstance(module, QuantizedLayer) and module.bias is not None:
             counts[_SMALL] += module.bias.numel()  # a buffer, as all of it

@@ -358,6 +358,8 @@ class TestCompress:
         held = sum(row.parameters_after for row in report.rows)
         left = whole - sum(row.parameters_before for row in report.rows)
         assert 0.4 * whole < held + left <= 0.5 * whole
+        kept = [part.parameters for part in report.left if "worth more dense" in part.reason]
+        assert left > 0 and kept == [left]
         assert len({round(r.parameters_after / r.parameters_before, 2) for r in report.rows}) > 2
         assert all((row.output_error is not None) == calibrated for row in report.rows)
         assert all(row.to_dict() if hasattr(row, "to_dict") else True for row in report.rows)

@@ -106,7 +106,7 @@ def metrics_table(result: dict[str, Any]) -> str:
         **{name: f"{value:.4f}" for name, value in result["metrics"].items()},
         "trained parameters": f"{result['trainable_parameters']:,}",
         "total parameters": f"{result['total_parameters']:,}",
-        "training time": f"{result['train_seconds']:.1f} s",
+        **({"training time": f"{seconds:.1f} s"} if (seconds := result["train_seconds"]) else {}),
         "peak memory": f"{result['peak_memory_bytes'] / 2**20:.0f} MiB "
         f"({result['peak_memory_kind']})",
     }
