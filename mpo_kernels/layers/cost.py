@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mpo_kernels.cores.family import OBJECTIVES, Objective
 from mpo_kernels.cores.shape import MPOShape
 from mpo_kernels.layers.module import plan_for
 from mpo_kernels.planning.figures import device_figures
-from mpo_kernels.planning.work import Work, exposed
+from mpo_kernels.planning.work import Work, exposed, time_of
 
 
 class LayerCost:
@@ -19,8 +21,7 @@ class LayerCost:
             of them; ``"latency"``, by the planner of the back end that would compute.
         rows: of x, for memory and latency.
         dtype, device: what the layer is served in and on, likewise.
-        interpolative: plain low rank as :class:`mpo_kernels.InterpolativeLinear` holds it; its
-            parameters.
+        interpolative: plain low rank as :class:`mpo_kernels.InterpolativeLinear` holds it.
 
     Raises:
         ValueError: another objective, or no row.
@@ -45,11 +46,17 @@ class LayerCost:
 
     def of(self, shape: MPOShape) -> float:
         """Of a layer with these cores."""
+        parameters = shape.num_parameters - (shape.ranks[0] ** 2 if self.interpolative else 0)
         if self.objective == "parameters":
-            saved = shape.ranks[0] ** 2 if self.interpolative else 0
-            return shape.num_parameters - saved
+            return parameters
         if self.objective == "memory":
-            return self.dtype.itemsize * (shape.num_parameters + self.rows * _widest_state(shape))
+            return self.dtype.itemsize * (parameters + self.rows * _widest_state(shape))
+        if self.interpolative:
+            ins, outs, rank = shape.in_features, shape.out_features, shape.ranks[0]
+            products = [Work(rank, self.rows, ins), Work(outs - rank, self.rows, rank)]
+            # Put one beside the other, then in the order of the outputs.
+            copies = Work(bytes=4 * self.rows * outs * self.dtype.itemsize, count=2)
+            return self._seconds(products, parameters, ins + outs, [copies])
         cores = [torch.empty(size, dtype=self.dtype, device="meta") for size in shape.core_shapes]
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         plan = plan_for(cores, self.rows, (shape.in_features, shape.out_features), like=like)
@@ -62,10 +69,16 @@ class LayerCost:
             return parameters
         if self.objective == "memory":
             return self.dtype.itemsize * parameters
-        moved = self.dtype.itemsize * (parameters + self.rows * (in_features + out_features))
+        product = Work(out_features, self.rows, in_features)
+        return self._seconds([product], parameters, in_features + out_features)
+
+    def _seconds(
+        self, products: Sequence[Work], parameters: int, features: int, copies: Sequence[Work] = ()
+    ) -> float:
+        """Of products that move the parameters and a row's features, and of what is copied."""
         figures = device_figures(self.device, self.dtype)
-        work = [Work(out_features, self.rows, in_features)]
-        return work[0].seconds(figures) + exposed(moved, work, figures)
+        moved = self.dtype.itemsize * (parameters + self.rows * features)
+        return time_of([*products, *copies], figures, exposed(moved, products, figures))
 
 
 def _widest_state(shape: MPOShape) -> int:

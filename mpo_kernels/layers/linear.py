@@ -5,6 +5,7 @@ And InterpolativeLinear, of low rank in the fewest numbers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,8 @@ from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.cores.decompose import Decomposition, decompose, reconstruct
 from mpo_kernels.cores.gauge import interpolated
 from mpo_kernels.cores.shape import MPOShape
-from mpo_kernels.layers.module import MPOModule, merged_for, plan_for
+from mpo_kernels.layers.cost import LayerCost
+from mpo_kernels.layers.module import MPOModule, check_rows, merged_for, plan_for
 from mpo_kernels.layers.quantized import QuantizedInterpolativeLinear, QuantizedMPOLinear
 from mpo_kernels.layers.unformed import UnformedLayer
 from mpo_kernels.ops.functional import check_input, interpolative
@@ -337,6 +339,20 @@ class InterpolativeLinear(UnformedLayer):
         cores = left[None, None], pivots.clone()[:, :, None, None]
         layer = MPOLinear._of_cores(cores, self.in_features, self.out_features, self.bias)
         return layer.train(self.training)
+
+    @torch.no_grad()
+    def merged(self, rows: int) -> MPOLinear | InterpolativeLinear:
+        """A copy as ``rows`` rows are computed with fastest, for serving: so, or as plain low rank.
+
+        The outputs have to be put in order, which may cost more than r² multiply-adds a row save.
+        """
+        check_rows(rows)
+        like = self.cores[1]
+        here = LayerCost("latency", rows, like.dtype, like.device, interpolative=True)
+        there = LayerCost("latency", rows, like.dtype, like.device)
+        if here.of(self.shape) <= there.of(self.shape):
+            return copy.deepcopy(self)
+        return self.to_mpo().merged(rows)
 
     def quantized(self, dtype: torch.dtype = torch.int8) -> QuantizedInterpolativeLinear:
         """The same layer with cores of one byte an element, for serving.

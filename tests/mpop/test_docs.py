@@ -48,10 +48,7 @@ SAID = {
     "how-to/language-models.md": "squeezed: ",
 }
 # What they may warn of: as the tutorials say, and torch's own of ONNX.
-WARNED = {
-    "../README.md": ("little text",),
-    "tutorials/encoder.md": ("little text", "deprecated"),
-}
+WARNED = {"../README.md": ("little text",), "tutorials/encoder.md": ("little text", "deprecated")}
 
 
 def snippets(page: Path) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -25,7 +25,7 @@ def progress(work: Iterable[Item], what: str, total: int | None = None) -> Itera
     if sys.stderr.isatty():
         yield from tqdm(work, what, total, leave=False, delay=1)
         return
-    if total is None and hasattr(work, "__len__"):
+    if total is None and isinstance(work, Sized):
         total = len(work)
     start = said = time.monotonic()
     for done, item in enumerate(work, 1):

@@ -63,9 +63,9 @@ class Squeezing:
         positive = ("settle_steps", "window", "batch_size", "learning_rate")
         check_positive(**{name: getattr(self, name) for name in positive})
         check_bounds(self.max_drop, self.step, self.max_rounds)
-        if self.calibration_samples < 0:
+        if self.calibration_samples < 0 or self.calibration_samples == 1:
             raise ValueError(
-                f"calibration_samples: expected at least 0, got {self.calibration_samples}"
+                f"calibration_samples: expected 0, or at least 2, got {self.calibration_samples}"
             )
         check_choice("precision", self.precision, ("fp32", "bf16"))
 

@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 from mpo_kernels import MPOEmbedding, MPOExperts, MPOLinear, MPOShape
 from mpo_kernels.layers.blockwise import BlockwiseEmbedding, BlockwiseLayer, BlockwiseLinear
 from mpo_kernels.layers.module import check_rows, merged_for
-from mpo_kernels.layers.quantized import QuantizedLayer
+from mpo_kernels.layers.quantized import QuantizedInterpolativeLinear, QuantizedLayer
 from mpop.models.config import LINEARS, STORES, matches
 from mpop.models.matrices import (
-    Interpolative,
     check_centres,
     check_not_interpolative,
     compressed_matrices,
@@ -122,10 +121,11 @@ def optimize_for_inference(model: PreTrainedModel, rows: int = 1) -> None:
     """Hold the cores as ``rows`` rows are computed with fastest, for serving alone.
 
     Every MPO linear is merged and laid out for the device that it is on, or in bytes laid out; see
-    `mpo_kernels.MPOLinear.merged`. An output head that shares the cores of an embedding is so too,
-    and goes on sharing them; an embedding without one stays as it is. What the model computes is
-    the same but for rounding; its cores are new parameters that do not train. Matrices in
-    interpolative form, and experts, stay as they are.
+    `mpo_kernels.MPOLinear.merged`. One in interpolative form becomes plain low rank where that is
+    faster, r² numbers larger; in bytes it stays as it is. An output head that shares the cores of
+    an embedding is so too, and goes on sharing them; an embedding without one stays as it is, and
+    so do experts. What the model computes is the same but for rounding; its cores are new
+    parameters that do not train.
 
     Args:
         model: compressed, in evaluation mode, in place.
@@ -149,7 +149,7 @@ def optimize_for_inference(model: PreTrainedModel, rows: int = 1) -> None:
     for names in matrices:
         owner, *others = (module_at(model, name) for name in names)
         new: Any
-        if isinstance(owner, Interpolative | MPOExperts):
+        if isinstance(owner, QuantizedInterpolativeLinear | MPOExperts):
             continue  # as they are read
         if not isinstance(owner, MPOEmbedding):
             new = owner.merged(rows)

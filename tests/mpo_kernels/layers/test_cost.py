@@ -29,6 +29,7 @@ def test_the_memory_of_a_layer() -> None:
     shape = MPOShape.low_rank(8, 12, 3)
     assert LayerCost("memory", rows=5).of(shape) == 4 * (3 * 20 + 5 * 3)
     assert LayerCost("memory", rows=5).of_dense(8, 12) == 4 * 96
+    assert LayerCost("memory", rows=5, interpolative=True).of(shape) == 4 * (3 * 17 + 5 * 3)
     balanced = MPOShape((2, 4), (3, 4), 2)
     assert LayerCost("memory", rows=1).of(balanced) == 4 * (balanced.num_parameters + 2 * 2 * 4)
 

@@ -110,6 +110,18 @@ def test_a_new_layer_starts_as_torchs_own():
     assert float(layer.bias.detach().abs().amax()) <= 300**-0.5
 
 
+@pytest.mark.parametrize(("rank", "kind"), [(300, InterpolativeLinear), (10, MPOLinear)])
+def test_served_as_the_faster_of_two_forms(rank, kind):
+    """What r² multiply-adds a row save pays for the order of the outputs, or does not."""
+    layer = low_rank(400, 300, rank).interpolative().eval()
+    served, x = layer.merged(64), torch.randn(5, 300)
+    assert type(served) is kind and not served.training
+    assert served.bias is not layer.bias and served.cores[1] is not layer.cores[1]
+    torch.testing.assert_close(served(x), layer(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expected at least one row, got 0"):
+        layer.merged(0)
+
+
 def test_compiles_as_one_graph():
     layer = low_rank(13, 7, 4).interpolative()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -148,7 +148,7 @@ class TestSecondMoments:
             return float(torch.linalg.solve(moment, judge.double()).trace() + moment.logdet())
 
         monkeypatch.setattr(calibration, "_SHRINKAGES", (0.003,))
-        with pytest.warns(UserWarning, match="by 0% at most"):
+        with pytest.warns(UserWarning, match=r"by 0\.0% at most"):
             less = second_moments(build("bert"), batches(4, 2, 6), [names])[names]
         assert unlikely(few.fit) < unlikely(less.fit) - 1
 

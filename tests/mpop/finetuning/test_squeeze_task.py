@@ -44,10 +44,11 @@ def test_squeezing_a_task(data: Path, bert: Path, tmp_path: Path, capsys: Any) -
     assert main([*command[:4], str(tmp_path / "o"), "--task", "cola", *command[7:]]) == 2
     assert "has the outputs negative, positive; cola needs" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
-    few = [*command[:4], str(tmp_path / "few"), *command[5:], "--calibration-samples", "3"]
-    assert main(few) == 2
-    assert "in two batches or more: give more text" in capsys.readouterr().err
-    assert main([*few[:-1], "0"]) == 0
+    for samples, code in (("1", 2), ("3", 0), ("0", 0)):  # of two rows on there are two batches
+        few = [*command[:4], str(tmp_path / samples), *command[5:], "--calibration-samples"]
+        assert main([*few, samples]) == code
+        assert (tmp_path / samples).exists() == (code == 0)
+    assert "calibration_samples: expected 0, or at least 2, got 1" in capsys.readouterr().err
 
 
 def test_refusals(data: Path, bert: Path, tmp_path: Path, capsys: Any) -> None:
@@ -80,5 +81,5 @@ def test_compressing_with_calibration(data: Path, bert: Path, tmp_path: Path, ca
     assert main(command) == 0
     rows = last_json(capsys.readouterr().out)["rows"]
     assert rows and all(0 < row["output_error"] < 1 for row in rows)
-    assert main([*command, "--overwrite", "--samples", "3"]) == 2
+    assert main([*command, "--overwrite", "--samples", "1"]) == 2
     assert "give more text" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import mpop
-from mpo_kernels import MPOEmbedding, MPOLinear
+from mpo_kernels import InterpolativeLinear, MPOEmbedding, MPOLinear
 from mpo_kernels.backends.cuda.thin import laid_out
 from mpo_kernels.backends.torch.backend import TorchBackend
 from mpop.models.matrices import compressed_matrices, module_at
@@ -90,6 +90,21 @@ def test_bytes_are_laid_out(name: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     codes = [key for key in before if "int8_core" in key]
     assert codes and all(torch.equal(before[key], after[key]) for key in codes)
+    mpop.save(model, tmp_path)
+    torch.testing.assert_close(logits(mpop.load(tmp_path)), expected, **EXACT)
+
+
+def test_interpolative_form_is_left_where_that_is_faster(tmp_path: Path) -> None:
+    """The layer says which; here ranks are so low that the order of the outputs is most of it."""
+    model = build("llama")
+    mpop.compress(model, mpop.CompressionConfig(factors="interpolative", compression=0.1))
+    expected = logits(model.eval())
+    held = [m for m in model.modules() if isinstance(m, InterpolativeLinear)]
+    wanted = [type(layer.merged(64)) for layer in held]
+    mpop.optimize_for_inference(model, rows=64)
+    linears = [m for m in model.modules() if isinstance(m, InterpolativeLinear | MPOLinear)]
+    assert [type(layer) for layer in linears] == wanted and MPOLinear in wanted
+    torch.testing.assert_close(logits(model), expected, **EXACT)
     mpop.save(model, tmp_path)
     torch.testing.assert_close(logits(mpop.load(tmp_path)), expected, **EXACT)
 
