@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,9 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpo_kernels.cores.fitting import output_square, scaled
-from mpop.compression.distributed import sum_over_processes
 from mpop.compression.gradients import ExpertsGradients, Gradients, backward_pass, probe
-from mpop.compression.progress import progress
+from mpop.compression.work import progress, sum_over_processes
 from mpop.models.matrices import Names, inputs_of, is_embedding, module_at
 from mpop.models.subclasses import DenseExperts
 
@@ -25,7 +23,7 @@ Batches: TypeAlias = Iterable[Mapping[str, Tensor]]
 # Bytes for second moments at a time.
 MEMORY = 4 * 2**30
 # One batch in so many is kept for judging what was fitted to the others.
-_JUDGE_EVERY = 4
+JUDGE_EVERY = 4
 # Gradients at so many positions are enough: what is taken of them are means.
 _POSITIONS = 2**15
 # With fewer rows for an input feature a second moment is shrunk.
@@ -99,7 +97,7 @@ def second_moments(
     generator = torch.Generator(device).manual_seed(0)
     model.eval()
     with ExitStack() as hooks:
-        mask, products = _Mask(model), _Products()
+        mask, products = PaddingMask(model), _Products()
         has_decoder = bool(model.config.is_encoder_decoder)
         for names, stream in streams.items():
             for name in names:
@@ -110,7 +108,7 @@ def second_moments(
         for number, batch in enumerate(progress(batches, "calibrate: batch")):
             inputs = {key: value.to(device) for key, value in batch.items()}
             mask.of(inputs)
-            is_judging = number % _JUDGE_EVERY == 1
+            is_judging = number % JUDGE_EVERY == 1
             for stream in streams.values():
                 stream.is_judging = is_judging
             if is_judging or positions >= _POSITIONS:
@@ -159,16 +157,17 @@ class Calibration:
         model: of transformers; any other where there are no batches.
 
     Raises:
-        ValueError: batches that can be passed only once, where they are needed more often.
+        TypeError, ValueError: no batches, or of something else.
     """
 
     def __init__(self, model: Any, batches: Batches | None, memory: int = MEMORY) -> None:
-        self._model, self._batches, self._memory = model, batches, memory
+        self._model, self._memory = model, memory
         self._kept: dict[Names, Moments] = {}
-        if batches is not None:
-            first = next(iter(batches), None)
-            if first is None:
+        self.batches = None if batches is None else list(batches)
+        if self.batches is not None:
+            if not self.batches:
                 raise ValueError("expected calibration batches, got none")
+            first = self.batches[0]
             if not isinstance(first, Mapping) or not all(
                 isinstance(value, Tensor) for value in first.values()
             ):
@@ -176,28 +175,21 @@ class Calibration:
                     "calibration: expected batches of named tensors, as a tokenizer makes them "
                     f"with return_tensors='pt', got {type(first).__name__}"
                 )
-            if iter(batches) is batches:
-                self._batches = chain([first], batches)
 
     def groups(
         self, matrices: Sequence[Names]
     ) -> Iterator[tuple[list[Names], dict[Names, Moments]]]:
         """All the matrices in order; a single group is passed through the model only once."""
-        if self._batches is None:
+        if self.batches is None:
             yield list(matrices), {}
             return
         groups = list(self._within_memory(matrices))
         if len(groups) == 1:
-            self._kept = self._kept or second_moments(self._model, self._batches, matrices)
+            self._kept = self._kept or second_moments(self._model, self.batches, matrices)
             yield groups[0], self._kept
             return
-        if iter(self._batches) is self._batches:
-            raise ValueError(
-                f"expected calibration batches that can be iterated {2 * len(groups)} times, as a "
-                "list or DataLoader, or a larger calibration_memory: all moments do not fit in it"
-            )
         for group in groups:
-            yield group, second_moments(self._model, self._batches, group)
+            yield group, second_moments(self._model, self.batches, group)
 
     def _within_memory(self, matrices: Sequence[Names]) -> Iterator[list[Names]]:
         group: list[Names] = []
@@ -219,7 +211,7 @@ class Calibration:
             yield group
 
 
-class _Mask:
+class PaddingMask:
     """Which positions of the batch at hand are no padding, on the two sides of a model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -262,7 +254,7 @@ class _Products:
         self._seen: Tensor | None = None
         self._version = -1
 
-    def of(self, x: Tensor, mask: _Mask, is_decoder: bool) -> tuple[Tensor, int]:
+    def of(self, x: Tensor, mask: PaddingMask, is_decoder: bool) -> tuple[Tensor, int]:
         """Of the rows that count, and their number."""
         if self._seen is not x or self._version != x._version:
             rows = mask.rows(x, x.shape[:-1], is_decoder).float()
@@ -288,7 +280,9 @@ class _Stream:
         self._rows = torch.zeros(2, dtype=torch.int64, device=device)
         self.gradients = Gradients(model, names)
 
-    def hooks(self, module: Any, name: str, mask: _Mask, products: _Products) -> Iterator[Any]:
+    def hooks(
+        self, module: Any, name: str, mask: PaddingMask, products: _Products
+    ) -> Iterator[Any]:
         """Handles to end them with."""
         is_decoder = mask.is_decoder(name)
         yield self.gradients.watch(module, mask, is_decoder)
@@ -325,10 +319,8 @@ class _Stream:
         held = (fit, judge, fit.new_tensor(slope), *([] if gradients is None else [gradients]))
         if not all(torch.isfinite(tensor).all() for tensor in held):
             raise ValueError(f"{self.name}: expected finite inputs, got NaN or Inf in calibration")
-        if fit.dim() == 2 and fitted < _ENOUGH * len(fit):
-            self.shrinkage = _shrinkage(fit / fitted, judge / int(self._rows[1].sum()))
-            mean = fit.diagonal().mean()
-            fit.mul_(1 - self.shrinkage).diagonal().add_(self.shrinkage * mean)
+        if fit.dim() == 2:
+            self.shrinkage = shrink(fit, judge, fitted, int(self._rows[1].sum()))
         return Moments(fit, judge, fitted, slope, gradients)
 
     def few(self) -> Iterator[tuple[str, list[int]]]:
@@ -349,7 +341,9 @@ class _ExpertsStream(_Stream):
         self._tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self.gradients = ExpertsGradients(experts)
 
-    def hooks(self, module: Any, name: str, mask: _Mask, products: _Products) -> Iterator[Any]:
+    def hooks(
+        self, module: Any, name: str, mask: PaddingMask, products: _Products
+    ) -> Iterator[Any]:
         is_decoder = mask.is_decoder(name)
 
         @torch.no_grad()
@@ -397,13 +391,25 @@ def _stream(model: nn.Module, names: Names) -> _Stream:
     return _Stream(model, names)
 
 
-def _shrinkage(fit: Tensor, judge: Tensor) -> float:
-    """How far towards the identity a second moment makes that of other rows most likely."""
-    values, vectors = torch.linalg.eigh(fit.double())
-    others = (vectors * (judge.double() @ vectors)).sum(0)
+def shrink(fit: Tensor, judge: Tensor, fitted: int, judging: int) -> float:
+    """Shrink second moments of few rows to a multiple of the identity, in place.
+
+    Args:
+        fit, judge: sums ``[in, in]`` over ``fitted`` and ``judging`` rows.
+
+    Returns:
+        How far: as makes the rows to judge by most likely; 0 of enough rows.
+    """
+    if fitted >= _ENOUGH * len(fit):
+        return 0.0
+    values, vectors = torch.linalg.eigh(fit.double() / fitted)
+    others = (vectors * (judge.double() / judging @ vectors)).sum(0)
 
     def unlikely(shrinkage: float) -> float:
         spread = (1 - shrinkage) * values.clamp(min=0) + shrinkage * values.mean()
         return float((others / spread + spread.log()).sum())
 
-    return min(_SHRINKAGES, key=unlikely)
+    shrinkage = min(_SHRINKAGES, key=unlikely)
+    mean = fit.diagonal().mean()
+    fit.mul_(1 - shrinkage).diagonal().add_(shrinkage * mean)
+    return shrinkage

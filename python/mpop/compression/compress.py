@@ -19,14 +19,14 @@ from mpo_kernels.layers.cost import LayerCost
 from mpop.checkpoints.quantizer import MPOQuantizer, attach
 from mpop.compression.allocation import Point, allocate, curve, dense_cost
 from mpop.compression.calibration import MEMORY, Batches, Calibration, Moments
-from mpop.compression.distributed import over_processes
 from mpop.compression.permute import sort_hidden_units
-from mpop.compression.progress import progress
 from mpop.compression.report import CompressionReport, row_of
+from mpop.compression.sequential import in_sequence, weight_at
+from mpop.compression.work import over_processes, progress
 from mpop.models.config import INTERPOLATIVE, CompressionConfig, MPOConfig
 from mpop.models.left import left_dense
 from mpop.models.light import count_bytes, count_parameters
-from mpop.models.matrices import Names, module_at, mpo_matrices, weight_of
+from mpop.models.matrices import Names, module_at, mpo_matrices
 from mpop.models.plain import check_unwrapped
 from mpop.models.selection import MatrixPlan, devices_of, plan, select, warn_uncalibrated
 from mpop.models.swapping import densify, replace
@@ -139,25 +139,22 @@ def _fit_planned(
 ) -> Iterator[Fitted]:
     planned = {matrix.names: matrix for matrix in matrices}
 
-    def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition:
-        weight = weight_of(module_at(model, names[0])).detach()
-        return planned[names].decompose(weight, **_given(moments.get(names)))
+    def fit(names: Names, weight: Tensor, moments: Moments | None) -> Decomposition:
+        matrix = planned[names]
+        if matrix.is_exact or matrix.config.rel_error:  # of the matrix, whatever it is fed
+            weight = weight_at(model, names)
+        return matrix.decompose(weight, **_given(moments))
 
-    for group, moments in source.groups(list(planned)):
-        yield from over_processes(group, partial(fitted, moments))
+    yield from in_sequence(model, source.batches, source.groups(list(planned)), fit)
 
 
 def _fit_within(
     model: PreTrainedModel, selected: list[Names], config: CompressionConfig, source: Calibration
 ) -> Iterator[Fitted]:
     """All the matrices under one budget, each by what the model's output loses with it."""
-
-    def weight_at(names: Names) -> Tensor:
-        return weight_of(module_at(model, names[0])).detach()
-
     budget = config.compression
     assert budget is not None
-    first = weight_at(selected[0])
+    first = weight_at(model, selected[0])
     served = config.rows, first.dtype, first.device
     costs = {
         form: LayerCost(config.objective, *served, interpolative=form is not None)
@@ -168,14 +165,14 @@ def _fit_within(
         return costs[_form(model, names, config)]
 
     def losses(moments: dict[Names, Moments], names: Names) -> list[Point]:
-        return curve(weight_at(names), moments.get(names), cost_of(names))
+        return curve(weight_at(model, names), moments.get(names), cost_of(names))
 
     def judged() -> Iterator[tuple[Names, list[Point]]]:
         for group, moments in source.groups(selected):
             yield from over_processes(group, partial(losses, moments))
 
     curves = dict(progress(judged(), "compare: matrix", len(selected)))
-    dense = {names: dense_cost(weight_at(names), cost_of(names)) for names in selected}
+    dense = {names: dense_cost(weight_at(model, names), cost_of(names)) for names in selected}
     whole, least = sum(dense.values()), sum(points[0].cost for points in curves.values())
     if budget * whole < least:
         raise ValueError(
@@ -191,16 +188,15 @@ def _fit_within(
             "expected a lower one"
         )
 
-    def fitted(moments: dict[Names, Moments], names: Names) -> Decomposition | None:
+    def fit(names: Names, weight: Tensor, moments: Moments | None) -> Decomposition | None:
         if budgets[names] >= dense[names]:
             return None
-        devices = devices_of(model, names, config)
-        given = _given(moments.get(names))
-        weight, budget, cost = weight_at(names), budgets[names], cost_of(names)
-        return choose_stack(weight, budget, cost, **given, tensor_parallel=devices)
+        devices, given = devices_of(model, names, config), _given(moments)
+        return choose_stack(
+            weight, budgets[names], cost_of(names), **given, tensor_parallel=devices
+        )
 
-    for group, moments in source.groups(selected):
-        yield from over_processes(group, partial(fitted, moments))
+    yield from in_sequence(model, source.batches, source.groups(selected), fit)
 
 
 def _given(moments: Moments | None) -> dict[str, Tensor | None]:

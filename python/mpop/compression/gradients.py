@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from mpop.compression.distributed import sum_over_processes
+from mpop.compression.work import sum_over_processes
 from mpop.models.matrices import Names, is_embedding, module_at, outputs_of
 from mpop.models.subclasses import DenseExperts
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mpop.compression.progress import progress
+from mpop.compression.work import progress
 
 
 @pytest.fixture

@@ -1,0 +1,409 @@
+"""Cutting a model in the order in which it computes, each matrix to what it is fed by then.
+
+Once what is before it is cut, a matrix W is fed x̂ where the dense model feeds it x. What gives from
+x̂ the outputs that W gave from x is T, to which, and not to W, it is then cut:
+
+    ‖W x − Ŵ x̂‖ = ‖(T − Ŵ) x̂‖ but for what Ŵ has no part in,   T = W + α W (C − Ŝ) Ŝ⁻¹,
+
+with C = E[x x̂ᵀ], Ŝ = E[x̂ x̂ᵀ] and α = 1; of few rows T is uncertain, and α between 0 and 1 is what
+loses least on rows held out. Both are of two streams through the model, one dense and one cut,
+which are kept before one block at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mpo_kernels import Decomposition
+from mpo_kernels.cores.fitting import output_square, regularised, scaled, weigh
+from mpo_kernels.cores.stack import reconstruct_stack
+from mpop.compression.calibration import JUDGE_EVERY, Moments, PaddingMask, shrink
+from mpop.compression.work import over_processes, sum_over_processes
+from mpop.models.matrices import Names, module_at, turned, weight_of
+from mpop.models.subclasses import DenseExperts
+
+Batch: TypeAlias = Mapping[str, Tensor]
+# What takes the place of a weight `[out, in]`, None where it stays; experts' have a dimension more.
+Fit: TypeAlias = Callable[[Names, Tensor, Moments | None], Decomposition | None]
+
+
+def in_sequence(
+    model: PreTrainedModel,
+    batches: Sequence[Batch] | None,
+    groups: Iterable[tuple[Sequence[Names], Mapping[Names, Moments]]],
+    fit: Fit,
+) -> Iterator[tuple[Names, Decomposition | None]]:
+    """Fit all the matrices, those of blocks in sequence where the model has them in a row.
+
+    Without batches, in models whose blocks are not a chain, and outside of the blocks (embeddings,
+    heads, also experts within them), to the dense model's own inputs.
+
+    Args:
+        model: dense, and as it was after each of the results.
+        groups: matrices in the model's order, and moments of theirs in the dense model.
+
+    Returns:
+        Each with the errors to the dense model's weight and outputs, those of its inputs included.
+    """
+
+    def plainly(moments: Mapping[Names, Moments], names: Names) -> Decomposition | None:
+        return fit(names, weight_at(model, names), moments.get(names))
+
+    streams = None if batches is None else Streams.through(model, batches)
+    for group, moments in groups:
+        if streams is None:
+            yield from over_processes(group, partial(plainly, moments))
+            continue
+        for block, members in groupby(group, streams.block_of):
+            for name, stage in streams.stages(block, list(members)):
+                inputs = None if name is None else streams.inputs(name)
+                work = partial(_fitted, model, inputs, moments, fit)
+                for names, found in over_processes(stage, work):
+                    streams.hold(names, found)
+                    yield names, found
+
+
+def weight_at(model: nn.Module, names: Names) -> Tensor:
+    """The weight ``[out, in]`` that modules hold, or that of experts."""
+    return weight_of(module_at(model, names[0])).detach()
+
+
+def _fitted(
+    model: nn.Module,
+    inputs: Inputs | None,
+    moments: Mapping[Names, Moments],
+    fit: Fit,
+    names: Names,
+) -> Decomposition | None:
+    weight, dense = weight_at(model, names), moments[names]
+    known = None if inputs is None else inputs.moments(dense)
+    if inputs is None or known is None:
+        return fit(names, weight, dense)
+    found = fit(names, inputs.target(weight, known), known)
+    if found is None:
+        return None
+    cut = reconstruct_stack(found.cores, found.shape).to(weight)
+    errors = inputs.errors(weight, cut, dense.gradients)
+    return replace(found, rel_error=errors.weight, output_error=errors.output)
+
+
+class Errors(NamedTuple):
+    """Relative, of a matrix and of what it gives."""
+
+    weight: float
+    output: float
+
+
+class Inputs:
+    """Sums over what a matrix is fed in the dense stream, x, and in the one that is cut, x̂.
+
+    Of three batches in four to fit to, and of the fourth to judge by; fp32.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        def zeros() -> Tensor:
+            return torch.zeros(2, size, size, dtype=torch.float32, device=device)
+
+        self._cut, self._cross, self._dense = zeros(), zeros(), zeros()
+        self._rows = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def add(self, x: Tensor, cut: Tensor, is_judging: bool) -> None:
+        """Rows ``[rows, in]`` of the same positions."""
+        which = int(is_judging)
+        self._cut[which].addmm_(cut.t(), cut)
+        self._cross[which].addmm_(x.t(), cut)
+        if is_judging:
+            self._dense[which].addmm_(x.t(), x)
+        self._rows[which] += len(x)
+
+    def add_other_processes(self) -> None:
+        """Sums over all of them."""
+        for tensor in (self._cut, self._cross, self._dense, self._rows):
+            sum_over_processes(tensor)
+
+    def moments(self, dense: Moments) -> Moments | None:
+        """Those of x̂, with the gradients of the dense model; None where nothing is left of it."""
+        if not self._cut.isfinite().all():
+            raise ValueError("expected finite inputs, got NaN or Inf once what is before is cut")
+        fit, judge = self._cut[0].clone(), self._cut[1]
+        if not (fit.any() and judge.any()):
+            return None
+        fitted, judging = self._rows.tolist()
+        shrink(fit, judge, fitted, judging)
+        return Moments(fit, judge, fitted, dense.slope, dense.gradients)
+
+    def target(self, weight: Tensor, moments: Moments) -> Tensor:
+        """What is to be cut in the place of a weight ``[out, in]``."""
+        work = weight.double()
+        scale = moments.fit.diagonal().double().mean()
+        moment = regularised(moments.fit.double())
+        gained = (self._cross[0] - self._cut[0]).double() / scale  # C − Ŝ
+        change = torch.cholesky_solve((work @ gained).t(), torch.linalg.cholesky(moment)).t()
+        gradients = None if moments.gradients is None else scaled(moments.gradients).double()
+        lost = (self._cross[1] - self._cut[1]).double()
+        along = (weigh(lost, change.t(), gradients) * work.t()).sum()
+        across = output_square(change, self._cut[1].double(), gradients)
+        alpha = min(max(float(along) / across, 0.0), 1.0) if across > 0 else 0.0
+        return (work + alpha * change).to(weight.dtype)
+
+    def errors(self, weight: Tensor, cut: Tensor, gradients: Tensor | None) -> Errors:
+        """Of ``cut``, fed x̂, for ``weight``, fed x."""
+        work, made = weight.double(), cut.double()
+        norm = float(torch.linalg.vector_norm(work))
+        lost = float(torch.linalg.vector_norm(work - made))
+        by = None if gradients is None else scaled(gradients).double()
+        whole = output_square(work, self._dense[1].double(), by)
+        both = float((weigh(self._cross[1].double(), made.t(), by) * work.t()).sum())
+        left = whole - 2 * both + output_square(made, self._cut[1].double(), by)
+        return Errors(
+            lost / norm if norm else 0.0, math.sqrt(max(left, 0.0) / whole) if whole > 0 else 0.0
+        )
+
+
+class Streams:
+    """What two models, one dense and one cut so far, feed the block at hand, for every batch.
+
+    The model itself runs, with the blocks before the one at hand passing their inputs on.
+    """
+
+    def __init__(self, model: Any, prefix: str, batches: Sequence[Batch]) -> None:
+        self._model, self._prefix = model, f"{prefix}."
+        device = next(model.parameters()).device
+        self._batches = [{key: value.to(device) for key, value in b.items()} for b in batches]
+        self._blocks = list(model.get_submodule(prefix))
+        self._mask = PaddingMask(model)
+        self._cuts: dict[Names, Tensor] = {}  # weights as modules have them, until a block is done
+        self._at, self._in_tuple = 0, False
+        self._dense: list[Tensor] = []  # fed to the block at hand, by batch, in the host's memory
+        self._cut: list[Tensor] = []
+
+    @classmethod
+    def through(cls, model: PreTrainedModel, batches: Sequence[Batch]) -> Streams | None:
+        """Through the longest chain of blocks; None where blocks do more than feed the next one."""
+        if model.config.is_encoder_decoder:
+            return None
+        lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+        sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in lists.items()}
+        prefix = max(sizes, key=sizes.__getitem__, default=None)
+        if prefix is None:
+            return None
+        streams = cls(model, prefix, batches)
+        return streams if streams._is_chain() else None
+
+    def _is_chain(self) -> bool:
+        """Whether each is called once, in their order, with what the one before it gave."""
+        given: list[tuple[nn.Module, Any, Any]] = []
+
+        def seen(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given.append((block, _first(args, kwargs), output))
+
+        with ExitStack() as hooks, self._running():
+            for block in self._blocks:
+                handle = block.register_forward_hook(seen, with_kwargs=True)
+                hooks.callback(handle.remove)
+            self._model(**self._batches[0])
+        outputs = [_hidden(output) for _, _, output in given]
+        self._in_tuple = any(isinstance(output, tuple) for _, _, output in given)
+        return (
+            [block for block, _, _ in given] == self._blocks
+            and all(isinstance(output, Tensor) for output in outputs)
+            and all(x is y for y, (_, x, _) in zip(outputs, given[1:], strict=False))
+        )
+
+    def block_of(self, names: Names) -> int | None:
+        """That a matrix is in; None where it is in none, or not in one alone."""
+        name, *others = names
+        if others or not name.startswith(self._prefix):
+            return None
+        return int(name.removeprefix(self._prefix).partition(".")[0])
+
+    def hold(self, names: Names, found: Decomposition | None) -> None:
+        """In the stream that is cut this takes the place of the matrix."""
+        if found is not None:
+            module = module_at(self._model, names[0])
+            cut = turned(module, reconstruct_stack(found.cores, found.shape))
+            self._cuts[names] = cut.to(module.weight).contiguous()
+
+    def stages(
+        self, block: int | None, matrices: Sequence[Names]
+    ) -> list[tuple[str | None, Sequence[Names]]]:
+        """Those of a block in the order in which it computes, and a module that is fed as they are.
+
+        With None those that are fitted to the dense model's inputs: what is outside of the blocks,
+        experts, and what is not called just once.
+        """
+        if block is None:
+            return [(None, matrices)]
+        self._advance(block)
+        fed: list[tuple[Tensor, int, list[Names]]] = []
+
+        def see(names: Names, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            if not (fed and fed[-1][0] is x and fed[-1][1] == x._version):
+                fed.append((x, x._version, []))
+            fed[-1][2].append(names)
+
+        with ExitStack() as hooks, self._running():
+            for names in matrices:
+                module = module_at(self._model, names[0])
+                if not isinstance(module, DenseExperts):
+                    handle = module.register_forward_pre_hook(partial(see, names))
+                    hooks.callback(handle.remove)
+            self._run(self._batches[0], self._dense[0])
+        calls = Counter(names for _, _, stage in fed for names in stage)
+        others = [names for names in matrices if calls[names] != 1]
+        stages = [[names for names in stage if calls[names] == 1] for _, _, stage in fed]
+        return [*([(None, others)] if others else []), *((s[0][0], s) for s in stages if s)]
+
+    def inputs(self, name: str) -> Inputs:
+        """Of a module of the block at hand."""
+        module, found = module_at(self._model, name), None
+        with self._running():
+            for number, batch in enumerate(self._batches):
+                self._mask.of(batch)
+                x = self._run(batch, self._dense[number], module)
+                with self._in_place(self._at):
+                    cut = self._run(batch, self._cut[number], module)
+                x, cut = (self._mask.rows(y, y.shape[:-1], False).float() for y in (x, cut))
+                found = found or Inputs(x.shape[-1], x.device)
+                found.add(x, cut, number % JUDGE_EVERY == 1)
+        assert found is not None
+        found.add_other_processes()
+        return found
+
+    def _advance(self, block: int) -> None:
+        """To the inputs of that one."""
+        with self._running():
+            if not self._dense:
+                self._dense = [self._enter(batch).cpu() for batch in self._batches]
+                with self._in_place(None):
+                    self._cut = [self._enter(batch).cpu() for batch in self._batches]
+            while self._at < block:
+                self._dense = self._after(self._dense)
+                with self._in_place(self._at):
+                    self._cut = self._after(self._cut)
+                self._cuts = {
+                    n: cut for n, cut in self._cuts.items() if self.block_of(n) != self._at
+                }
+                self._at += 1
+
+    def _after(self, stream: list[Tensor]) -> list[Tensor]:
+        return [self._run(b, x).cpu() for b, x in zip(self._batches, stream, strict=True)]
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        training = self._model.training
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._model.train(training)
+
+    @contextmanager
+    def _in_place(self, block: int | None) -> Iterator[None]:
+        """The matrices of a block, or those outside of all, as they are cut."""
+        cuts = [(n, cut) for n, cut in self._cuts.items() if self.block_of(n) == block]
+        weights = [(module_at(self._model, names[0]).weight, cut) for names, cut in cuts]
+        held = [(weight, weight.data) for weight, _ in weights]
+        try:
+            for weight, cut in weights:
+                weight.data = cut
+            yield
+        finally:
+            for weight, data in held:
+                weight.data = data
+
+    def _enter(self, batch: Batch) -> Tensor:
+        """What the first block is fed."""
+
+        def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+            raise _Reached(_first(args, kwargs))
+
+        block = self._blocks[0]
+        return self._until(batch, block.register_forward_pre_hook(enter, with_kwargs=True))
+
+    def _run(self, batch: Batch, x: Tensor, module: nn.Module | None = None) -> Tensor:
+        """What the block at hand makes of ``x``, or feeds to a module of its."""
+        block = self._blocks[self._at]
+
+        def enter(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            mine = x.to(_first(args, kwargs).device)
+            return ((mine, *args[1:]), kwargs) if args else (args, {**kwargs, _HIDDEN: mine})
+
+        def feed(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _Reached(inputs[0])
+
+        def leave(block: nn.Module, args: Any, output: Any) -> None:
+            raise _Reached(_hidden(output))
+
+        return self._until(
+            batch,
+            block.register_forward_pre_hook(enter, with_kwargs=True),
+            block.register_forward_hook(leave)
+            if module is None
+            else module.register_forward_pre_hook(feed),
+        )
+
+    def _until(self, batch: Batch, *handles: Any) -> Tensor:
+        """Call the model until a hook has what is looked for."""
+        with ExitStack() as changes:
+            for handle in handles:
+                changes.callback(handle.remove)
+            for block in self._blocks[: self._at]:
+                changes.enter_context(_passing(block, self._in_tuple))
+            try:
+                self._model(**batch)
+            except _Reached as reached:
+                return reached.hidden
+        raise AssertionError("a block that was called once is not called any more")
+
+
+_HIDDEN = "hidden_states"
+
+
+class _Reached(Exception):
+    """With what was to be reached."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def _first(args: Any, kwargs: Any) -> Any:
+    return args[0] if args else kwargs.get(_HIDDEN)
+
+
+def _hidden(output: Any) -> Any:
+    """Of a block's output; None where that holds more."""
+    if isinstance(output, tuple):
+        return output[0] if len(output) == 1 else None
+    return output
+
+
+@contextmanager
+def _passing(block: Any, in_tuple: bool) -> Iterator[None]:
+    """The block gives what it is fed."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = _first(args, kwargs)
+        return (x,) if in_tuple else x
+
+    own = vars(block).get("forward")  # as offloading puts there
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
