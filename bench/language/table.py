@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ import mpop
 from bench import drawing, facts
 from bench.glue.encoder import say
 from bench.language.decoder import NAME, folder_of
-from bench.language.ways import ROUNDINGS, WAYS, AllMoments, cut
+from bench.language.ways import ROUNDINGS, WAYS, AllMoments, Way, cut
 from bench.layer.report import table
 from bench.results import text_of
 from mpop.compression.calibration import second_moments
+from mpop.compression.sequential import Batch
 from mpop.data.glue import get_task, load_split
 from mpop.models.light import count_bytes
 from mpop.models.matrices import module_at
@@ -83,6 +85,8 @@ class Bench:
         folder = folder_of(options.model, Path(options.scratch))
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        # Of the model alone: what is fitted stays in fp32.
+        self.model.forward = torch.autocast("cpu", torch.bfloat16)(self.model.forward)
         self.texts = Texts(self.tokenizer, options)
         selected = select(self.model, mpop.CompressionConfig(embeddings=False))
         self.weights = {
@@ -162,10 +166,10 @@ class Bench:
             num_bytes += size
         return self.whole, num_bytes
 
-    def moments(self, seed: int) -> AllMoments:
+    def batches(self, seed: int) -> list[dict[str, Tensor]]:
         """Of the validation text."""
         options = self.options
-        batches = mpop.text_batches(
+        return mpop.text_batches(
             self.tokenizer,
             Path(options.texts) / "valid.txt",
             samples=options.samples,
@@ -173,8 +177,12 @@ class Bench:
             seed=seed,
             batch_size=4,
         )
-        with torch.autocast("cpu", torch.bfloat16):
-            return second_moments(self.model, batches, list(self.weights))
+
+    def put_cut(
+        self, batches: Sequence[Batch], moments: AllMoments, way: Way, ratio: float
+    ) -> tuple[float, float]:
+        """All matrices as they are cut."""
+        return self.put(list(cut(self.model, batches, self.kept, moments, way, ratio)))
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
@@ -198,9 +206,9 @@ def measure(options: argparse.Namespace) -> list[Row]:
                     return bench.rows
                 if found is None:
                     say(f"moments, seed {seed}")
-                    found = bench.moments(seed)
-                new = cut(bench.kept, found, WAYS[name], ratio)
-                bench.run(key, lambda new=new: bench.put(new))
+                    batches = bench.batches(seed)
+                    found = second_moments(bench.model, batches, list(bench.weights))
+                bench.run(key, partial(bench.put_cut, batches, found, WAYS[name], ratio))
     return bench.rows
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mpo_kernels import MPOLinear, MPOShape, decompose, reconstruct
+from mpo_kernels import Decomposition, MPOLinear, MPOShape, decompose, reconstruct
 from mpo_kernels.layers.cost import LayerCost
 from mpop.compression.allocation import allocate, curve
 from mpop.compression.calibration import Moments
+from mpop.compression.sequential import Batch, in_sequence
 from mpop.models.matrices import Names
 
 Weights = Mapping[Names, Tensor]
@@ -31,6 +32,7 @@ class Way(NamedTuple):
         interpolative: low rank as rows and what makes the others of them.
         num_cores: balanced factors of so many cores; None for plain low rank.
         in_bytes: the rows in int8, as `mpop.quantize` holds them.
+        sequential: each matrix for what it is fed once those before it are cut.
     """
 
     meaning: str
@@ -40,6 +42,7 @@ class Way(NamedTuple):
     interpolative: bool = False
     num_cores: int | None = None
     in_bytes: bool = False
+    sequential: bool = False
 
 
 WAYS = {
@@ -47,13 +50,16 @@ WAYS = {
     "aware": Way("the same under the inputs' second moments, as SVD-LLM does"),
     "ranks": Way("ranks shared by what the model loses with each matrix", shared=True),
     "both": Way("cut under the gradients' second moments too", gradients=True, shared=True),
-    "ours": Way(
-        "held as rows and what makes the others of them: `--factors interpolative`",
+    "form": Way(
+        "held as rows and what makes the others of them",
         gradients=True,
         shared=True,
         interpolative=True,
     ),
 }
+WAYS["ours"] = WAYS["form"]._replace(
+    meaning="each matrix for what it is fed by then: `--factors interpolative`", sequential=True
+)
 WAYS["ours-int8"] = WAYS["ours"]._replace(
     meaning="`ours` in int8: `--store int8`; matrices that stay dense are in 16 bits", in_bytes=True
 )
@@ -82,33 +88,52 @@ class Cut(NamedTuple):
     bytes: float
 
 
-def cut(weights: Weights, moments: AllMoments, way: Way, ratio: float) -> Iterator[Cut]:
-    """Each matrix, cut so that all have the share `ratio` of their parameters."""
+def cut(
+    model: Any,
+    batches: Sequence[Batch],
+    weights: Weights,
+    moments: AllMoments,
+    way: Way,
+    ratio: float,
+) -> Iterator[Cut]:
+    """Each matrix, cut so that all have the share `ratio` of their parameters.
+
+    Args:
+        model: that the weights are of, as it was after each of them.
+        batches: what the moments are of.
+    """
     budgets = _budgets(weights, moments, way, ratio)
-    for names, weight in weights.items():
-        of_inputs = moments[names]
-        budget = budgets[names]
-        if budget >= weight.numel():
-            yield Cut(names, weight, weight.numel(), 2 * weight.numel())
-            continue
-        found = decompose(
+
+    def fit(names: Names, weight: Tensor, known: Moments | None) -> Decomposition | None:
+        assert known is not None
+        if budgets[names] >= weight.numel():
+            return None
+        return decompose(
             weight,
-            _shape(weight, way, budget),
-            compression=None if way.num_cores is None else budget / weight.numel(),
-            second_moment=of_inputs.fit + of_inputs.judge if way.inputs else None,
-            gradient_moment=of_inputs.gradients if way.gradients else None,
+            _shape(weight, way, budgets[names]),
+            compression=None if way.num_cores is None else budgets[names] / weight.numel(),
+            second_moment=known.fit + known.judge if way.inputs else None,
+            gradient_moment=known.gradients if way.gradients else None,
             max_sweeps=_SWEEPS,
         )
-        sizes = {"in_features": weight.shape[1], "out_features": len(weight)}
-        parameters = LayerCost(interpolative=way.interpolative).of(found.shape)
-        if not way.in_bytes:
-            yield Cut(names, reconstruct(found.cores, **sizes), parameters, 2 * parameters)
-            continue
-        layer = MPOLinear(**sizes, shape=found.shape, bias=False)
-        layer.load_state_dict({f"cores.{k}": core for k, core in enumerate(found.cores)})
-        held = layer.interpolative().quantized()
-        num_bytes = sum(tensor.nbytes for tensor in held.state_dict().values())
-        yield Cut(names, held.to_linear().weight.detach(), parameters, num_bytes)
+
+    groups = [(list(weights), moments)]
+    for names, found in in_sequence(model, batches if way.sequential else None, groups, fit):
+        yield _cut_of(names, weights[names], found, way)
+
+
+def _cut_of(names: Names, weight: Tensor, found: Decomposition | None, way: Way) -> Cut:
+    if found is None:
+        return Cut(names, weight, weight.numel(), 2 * weight.numel())
+    sizes = {"in_features": weight.shape[1], "out_features": len(weight)}
+    parameters = LayerCost(interpolative=way.interpolative).of(found.shape)
+    if not way.in_bytes:
+        return Cut(names, reconstruct(found.cores, **sizes), parameters, 2 * parameters)
+    layer = MPOLinear(**sizes, shape=found.shape, bias=False)
+    layer.load_state_dict({f"cores.{k}": core for k, core in enumerate(found.cores)})
+    held = layer.interpolative().quantized()
+    num_bytes = sum(tensor.nbytes for tensor in held.state_dict().values())
+    return Cut(names, held.to_linear().weight.detach(), parameters, num_bytes)
 
 
 def _shape(weight: Tensor, way: Way, budget: float) -> MPOShape:

@@ -80,5 +80,5 @@ def progress(work: Iterable[Item], what: str, total: int | None = None) -> Itera
         yield item
         if (now := time.monotonic()) - said >= _EVERY and _rank() == 0:
             of = f" of {total}" if total is not None else ""
-            print(f"{what}: {done}{of}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"{what} {done}{of}, {now - start:.0f} s", file=sys.stderr, flush=True)
             said = now

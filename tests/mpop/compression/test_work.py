@@ -21,10 +21,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("clock")
 def test_a_line_every_half_minute(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress("abcdefg", "letter")) == list("abcdefg")
-    assert capsys.readouterr().err.splitlines() == ["letter: 3 of 7, 36 s", "letter: 6 of 7, 72 s"]
+    assert capsys.readouterr().err.splitlines() == ["letter 3 of 7, 36 s", "letter 6 of 7, 72 s"]
     assert list(progress(iter("abc"), "letter")) == list("abc")
     assert list(progress(iter("abc"), "letter", 9)) == list("abc")
-    said = ["letter: 3, 36 s", "letter: 3 of 9, 36 s"]
+    said = ["letter 3, 36 s", "letter 3 of 9, 36 s"]
     assert capsys.readouterr().err.splitlines() == said
 
 
