@@ -240,10 +240,10 @@ class Streams:
     ) -> list[tuple[str | None, Sequence[Names]]]:
         """Those of a block in the order in which it computes, and a module that is fed as they are.
 
-        With None those that are fitted to the dense model's inputs: what is outside of the blocks,
-        experts, and what is not called just once.
+        With None those that are fitted to the dense model's inputs: what is outside of the blocks
+        or in one that is done, experts, and what is not called just once.
         """
-        if block is None:
+        if block is None or block < self._at:
             return [(None, matrices)]
         self._advance(block)
         fed: list[tuple[Tensor, int, list[Names]]] = []
