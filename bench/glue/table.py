@@ -55,6 +55,9 @@ GRID = {
     "light-0.5": [4e-4, 8e-4, 1.6e-3],
     **{f"lora-{name}": [1e-3, 2e-3, 4e-3] for name in SHARES},
 }
+# Of times, each of all methods in turn.
+_ROUNDS = 3
+_TIMED = ("step_seconds", "latency_seconds", "peak_memory_bytes")
 # Training rows of a model that is made for its times alone.
 _FEW = 320
 Rates = tuple[float, float]
@@ -179,10 +182,11 @@ class Bench:
     def time(self) -> None:
         """Measure what the methods cost, one at a time, and write `times.json`.
 
-        Where no run of this bench has left its model it is made again; on a few rows where it has
-        the same shapes whatever it has learnt.
+        In rounds, so that what else a machine does at one time is not one method's: medians. Where
+        no run of this bench has left its model it is made again; on a few rows where it has the
+        same shapes whatever it has learnt.
         """
-        found = {}
+        files: dict[Run, Path] = {}
         for run in self.plan():
             chosen = self.chosen(run)
             file = chosen and self.kept(chosen)
@@ -192,11 +196,20 @@ class Bench:
                 has_choice = METHODS[run.method].calibrates
                 made = chosen if has_choice else replace(chosen, max_train_samples=_FEW)
                 self.start(made, file).check_returncode()
-            say(f"times of {run.method}")
-            command = [sys.executable, "-m", "bench.glue.times", str(file), run.precision]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[run.method] = json.loads(done.stdout.splitlines()[-1])
-            self.times_file.write_text(text_of(found), encoding="utf-8")
+            files[run] = file
+        found: dict[str, list[dict[str, Any]]] = {run.method: [] for run in files}
+        for number in range(_ROUNDS):
+            for run, file in files.items():
+                say(f"times of {run.method}, {number + 1} of {_ROUNDS}")
+                command = [sys.executable, "-m", "bench.glue.times", str(file), run.precision]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                found[run.method].append(json.loads(done.stdout.splitlines()[-1]))
+        medians = {
+            method: rounds[0]
+            | {name: statistics.median(each[name] for each in rounds) for name in _TIMED}
+            for method, rounds in found.items()
+        }
+        self.times_file.write_text(text_of(medians), encoding="utf-8")
 
     @property
     def times_file(self) -> Path:

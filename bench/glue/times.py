@@ -19,7 +19,7 @@ from mpop.benchmark import median_seconds
 from mpop.data.lengths import longest
 from mpop.finetuning.trainer import peak_memory, reset_peak_memory
 
-BATCH, LENGTH, REPEATS = 32, 64, 20
+BATCH, LENGTH, REPEATS = 32, 64, 7
 
 
 def measure(model: Any, autocast: torch.dtype | None = None) -> dict[str, Any]:
