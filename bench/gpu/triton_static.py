@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from bench.gpu.static import RESULTS, code_of, cuobjdump, finish, instructions, regressions
 from mpo_kernels.backends.triton.chain import chain_kernel
+from mpo_kernels.backends.triton.device import begins_early
 from mpo_kernels.backends.triton.gather import gather_gradient_kernel, gather_kernel
 from mpo_kernels.backends.triton.matrix import constants, matrix_kernel
 from mpo_kernels.backends.triton.panels import gemm_task, merging_task, panel_tasks, parting_tasks
@@ -170,7 +171,8 @@ def compiled_product(task: Task, fp32: str, limits: Limits) -> Any:
     pointers.insert(2, ("p_bias", "*bf16" if task.product.m == 0 else None))
     given = [*pointers, ("rows", "i32"), ("first", "i32"), *((f"q_{x}", None) for x in "abc")]
     constants = {"P": task.product, "T": task.tile, "Q": None, "U": None, "ADD": False}
-    return build(product_kernel, given, constants | {"PRECISION": "ieee"}, limits, task.tile)
+    constants |= {"PRECISION": "ieee", "EARLY": begins_early(limits.name)}
+    return build(product_kernel, given, constants, limits, task.tile)
 
 
 def build(
@@ -289,6 +291,15 @@ def walk_faults(
     return wrong
 
 
+def early_faults(assembly: str, limits: Limits) -> list[str]:
+    """What a product must not do either: touch memory before what came before it has ended."""
+    if not begins_early(limits.name):
+        return []
+    order = re.findall(r"\b(ACQBULK|PREEXIT|LDG\w*|STG|UTMA\w*|RED|ATOMG)\b", assembly)
+    right = order[:2] == ["ACQBULK", "PREEXIT"] and order.count("ACQBULK") == 1
+    return [] if right else [f"begins with {', '.join(order[:3])}"]
+
+
 def _matrix_rows(case: Case, tile: Any) -> int:
     """Rows of the smaller of a tile's two products."""
     if case.kernel == "chain":
@@ -324,6 +335,8 @@ def report(architectures: list[str]) -> tuple[dict[str, Any], list[str]]:
             if walk is not None:
                 found |= walk_figures(text)
                 wrong_here += walk_faults(walk.problem, tile, found, limits)
+            if title.startswith("product "):
+                wrong_here += early_faults(text, limits)
             rows[name][title] = {"tile": list(tile), **found}
             wrong += [f"{name} {title}: {fault}" for fault in wrong_here]
         print(f"{name}: {len(rows[name])} kernels compiled", file=sys.stderr)

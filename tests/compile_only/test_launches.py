@@ -88,6 +88,27 @@ def test_a_training_step_launches_only_what_it_needs(compiled: list[str]) -> Non
     assert kernels(False, True, True) == {"matrix_kernel", "sum_kernel"}
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_products_begin_early_where_the_device_can(
+    early: bool, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "can_begin_early", lambda device: early)
+    panels.merging_task.cache_clear()  # with what was compiled for it
+    options = []
+    made = JITFunction.warmup
+
+    def warmup(self: Any, *args: Any, **given: Any) -> Any:
+        options.append(given)
+        return made(self, *args, **given)
+
+    monkeypatch.setattr(JITFunction, "warmup", warmup)
+    panels.merge(random_cores(MPOShape((4, 8), (4, 8), 16), torch.bfloat16), ())
+    assert compiled == ["product_kernel"]
+    assert [given.get("launch_pdl", False) for given in options] == [early]
+    for name in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
+        assert device.begins_early(name) == (name in ("sm_90", "sm_100", "sm_120"))
+
+
 def test_an_architecture_that_is_too_old_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "unavailable", lambda: None)
     monkeypatch.setattr(device, "architecture", lambda index: f"sm_{index}")
@@ -135,7 +156,7 @@ class Launches(TorchDispatchMode):
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     counted = Launches()
 
-    def count(*_: Any) -> None:
+    def count(*_: Any, **__: Any) -> None:
         counted.count += 1
 
     monkeypatch.setattr(product, "launch", count)

@@ -79,6 +79,22 @@ def test_products_of_digits_move_wide() -> None:
         assert row["narrow"] == 0 and row["wgmma"], name
 
 
+@pytest.mark.parametrize("name", LIMITS)
+def test_memory_before_the_wait_is_a_fault(name: str) -> None:
+    def faults(*codes: str) -> list[str]:
+        return triton_static.early_faults(
+            "\n".join(f"  {code} R1 ;" for code in codes), LIMITS[name]
+        )
+
+    assert faults("S2R", "ACQBULK", "PREEXIT", "LDGSTS.E.BYPASS.128", "STG.E.128") == []
+    for wrong in (
+        ("LDG.E.128", "ACQBULK", "PREEXIT"),
+        ("PREEXIT", "ACQBULK", "LDG.E.128"),
+        ("LDGSTS.E.128", "STG.E"),
+    ):
+        assert bool(faults(*wrong)) == (name in ("sm_90", "sm_100")), wrong
+
+
 def test_a_state_that_moves_is_a_fault() -> None:
     limits = LIMITS["sm_90"]
     case = next(case for case in triton_static.CASES if case.kernel == "matrix")

@@ -135,8 +135,28 @@ def strides_of(a: Tensor, b: Tensor | None = None) -> Strides:
     return Strides(*a.stride(), *(b.stride() if b is not None else (0, 0, 0)))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any) -> None:
+@cache
+def can_begin_early(device: torch.device) -> bool:
+    """Whether a kernel can be set up on it while the one before it runs."""
+    return device.type == "cuda" and begins_early(architecture(device.index))
+
+
+def begins_early(name: str) -> bool:
+    """Whether an architecture has programmatic dependent launch."""
+    return name.startswith("sm_") and int(name[3:]) >= 90
+
+
+def options_of(tile: Any, early: bool = False) -> dict[str, Any]:
+    """What triton is told beside a kernel's arguments."""
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return options | {"launch_pdl": True} if early else options  # unknown to other vendors'
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any, early: bool = False) -> None:
     """Run ``kernel`` on the device of its first argument.
+
+    Args:
+        early: it is set up while the one before it runs, whose end it waits for itself.
 
     Raises:
         RuntimeError: the launch failed; the text names the kernel, its grid and its tile.
@@ -144,10 +164,10 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any) -> None:
     device = args[0].device
     try:
         if device.type == "cpu" or device.index == torch.cuda.current_device():
-            kernel[grid](*args, num_warps=tile.num_warps, num_stages=tile.num_stages)
+            kernel[grid](*args, **options_of(tile, early))
         else:
             with torch.cuda.device(device):
-                kernel[grid](*args, num_warps=tile.num_warps, num_stages=tile.num_stages)
+                kernel[grid](*args, **options_of(tile, early))
     except Exception as error:
         inputs = [tuple(a.shape) if isinstance(a, Tensor) else a for a in args]
         name = getattr(kernel, "__name__", kernel)

@@ -5,6 +5,9 @@
 m, n and k are numbers of several digits, and an element's address is a sum of one stride for each:
 a panel of W is written where it belongs, and a panel of its gradient read where it lies. A launch
 holds one or two products. Sums over shares of k are added in a fixed order, by whoever reads them.
+
+Where the device can, a launch is set up while the one before it on the stream still runs, and waits
+for its end before it reads or writes anything (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -17,8 +20,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mpo_kernels.backends.triton.device import interpreted, launch, precision
+from mpo_kernels.backends.triton.device import (
+    can_begin_early,
+    interpreted,
+    launch,
+    options_of,
+    precision,
+)
 from mpo_kernels.backends.triton.tiles import ProductTile, ceil_div
 
 
@@ -151,8 +161,12 @@ def product_kernel(
     U: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The first product has `first` programs, the second one, if any, the rest."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()  # after the wait: what comes next begins when all before has ended
     pid = tl.program_id(0)
     if Q is None or pid < first:
         product(p_a, p_b, p_bias, p_c, rows, pid, P, T, ADD, PRECISION)
@@ -205,29 +219,29 @@ def _run(job: Job, other: Job | None, bias: Tensor | None, rows: int, add: bool)
         programs += second.programs(0)
         if second.tile.num_warps > tile.num_warps:
             tile = tile._replace(num_warps=second.tile.num_warps)
+    early = can_begin_early(a.device)
     arguments = (
         *(a, b, bias, c, rows, first),
         *operands,
         *(task.product, task.tile),
         *((None, None) if second is None else (second.product, second.tile)),
-        *(add, precision(torch.float32 if mixed else a.dtype)),
+        *(add, precision(torch.float32 if mixed else a.dtype), early),
     )
     tensors = [t for t in (a, b, c, bias, *operands) if t is not None]
     pointers, types = 0, [second, add, bias is None]
     for tensor in tensors:
         pointers |= tensor.data_ptr()
         types.append(tensor.dtype)
-    key = (*types, a.device, arguments[-1])
+    key = (*types, a.device, arguments[-2])
     compiled = task._compiled.get(key)
     here = not a.is_cuda or a.get_device() == torch.cuda.current_device()
     if compiled is not None and here and pointers % 16 == 0:
         compiled[programs, 1, 1](*arguments)
         return
-    launch(product_kernel, (programs,), tile, *arguments)
+    launch(product_kernel, (programs,), tile, *arguments, early=early)
     if here and pointers % 16 == 0 and not interpreted():
-        task._compiled[key] = product_kernel.warmup(
-            *arguments, grid=(1,), num_warps=tile.num_warps, num_stages=tile.num_stages
-        )
+        options = options_of(tile, early)
+        task._compiled[key] = product_kernel.warmup(*arguments, grid=(1,), **options)
 
 
 class SumTile(NamedTuple):
