@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
-from itertools import groupby
+from functools import cached_property, partial
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -34,6 +34,8 @@ from mpop.models.matrices import Names, module_at, turned, weight_of
 from mpop.models.subclasses import DenseExperts
 
 Batch: TypeAlias = Mapping[str, Tensor]
+# So many positions are enough for the streams: ten for each input of a wide matrix.
+_POSITIONS = 2**17
 # What takes the place of a weight `[out, in]`, None where it stays; experts' have a dimension more.
 Fit: TypeAlias = Callable[[Names, Tensor, Moments | None], Decomposition | None]
 
@@ -134,14 +136,20 @@ class Inputs:
 
     def moments(self, dense: Moments) -> Moments | None:
         """Those of x̂, with the gradients of the dense model; None where nothing is left of it."""
+        fit, judge, rows = self._of_cut
+        if not (fit.any() and judge.any()):
+            return None
+        return Moments(fit, judge, rows, dense.slope, dense.gradients)
+
+    @cached_property
+    def _of_cut(self) -> tuple[Tensor, Tensor, int]:
         if not self._cut.isfinite().all():
             raise ValueError("expected finite inputs, got NaN or Inf once what is before is cut")
         fit, judge = self._cut[0].clone(), self._cut[1]
-        if not (fit.any() and judge.any()):
-            return None
         fitted, judging = self._rows.tolist()
-        shrink(fit, judge, fitted, judging)
-        return Moments(fit, judge, fitted, dense.slope, dense.gradients)
+        if fit.any() and judge.any():
+            shrink(fit, judge, fitted, judging)
+        return fit, judge, fitted
 
     def target(self, weight: Tensor, moments: Moments) -> Tensor:
         """What is to be cut in the place of a weight ``[out, in]``."""
@@ -180,13 +188,21 @@ class Streams:
     def __init__(self, model: Any, prefix: str, batches: Sequence[Batch]) -> None:
         self._model, self._prefix = model, f"{prefix}."
         device = next(model.parameters()).device
-        self._batches = [{key: value.to(device) for key, value in b.items()} for b in batches]
+        rows = accumulate(max(v.shape[:2].numel() for v in b.values()) for b in batches)
+        enough = max(2, sum(total < _POSITIONS for total in rows) + 1)
+        self._batches = [
+            {key: value.to(device) for key, value in batch.items()} for batch in batches[:enough]
+        ]
         self._blocks = list(model.get_submodule(prefix))
         self._mask = PaddingMask(model)
         self._cuts: dict[Names, Tensor] = {}  # weights as modules have them, until a block is done
         self._at, self._in_tuple = 0, False
-        self._dense: list[Tensor] = []  # fed to the block at hand, by batch, in the host's memory
+        # In the host's memory, by batch: what is fed to the block at hand and what it gives,
+        self._dense: list[Tensor] = []
+        self._dense_after: list[Tensor] = []
         self._cut: list[Tensor] = []
+        # and rows that are fed to modules of it.
+        self._fed: dict[str, list[Tensor]] = {}
 
     @classmethod
     def through(cls, model: PreTrainedModel, batches: Sequence[Batch]) -> Streams | None:
@@ -260,24 +276,39 @@ class Streams:
                 if not isinstance(module, DenseExperts):
                     handle = module.register_forward_pre_hook(partial(see, names))
                     hooks.callback(handle.remove)
-            self._run(self._batches[0], self._dense[0])
+            self._run(0, self._dense[0])
         calls = Counter(names for _, _, stage in fed for names in stage)
         others = [names for names in matrices if calls[names] != 1]
         stages = [[names for names in stage if calls[names] == 1] for _, _, stage in fed]
-        return [*([(None, others)] if others else []), *((s[0][0], s) for s in stages if s)]
+        found = {stage[0][0]: stage for stage in stages if stage}
+        self._feed(list(found))
+        return [*([(None, others)] if others else []), *found.items()]
+
+    def _feed(self, names: Sequence[str]) -> None:
+        """Pass the dense stream through the block at hand, and keep what is fed to modules."""
+        fed: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def keep(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = self._mask.rows(inputs[0], inputs[0].shape[:-1], False)
+            fed[name].append(rows.to("cpu", copy=True))
+
+        with ExitStack() as hooks, self._running():
+            for name in names:
+                module = module_at(self._model, name)
+                handle = module.register_forward_pre_hook(partial(keep, name))
+                hooks.callback(handle.remove)
+            self._dense_after = self._after(self._dense)
+        self._fed = fed
 
     def inputs(self, name: str) -> Inputs:
         """Of a module of the block at hand."""
         module, found = module_at(self._model, name), None
-        with self._running():
-            for number, batch in enumerate(self._batches):
-                self._mask.of(batch)
-                x = self._run(batch, self._dense[number], module)
-                with self._in_place(self._at):
-                    cut = self._run(batch, self._cut[number], module)
-                x, cut = (self._mask.rows(y, y.shape[:-1], False).float() for y in (x, cut))
-                found = found or Inputs(x.shape[-1], x.device)
-                found.add(x, cut, number % JUDGE_EVERY == 1)
+        with self._running(), self._in_place(self._at):
+            for number, (x, dense) in enumerate(zip(self._cut, self._fed.pop(name), strict=True)):
+                cut = self._run(number, x, module)
+                rows = self._mask.rows(cut, cut.shape[:-1], False).float()
+                found = found or Inputs(rows.shape[1], rows.device)
+                found.add(dense.to(rows), rows, number % JUDGE_EVERY == 1)
         assert found is not None
         found.add_other_processes()
         return found
@@ -286,20 +317,21 @@ class Streams:
         """To the inputs of that one."""
         with self._running():
             if not self._dense:
-                self._dense = [self._enter(batch).cpu() for batch in self._batches]
+                self._dense = self._entered()
                 with self._in_place(None):
-                    self._cut = [self._enter(batch).cpu() for batch in self._batches]
+                    self._cut = self._entered()
             while self._at < block:
-                self._dense = self._after(self._dense)
+                self._dense = self._dense_after or self._after(self._dense)
                 with self._in_place(self._at):
                     self._cut = self._after(self._cut)
                 self._cuts = {
                     n: cut for n, cut in self._cuts.items() if self.block_of(n) != self._at
                 }
-                self._at += 1
+                self._dense_after, self._at = [], self._at + 1
 
     def _after(self, stream: list[Tensor]) -> list[Tensor]:
-        return [self._run(b, x).cpu() for b, x in zip(self._batches, stream, strict=True)]
+        """What the block at hand makes of each."""
+        return [self._run(number, x).cpu() for number, x in enumerate(stream)]
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -325,17 +357,20 @@ class Streams:
             for weight, data in held:
                 weight.data = data
 
-    def _enter(self, batch: Batch) -> Tensor:
+    def _entered(self) -> list[Tensor]:
         """What the first block is fed."""
 
         def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
             raise _Reached(_first(args, kwargs))
 
-        block = self._blocks[0]
-        return self._until(batch, block.register_forward_pre_hook(enter, with_kwargs=True))
+        def entered(number: int) -> Tensor:
+            handle = self._blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+            return self._until(number, handle)
 
-    def _run(self, batch: Batch, x: Tensor, module: nn.Module | None = None) -> Tensor:
-        """What the block at hand makes of ``x``, or feeds to a module of its."""
+        return [entered(number).cpu() for number in range(len(self._batches))]
+
+    def _run(self, number: int, x: Tensor, module: nn.Module | None = None) -> Tensor:
+        """What the block at hand makes of ``x``, of that batch, or feeds to a module of its."""
         block = self._blocks[self._at]
 
         def enter(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -349,15 +384,17 @@ class Streams:
             raise _Reached(_hidden(output))
 
         return self._until(
-            batch,
+            number,
             block.register_forward_pre_hook(enter, with_kwargs=True),
             block.register_forward_hook(leave)
             if module is None
             else module.register_forward_pre_hook(feed),
         )
 
-    def _until(self, batch: Batch, *handles: Any) -> Tensor:
-        """Call the model until a hook has what is looked for."""
+    def _until(self, number: int, *handles: Any) -> Tensor:
+        """Call the model on a batch until a hook has what is looked for."""
+        batch = self._batches[number]
+        self._mask.of(batch)
         with ExitStack() as changes:
             for handle in handles:
                 changes.callback(handle.remove)

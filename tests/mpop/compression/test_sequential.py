@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import mpop
 from mpo_kernels import MPOShape, decompose
 from mpo_kernels.cores.stack import reconstruct_stack
+from mpop.compression import sequential
 from mpop.compression.calibration import Moments, second_moments
 from mpop.compression.sequential import Inputs, Streams, in_sequence
 from mpop.models.matrices import dense_matrices, is_embedding, module_at, turned, weight_of
@@ -190,6 +191,14 @@ def test_it_loses_less_than_each_matrix_by_itself(
     apart = lost(config, data)
     assert anchored < 0.97 * apart
     assert few == pytest.approx(anchored, rel=0.02)  # in more groups than blocks
+
+
+def test_so_many_positions_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = build("llama"), batches(8, 8, 12)  # of 96 positions
+    for positions, count in ((2, 2), (300, 4), (2**17, 8)):
+        monkeypatch.setattr(sequential, "_POSITIONS", positions)
+        streams = Streams.through(model, data)
+        assert streams is not None and len(streams._batches) == count
 
 
 def test_exact_matrices_stay_exact() -> None:
