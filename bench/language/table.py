@@ -44,7 +44,7 @@ _BEYOND = 1e4
 _OURS, *_OTHERS = drawing.COLOURS
 _COLOURS = {
     **dict.fromkeys(("ours", "ours-int8", "healed"), _OURS),
-    **dict(zip(("aware", "both", "ranks"), _OTHERS, strict=False)),
+    **dict(zip(("aware", "form", "both", "ranks"), _OTHERS, strict=False)),
     **dict.fromkeys(("chain-2", "chain-3", "chain-5"), _OTHERS[-1]),
 }
 
@@ -258,7 +258,7 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
     meanings = [f"- `{name}`: {way.meaning}." for name, way in WAYS.items() if name in shown]
     if "healed" in shown:
         meanings.append(
-            "- `healed`: `ours` after `mpop heal`, every core trained on what dense says."
+            "- `healed`: `form` after `mpop heal`, every core trained on what dense says."
         )
     versions = conditions["versions"]
     commits = sorted({commit for row in rows for commit in row["commits"]})
