@@ -116,7 +116,8 @@ def decompose(
         max_rank: a further cap on every bond.
         rel_error: bound on ‖W − MPO‖_F / ‖W‖_F, split evenly over the bonds (each may discard
             rel_error · ‖W‖ / √(n − 1)). It holds for the cores in their dtype; a UserWarning says
-            where that is too coarse for it.
+            where that is too coarse for it. With a second moment the bonds are those that it
+            gives, and a fit under that moment may exceed it.
         compression: parameters to keep, as a fraction of the dense ones, at most 1; the singular
             values that cost least error a parameter go first.
         second_moment: E[x xᵀ] ``[in_features, in_features]`` in any scale, or ``[in_features]``

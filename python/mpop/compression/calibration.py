@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from mpo_kernels.cores.fitting import output_square, scaled
 from mpop.compression.gradients import ExpertsGradients, Gradients, backward_pass, probe
 from mpop.compression.work import progress, sum_over_processes
+from mpop.models.light import modes_kept
 from mpop.models.matrices import Names, inputs_of, is_embedding, module_at
 from mpop.models.subclasses import DenseExperts
 
@@ -93,9 +94,8 @@ def second_moments(
         ValueError: inputs that are all zero, or NaN or Inf in an input or a gradient.
     """
     streams = {names: _stream(model, names) for names in matrices}
-    training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
-    model.eval()
     with ExitStack() as hooks:
         mask, products = PaddingMask(model), _Products()
         has_decoder = bool(model.config.is_encoder_decoder)
@@ -103,7 +103,8 @@ def second_moments(
             for name in names:
                 for handle in stream.hooks(module_at(model, name), name, mask, products):
                     hooks.callback(handle.remove)
-        hooks.callback(model.train, training)
+        hooks.enter_context(modes_kept(model))
+        model.eval()
         positions = 0
         for number, batch in enumerate(progress(batches, "calibrate: batch")):
             inputs = {key: value.to(device) for key, value in batch.items()}

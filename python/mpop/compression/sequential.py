@@ -12,13 +12,14 @@ which are kept before one block at a time.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -29,9 +30,12 @@ from mpo_kernels import Decomposition
 from mpo_kernels.cores.fitting import output_square, regularised, scaled, weigh
 from mpo_kernels.cores.stack import reconstruct_stack
 from mpop.compression.calibration import JUDGE_EVERY, Moments, PaddingMask, shrink
-from mpop.compression.work import over_processes, sum_over_processes
+from mpop.compression.work import is_everywhere, over_processes, sum_over_processes
+from mpop.models.light import modes_kept
 from mpop.models.matrices import Names, module_at, turned, weight_of
 from mpop.models.subclasses import DenseExperts
+
+logger = logging.getLogger(__name__)
 
 Batch: TypeAlias = Mapping[str, Tensor]
 # So many positions are enough for the streams: ten for each input of a wide matrix.
@@ -196,13 +200,15 @@ class Streams:
         self._blocks = list(model.get_submodule(prefix))
         self._mask = PaddingMask(model)
         self._cuts: dict[Names, Tensor] = {}  # weights as modules have them, until a block is done
-        self._at, self._in_tuple = 0, False
+        self._at = 0
+        self._length: int | None = None  # of the tuple that a block gives
         # In the host's memory, by batch: what is fed to the block at hand and what it gives,
+        self._batch = 0
         self._dense: list[Tensor] = []
         self._dense_after: list[Tensor] = []
         self._cut: list[Tensor] = []
         # and rows that are fed to modules of it.
-        self._fed: dict[str, list[Tensor]] = {}
+        self._fed: dict[str, dict[int, Tensor]] = {}
 
     @classmethod
     def through(cls, model: PreTrainedModel, batches: Sequence[Batch]) -> Streams | None:
@@ -218,24 +224,41 @@ class Streams:
         return streams if streams._is_chain() else None
 
     def _is_chain(self) -> bool:
-        """Whether each is called once, in their order, with what the one before it gave."""
+        """Whether each is called once, in their order, with what the one before it gave.
+
+        And gives the same again alone, with the others passing their inputs on.
+        """
         given: list[tuple[nn.Module, Any, Any]] = []
 
         def seen(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given.append((block, _first(args, kwargs), output))
+            # Copies: what is written to between two blocks is another.
+            given.append((block, _copy(_first(args, kwargs)), _copy(_hidden(output))))
+            self._length = len(output) if isinstance(output, tuple) else None
 
         with ExitStack() as hooks, self._running():
             for block in self._blocks:
                 handle = block.register_forward_hook(seen, with_kwargs=True)
                 hooks.callback(handle.remove)
             self._model(**self._batches[0])
-        outputs = [_hidden(output) for _, _, output in given]
-        self._in_tuple = any(isinstance(output, tuple) for _, _, output in given)
-        return (
-            [block for block, _, _ in given] == self._blocks
-            and all(isinstance(output, Tensor) for output in outputs)
-            and all(x is y for y, (_, x, _) in zip(outputs, given[1:], strict=False))
-        )
+        if [block for block, _, _ in given] != self._blocks:
+            return False
+        if any(x is None or y is None for _, x, y in given):
+            return False
+        if not all(torch.equal(y, x) for (_, _, y), (_, x, _) in pairwise(given)):
+            return False
+        try:
+            return all(self._gives(at, x, y) for at, (_, x, y) in enumerate(given))
+        except Exception as error:  # whatever a model raises whose blocks need the others
+            logger.info("%s: blocks that need each other: %r", type(self._model).__name__, error)
+            return False
+        finally:
+            self._at = 0
+
+    def _gives(self, at: int, x: Tensor, y: Tensor) -> bool:
+        self._at = at
+        with self._running():
+            again = self._run(0, x)
+        return again is not None and torch.allclose(again, y, rtol=1e-3, atol=1e-3)
 
     def block_of(self, names: Names) -> int | None:
         """That a matrix is in; None where it is in none, or not in one alone."""
@@ -257,15 +280,18 @@ class Streams:
         """Those of a block in the order in which it computes, and a module that is fed as they are.
 
         With None those that are fitted to the dense model's inputs: what is outside of the blocks
-        or in one that is done, experts, and what is not called just once.
+        or in one that is done, experts, and what is not called just once with all positions.
         """
         if block is None or block < self._at:
             return [(None, matrices)]
         self._advance(block)
+        positions = self._dense[0].shape[:-1].numel()
         fed: list[tuple[Tensor, int, list[Names]]] = []
 
         def see(names: Names, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
+            if x.shape[:-1].numel() != positions:
+                return  # as of an expert, which gets some of them
             if not (fed and fed[-1][0] is x and fed[-1][1] == x._version):
                 fed.append((x, x._version, []))
             fed[-1][2].append(names)
@@ -286,11 +312,11 @@ class Streams:
 
     def _feed(self, names: Sequence[str]) -> None:
         """Pass the dense stream through the block at hand, and keep what is fed to modules."""
-        fed: dict[str, list[Tensor]] = {name: [] for name in names}
+        fed: dict[str, dict[int, Tensor]] = {name: {} for name in names}
 
         def keep(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = self._mask.rows(inputs[0], inputs[0].shape[:-1], False)
-            fed[name].append(rows.to("cpu", copy=True))
+            fed[name][self._batch] = rows.to("cpu", copy=True)
 
         with ExitStack() as hooks, self._running():
             for name in names:
@@ -300,18 +326,23 @@ class Streams:
             self._dense_after = self._after(self._dense)
         self._fed = fed
 
-    def inputs(self, name: str) -> Inputs:
-        """Of a module of the block at hand."""
-        module, found = module_at(self._model, name), None
+    def inputs(self, name: str) -> Inputs | None:
+        """Of a module of the block at hand; None where the streams feed it other positions."""
+        module, fed = module_at(self._model, name), self._fed.pop(name)
+        size = next(iter(fed.values())).shape[-1]
+        found, alike = Inputs(size, module.weight.device), True
         with self._running(), self._in_place(self._at):
-            for number, (x, dense) in enumerate(zip(self._cut, self._fed.pop(name), strict=True)):
-                cut = self._run(number, x, module)
+            for number, x in enumerate(self._cut):
+                cut, dense = self._run(number, x, module), fed.get(number)
+                if cut is None or dense is None:
+                    alike = alike and cut is dense
+                    continue
                 rows = self._mask.rows(cut, cut.shape[:-1], False).float()
-                found = found or Inputs(rows.shape[1], rows.device)
-                found.add(dense.to(rows), rows, number % JUDGE_EVERY == 1)
-        assert found is not None
+                alike = alike and rows.shape == dense.shape
+                if alike:
+                    found.add(dense.to(rows), rows, number % JUDGE_EVERY == 1)
         found.add_other_processes()
-        return found
+        return found if is_everywhere(alike, module.weight.device) else None
 
     def _advance(self, block: int) -> None:
         """To the inputs of that one."""
@@ -331,17 +362,13 @@ class Streams:
 
     def _after(self, stream: list[Tensor]) -> list[Tensor]:
         """What the block at hand makes of each."""
-        return [self._run(number, x).cpu() for number, x in enumerate(stream)]
+        return [_found(self._run(number, x)).cpu() for number, x in enumerate(stream)]
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        training = self._model.training
-        self._model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._model.train(training)
+        with modes_kept(self._model), torch.no_grad():
+            self._model.eval()
+            yield
 
     @contextmanager
     def _in_place(self, block: int | None) -> Iterator[None]:
@@ -365,12 +392,15 @@ class Streams:
 
         def entered(number: int) -> Tensor:
             handle = self._blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
-            return self._until(number, handle)
+            return _found(self._until(number, handle)).cpu()
 
-        return [entered(number).cpu() for number in range(len(self._batches))]
+        return [entered(number) for number in range(len(self._batches))]
 
-    def _run(self, number: int, x: Tensor, module: nn.Module | None = None) -> Tensor:
-        """What the block at hand makes of ``x``, of that batch, or feeds to a module of its."""
+    def _run(self, number: int, x: Tensor, module: nn.Module | None = None) -> Tensor | None:
+        """What the block at hand makes of ``x``, of that batch, or feeds to a module of its.
+
+        None where the module is not called.
+        """
         block = self._blocks[self._at]
 
         def enter(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -391,20 +421,20 @@ class Streams:
             else module.register_forward_pre_hook(feed),
         )
 
-    def _until(self, number: int, *handles: Any) -> Tensor:
+    def _until(self, number: int, *handles: Any) -> Tensor | None:
         """Call the model on a batch until a hook has what is looked for."""
-        batch = self._batches[number]
+        self._batch, batch = number, self._batches[number]
         self._mask.of(batch)
         with ExitStack() as changes:
             for handle in handles:
                 changes.callback(handle.remove)
             for block in self._blocks[: self._at]:
-                changes.enter_context(_passing(block, self._in_tuple))
+                changes.enter_context(_passing(block, self._length))
             try:
                 self._model(**batch)
             except _Reached as reached:
                 return reached.hidden
-        raise AssertionError("a block that was called once is not called any more")
+        return None
 
 
 _HIDDEN = "hidden_states"
@@ -417,6 +447,16 @@ class _Reached(Exception):
         self.hidden = hidden
 
 
+def _found(hidden: Tensor | None) -> Tensor:
+    if hidden is None:
+        raise RuntimeError("a block that was called once is not called any more")
+    return hidden
+
+
+def _copy(hidden: Any) -> Any:
+    return hidden.clone() if isinstance(hidden, Tensor) else None
+
+
 def _first(args: Any, kwargs: Any) -> Any:
     return args[0] if args else kwargs.get(_HIDDEN)
 
@@ -424,17 +464,18 @@ def _first(args: Any, kwargs: Any) -> Any:
 def _hidden(output: Any) -> Any:
     """Of a block's output; None where that holds more."""
     if isinstance(output, tuple):
-        return output[0] if len(output) == 1 else None
+        hidden, *others = output
+        return hidden if all(other is None for other in others) else None
     return output
 
 
 @contextmanager
-def _passing(block: Any, in_tuple: bool) -> Iterator[None]:
+def _passing(block: Any, length: int | None) -> Iterator[None]:
     """The block gives what it is fed."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = _first(args, kwargs)
-        return (x,) if in_tuple else x
+        return x if length is None else (x, *[None] * (length - 1))
 
     own = vars(block).get("forward")  # as offloading puts there
     block.forward = forward

@@ -61,6 +61,13 @@ def sum_over_processes(tensor: torch.Tensor) -> None:
         distributed.all_reduce(tensor)
 
 
+def is_everywhere(fact: bool, device: torch.device) -> bool:
+    """Whether it is so on all processes."""
+    failures = torch.tensor(int(not fact), dtype=torch.int64, device=device)
+    sum_over_processes(failures)
+    return not int(failures)
+
+
 def progress(work: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
     """The items of ``work``, as they are asked for; nothing is shown of what is done at once.
 

@@ -23,7 +23,7 @@ from mpo_kernels.cores.gauge import bond_maps, carried
 from mpo_kernels.layers.embedding import MPOTiedLinear
 from mpo_kernels.layers.module import MPOModule
 from mpop.compression.calibration import Batches, Calibration, Moments
-from mpop.models.light import count_parameters
+from mpop.models.light import count_parameters, modes_kept
 from mpop.models.matrices import (
     check_no_experts,
     check_not_interpolative,
@@ -168,33 +168,33 @@ def squeeze(
         raise ValueError("nothing to squeeze: every bond is 1 already")
     if resume and state is None:
         raise ValueError("expected the state's file to resume from")
-    file, training = None if state is None else Path(state), model.training
+    file = None if state is None else Path(state)
     settings = {"max_drop": max_drop, "step": step, **(settings or {})}
     if calibration is not None and iter(calibration) is calibration:
         raise ValueError("expected calibration batches for every cut, as a list or DataLoader")
     Calibration(model, calibration)  # what is wrong with the batches shows before anything is cut
     run = _Run(model, modules, finetune, calibration, file, settings)
-    if file is not None and file.exists():
-        if not resume:
-            raise ValueError(f"{file} holds a squeeze: resume it, or choose another place")
-        run.load()
-    else:
-        run.metric_before = run.metric = float(evaluate())
-        if not math.isfinite(run.metric):
-            raise ValueError(f"expected a finite metric, got {run.metric}")
-        run.parameters_before = run.parameters = count_parameters(model).total
-        run.fraction = step
-        run.best = run.snapshot()  # evaluating may have drawn random numbers
-    try:
-        while len(run.rounds) < max_steps and run.fraction >= _LEAST:
-            made = run.round(evaluate, max_drop)
-            if made is None:
-                break
-            if on_round is not None:
-                on_round(made)
-    finally:
-        run.restore(run.best)
-        model.train(training)
+    with modes_kept(model):
+        if file is not None and file.exists():
+            if not resume:
+                raise ValueError(f"{file} holds a squeeze: resume it, or choose another place")
+            run.load()
+        else:
+            run.metric_before = run.metric = float(evaluate())
+            if not math.isfinite(run.metric):
+                raise ValueError(f"expected a finite metric, got {run.metric}")
+            run.parameters_before = run.parameters = count_parameters(model).total
+            run.fraction = step
+            run.best = run.snapshot()  # evaluating may have drawn random numbers
+        try:
+            while len(run.rounds) < max_steps and run.fraction >= _LEAST:
+                made = run.round(evaluate, max_drop)
+                if made is None:
+                    break
+                if on_round is not None:
+                    on_round(made)
+        finally:
+            run.restore(run.best)
     return SqueezeReport(
         run.metric_before, run.parameters_before, run.metric, run.parameters, tuple(run.rounds)
     )

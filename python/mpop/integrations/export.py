@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mpo_kernels.export import DECOMPOSITIONS
 from mpop.data.lengths import longest
+from mpop.models.light import modes_kept
 from mpop.models.matrices import mpo_matrices
 
 Inputs: TypeAlias = dict[str, Tensor]
@@ -77,19 +78,16 @@ def export(model: PreTrainedModel, output: str | os.PathLike[str], format: str) 
     check_request(output, format)
     _check_model(model)
     output.parent.mkdir(parents=True, exist_ok=True)
-    training = model.training
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary,
-        ):
-            new, module = Path(temporary) / output.name, _Named(model)
-            error = _compare(_FORMATS[format](module, new), module)
-            size = sum(file.stat().st_size for file in (new, *new.rglob("*")) if file.is_file())
-            _place(new, output)
-    finally:
-        model.train(training)
+    with (
+        modes_kept(model),
+        torch.no_grad(),
+        TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary,
+    ):
+        model.eval()
+        new, module = Path(temporary) / output.name, _Named(model)
+        error = _compare(_FORMATS[format](module, new), module)
+        size = sum(file.stat().st_size for file in (new, *new.rglob("*")) if file.is_file())
+        _place(new, output)
     return Exported(size, error)
 
 

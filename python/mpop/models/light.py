@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -120,3 +122,14 @@ def _modules_of(model: nn.Module) -> list[MPO]:
     if not modules:
         raise ValueError(f"expected a compressed model, got a dense {type(model).__name__}")
     return modules
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Each module is afterwards in the mode that it was in, training or not."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -159,6 +159,84 @@ def test_blocks_that_are_no_chain_are_fitted_as_they_are() -> None:
     assert report.rows and all(row.output_error is not None for row in report.rows)
 
 
+def test_what_is_written_to_between_blocks_is_no_chain() -> None:
+    model, data = build("llama"), batches()
+    assert Streams.through(model, data) is not None
+    handle = model.model.layers[1].register_forward_pre_hook(lambda _, args: args[0].add_(0.1) * 0)
+    assert Streams.through(model, data) is None
+    handle.remove()
+    assert Streams.through(model, data) is not None
+
+
+@pytest.mark.parametrize("error", [None, KeyError("what the block before leaves")])
+def test_blocks_that_need_more_of_the_others_are_no_chain(error: Exception | None) -> None:
+    """As where keys and values are shared: told by running each alone."""
+    model, data, left = build("llama"), batches(), []
+    first, second = model.model.layers
+    whole = second.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not left and error is not None:
+            raise error
+        return whole(x, *args, **kwargs) + (left.pop() if left else 0)
+
+    model.register_forward_pre_hook(lambda *_: left.clear())  # of each call its own
+    first.self_attn.register_forward_hook(lambda *given: left.append(given[2][0]))
+    second.forward = forward
+    assert Streams.through(model, data) is None
+    assert vars(second)["forward"] is forward and "forward" not in vars(first)
+    assert mpop.compress(model, mpop.CompressionConfig(ranks=6, embeddings=False), data).rows
+
+
+class Routed(nn.Module):
+    """A linear that is fed some of the tokens, which depend on what they are."""
+
+    def __init__(self, inner: nn.Module, always: int) -> None:
+        super().__init__()
+        self.inner, self.always = inner, always
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == self.always:
+            return self.inner(x)
+        chosen = x[..., 0] > 0
+        y = torch.zeros_like(x)
+        y[chosen] = self.inner(x[chosen])
+        return y
+
+
+@pytest.mark.parametrize("always", [0, 12])
+def test_what_is_fed_other_tokens_is_fitted_as_it_is(always: int) -> None:
+    """Always, or in batches that come after one with all of them."""
+    model, lengths = build("llama"), [12, *([10] * 7)]
+    for layer in model.model.layers:
+        layer.mlp = Routed(layer.mlp, always)
+    data = [batches(1, 8, length)[0] for length in lengths]
+    streams = Streams.through(model, data)
+    assert streams is not None
+    matrices = [n for n in dense_matrices(model) if "layers.1." in n[0]]
+    found = dict(streams.stages(1, matrices))
+    routed = {n for n in matrices if ".mlp." in n[0]}
+    assert routed <= set(found.get(None, [])) if not always else None not in found
+    if always:
+        names = [name for name in found if name and ".mlp." in name]
+        streams.hold(matrices[0], decompose(torch.randn(24, 24), MPOShape.low_rank(24, 24, 3)))
+        assert names and all(streams.inputs(name) is None for name in names)
+    config = mpop.CompressionConfig(compression=0.5, num_cores=2, embeddings=False)
+    rows = mpop.compress(model, config, data).rows
+    assert {n[0] for n in routed} <= {row.name for row in rows}
+
+
+def test_each_module_keeps_its_mode() -> None:
+    model = build("bert").train()
+    model.bert.encoder.layer[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    matrices = [n for n in dense_matrices(model) if "layer" in n[0]]
+    second_moments(model, batches(), matrices)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert Streams.through(model, batches()) is not None
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def lost(config: mpop.CompressionConfig, data: list[dict[str, Tensor]], **options: Any) -> float:
     """What a cut model's distributions lose on batches that it has not seen."""
     model, dense = build("llama").double(), build("llama").double().eval()
