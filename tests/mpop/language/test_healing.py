@@ -27,7 +27,7 @@ def cut(folder: Path, dense: Path, factors: str, dtype: torch.dtype = torch.floa
     model = llama().to(dtype)
     batches = mpop.text_batches(tokenizer(), dense / "a.txt", seqlen=32)
     config = mpop.CompressionConfig(
-        factors=factors, compression=0.4, num_cores=2, embeddings=False, exclude=("*.k_proj",)
+        factors=factors, compression=0.3, num_cores=2, embeddings=False, exclude=("*.k_proj",)
     )
     mpop.compress(model, config, batches)
     mpop.save(model, folder, base_model="someone/dense")
