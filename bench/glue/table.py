@@ -204,12 +204,12 @@ class Bench:
                 command = [sys.executable, "-m", "bench.glue.times", str(file), run.precision]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found[run.method].append(json.loads(done.stdout.splitlines()[-1]))
-        medians = {
-            method: rounds[0]
-            | {name: statistics.median(each[name] for each in rounds) for name in _TIMED}
-            for method, rounds in found.items()
-        }
-        self.times_file.write_text(text_of(medians), encoding="utf-8")
+            medians = {
+                method: rounds[0]
+                | {name: statistics.median(each[name] for each in rounds) for name in _TIMED}
+                for method, rounds in found.items()
+            }
+            self.times_file.write_text(text_of(medians), encoding="utf-8")
 
     @property
     def times_file(self) -> Path:

@@ -104,7 +104,7 @@ def calibration_batches(
 
 def unlabelled(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
     """Batches of encoded rows without their labels, 32 in each, but two at least: one judges."""
-    size = min(32, max(1, -(-len(rows) // 2)))
+    size = 32 if len(rows) > 32 else max(1, -(-len(rows) // 2))
     batches = DataLoader(rows, size, collate_fn=Collator(tokenizer))
     return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
 

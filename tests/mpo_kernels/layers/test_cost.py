@@ -7,7 +7,9 @@ import torch
 
 from mpo_kernels import MPOShape
 from mpo_kernels.cores.family import choose, low_ranks
+from mpo_kernels.layers import cost as costs
 from mpo_kernels.layers.cost import LayerCost
+from mpo_kernels.planning.figures import default_figures
 
 
 @pytest.mark.parametrize("objective", ["parameters", "memory", "latency"])
@@ -32,6 +34,14 @@ def test_the_memory_of_a_layer() -> None:
     assert LayerCost("memory", rows=5, interpolative=True).of(shape) == 4 * (3 * 17 + 5 * 3)
     balanced = MPOShape((2, 4), (3, 4), 2)
     assert LayerCost("memory", rows=1).of(balanced) == 4 * (balanced.num_parameters + 2 * 2 * 4)
+
+
+def test_the_host_counts_for_dense_as_for_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small layer on a GPU the host is the slower: the geometric mean of the two."""
+    figures = default_figures("cuda", torch.bfloat16, 1)
+    monkeypatch.setattr(costs, "device_figures", lambda *_: figures)
+    found = LayerCost("latency", dtype=torch.bfloat16).of_dense(64, 64)
+    assert found == pytest.approx((figures.launch_seconds * figures.host_seconds) ** 0.5, rel=0.05)
 
 
 def test_refusals() -> None:

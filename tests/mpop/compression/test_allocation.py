@@ -21,6 +21,7 @@ from mpop.compression import calibration
 from mpop.compression.allocation import Point, allocate, curve
 from mpop.compression.calibration import Calibration, Moments, second_moments
 from mpop.compression.permute import blocks, sort_hidden_units
+from mpop.compression.sequential import Streams
 from mpop.models.matrices import dense_matrices, is_embedding, module_at, mpo_modules, weight_of
 from mpop.models.selection import select
 
@@ -384,7 +385,7 @@ class TestCompress:
         idle = kept["bert.encoder.layer.1.attention.self.value"]
         assert idle < 0.15 < kept.get("bert.encoder.layer.1.intermediate.dense", 1.0)
 
-    def test_a_matrix_of_low_rank_keeps_it(self) -> None:
+    def test_a_matrix_of_low_rank_keeps_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The cut that its sensitivity is measured by must be one that loses something."""
         model = build("bert")
         weight = model.bert.encoder.layer[0].intermediate.dense.weight
@@ -392,6 +393,23 @@ class TestCompress:
         report = mpop.compress(model, CONFIG, batches())
         (row,) = [r for r in report.rows if r.name.endswith("layer.0.intermediate.dense")]
         assert row.rel_error < 1e-3 and row.parameters_after < 0.5 * row.parameters_before
+        # With what it is fed as dense feeds it.
+        monkeypatch.setattr(Streams, "through", classmethod(lambda *_: None))
+        model = build("bert")
+        model.bert.encoder.layer[0].intermediate.dense.weight.data = weight.data
+        report = mpop.compress(model, CONFIG, batches())
+        (row,) = [r for r in report.rows if r.name.endswith("layer.0.intermediate.dense")]
+        assert row.output_error < 1e-3 and row.parameters_after < 0.5 * row.parameters_before
+
+    def test_calibration_keeps_planned_factors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where each matrix is fitted by itself."""
+        monkeypatch.setattr(Streams, "through", classmethod(lambda *_: None))
+        config = mpop.CompressionConfig(num_cores=3, compression=0.4, embeddings=True)
+        aware = mpop.compress(build("bert"), config, batches(40))
+        plain = mpop.compress(build("bert"), config)
+        assert [row.shape for row in aware.rows] == [row.shape for row in plain.rows]
+        assert all(a.rel_error >= p.rel_error for a, p in zip(aware.rows, plain.rows, strict=True))
+        assert all(row.output_error is not None for row in aware.rows)
 
     def test_calibration_lowers_what_planned_factors_lose(self) -> None:
         config = mpop.CompressionConfig(num_cores=3, compression=0.4, embeddings=True)
