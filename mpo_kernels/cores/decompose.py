@@ -52,7 +52,13 @@ class Decomposition:
     @property
     def stacked(self) -> int:
         """How many matrices the cores are of; see :mod:`mpo_kernels.cores.stack`."""
-        return math.prod(self.cores[0].shape[:-4])
+        return max(math.prod(core.shape[:-4]) for core in self.cores)
+
+    @property
+    def shared(self) -> int | None:
+        """Which core all of these matrices have in common; None where each has its own."""
+        stacks = [core.dim() > 4 for core in self.cores]
+        return stacks.index(False) if any(stacks) and not all(stacks) else None
 
     @property
     def entropies(self) -> list[float]:

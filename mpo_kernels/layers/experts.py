@@ -68,7 +68,8 @@ class MPOExperts(MPOModule):
     @classmethod
     def from_decomposition(cls, decomposition: Decomposition) -> MPOExperts:
         """A layer with the cores of :func:`mpo_kernels.cores.stack.decompose_stack`."""
-        layer = cls(len(decomposition.cores[0]), decomposition.shape, device="meta")
+        count, shared = decomposition.stacked, decomposition.shared
+        layer = cls(count, decomposition.shape, shared, device="meta")
         layer.cores = nn.ParameterList(nn.Parameter(core) for core in decomposition.cores)
         return layer
 

@@ -273,7 +273,7 @@ def _empty(model: PreTrainedModel, name: str, spec: ModuleSpec) -> MPO | Quantiz
     stack = () if spec.experts is None else (spec.experts,)
     found = (spec.kind, *stack, shape.out_features, shape.in_features)
     if found == expected:
-        made: Any = empty_mpo(dense, shape, spec.form)
+        made: Any = empty_mpo(dense, shape, spec.form, spec.shared)
         return made if spec.store is None else made.quantized(STORES[spec.store])
     if isinstance(dense, nn.Linear) and found == ("embedding", in_features, out_features):
         # A head that shared the cores of an embedding once, and has such ones of its own now.

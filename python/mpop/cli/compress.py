@@ -77,6 +77,12 @@ def add(commands: Any) -> None:
         "--tensor-parallel", 1, "choose factors that can be dealt to so many devices when serving"
     )
     parser.add_argument(
+        "--shared-core",
+        action="store_true",
+        help="let the experts of a layer have one of their two cores in common (with --factors "
+        "auto or interpolative)",
+    )
+    parser.add_argument(
         "--store",
         choices=STORES,
         help="hold the linears' tensors in one byte a number, for serving: they do not train "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpo_kernels.cores.family import Cost, low_ranks
-from mpo_kernels.cores.stack import stack_spectrum
+from mpo_kernels.cores.stack import sharings, stack_spectrum
 from mpop.compression.calibration import Moments
 
 
@@ -22,23 +22,33 @@ class Point(NamedTuple):
     lost: float  # a squared relative error, or what the model's output loses by second order
 
 
-def curve(weight: Tensor, moments: Moments | None, cost: Cost) -> list[Point]:
+def curve(
+    weight: Tensor, moments: Moments | None, cost: Cost, shared_core: bool = False
+) -> list[Point]:
     """The lower convex hull of (cost, loss) of one matrix, from one rank to dense, cheapest first.
 
     Or of those of experts together, ``[E, out, in]``, which have one rank. Low rank stands for the
-    family here: its losses at all ranks are known from one spectrum.
+    family here: its losses at all ranks are known from one spectrum, or from two where experts are
+    to have a core in common.
     """
     *experts, out_features, in_features = weight.shape
     count = math.prod(experts)
     fit, gradients = (moments.fit, moments.gradients) if moments else (None, None)
+    whole, dense = moments.whole(weight) if moments else 1.0, dense_cost(weight, cost)
+    points = [Point(dense, 0.0)]
+    if shared_core:
+        for common in sharings(weight, fit):
+            lost = common.lost * (whole / common.lost[0].clamp(min=1e-300))
+            sizes = ((rank * common.parameters, loss) for rank, loss in enumerate(lost.tolist()))
+            points += [Point(size, loss) for size, loss in sizes if 0 < size < dense]
+        return _hull(points)
     squares = stack_spectrum(weight, fit, gradients).square()
-    squares *= (moments.whole(weight) if moments else 1.0) / squares.sum().clamp(min=1e-300)
+    squares *= whole / squares.sum().clamp(min=1e-300)
     tails = torch.cat((squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1))).tolist()
-    points = [
+    points += [
         Point(count * cost.of(shape), tails[shape.ranks[0]])
         for shape in low_ranks(in_features, out_features, cost)
     ]
-    points.append(Point(dense_cost(weight, cost), 0.0))
     return _hull(points)
 
 

@@ -29,6 +29,7 @@ from mpop.models.light import count_bytes, count_parameters
 from mpop.models.matrices import Names, module_at, mpo_matrices
 from mpop.models.plain import check_unwrapped
 from mpop.models.selection import MatrixPlan, devices_of, plan, select, warn_uncalibrated
+from mpop.models.subclasses import DenseExperts
 from mpop.models.swapping import densify, replace
 
 
@@ -130,6 +131,10 @@ def _form(model: PreTrainedModel, names: Names, config: CompressionConfig) -> st
     return INTERPOLATIVE if config.factors == INTERPOLATIVE and is_linear else None
 
 
+def _shares_core(model: PreTrainedModel, names: Names, config: CompressionConfig) -> bool:
+    return config.shared_core and isinstance(module_at(model, names[0]), DenseExperts)
+
+
 # A matrix and what takes its place, None where it stays dense.
 Fitted: TypeAlias = tuple[Names, Decomposition | None]
 
@@ -165,7 +170,8 @@ def _fit_within(
         return costs[_form(model, names, config)]
 
     def losses(moments: dict[Names, Moments], names: Names) -> list[Point]:
-        return curve(weight_at(model, names), moments.get(names), cost_of(names))
+        is_shared = _shares_core(model, names, config)
+        return curve(weight_at(model, names), moments.get(names), cost_of(names), is_shared)
 
     def judged() -> Iterator[tuple[Names, list[Point]]]:
         for group, moments in source.groups(selected):
@@ -191,9 +197,13 @@ def _fit_within(
     def fit(names: Names, weight: Tensor, moments: Moments | None) -> Decomposition | None:
         if budgets[names] >= dense[names]:
             return None
-        devices, given = devices_of(model, names, config), _given(moments)
         return choose_stack(
-            weight, budgets[names], cost_of(names), **given, tensor_parallel=devices
+            weight,
+            budgets[names],
+            cost_of(names),
+            **_given(moments),
+            tensor_parallel=devices_of(model, names, config),
+            shared_core=_shares_core(model, names, config),
         )
 
     yield from in_sequence(model, source.batches, source.groups(selected), fit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ class CompressionRow:
             not fitted to; None without calibration.
         experts: how many have such a matrix, 1 where it is a layer's own.
         form: `"interpolative"` where low rank is held so; None for plain cores.
+        shared: index of the core that all experts have in common; None where each has its own.
     """
 
     name: str
@@ -34,6 +36,7 @@ class CompressionRow:
     output_error: float | None = None
     experts: int = 1
     form: str | None = None
+    shared: int | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -46,7 +49,8 @@ class CompressionRow:
     @property
     def parameters_after(self) -> int:
         cost = LayerCost(interpolative=self.form is not None)
-        return self.experts * int(cost.of(self.shape))
+        again = 0 if self.shared is None else math.prod(self.shape.core_shapes[self.shared])
+        return self.experts * int(cost.of(self.shape)) - (self.experts - 1) * again
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class CompressionReport:
                     "experts": row.experts,
                     "ranks": list(row.ranks),
                     "form": row.form,
+                    "shared": row.shared,
                     "parameters_before": row.parameters_before,
                     "parameters_after": row.parameters_after,
                     "rel_error": row.rel_error,
@@ -151,6 +156,7 @@ def row_of(names: Names, decomposition: Decomposition, form: str | None = None) 
         decomposition.output_error,
         decomposition.stacked,
         form,
+        decomposition.shared,
     )
 
 

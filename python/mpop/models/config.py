@@ -170,6 +170,8 @@ class CompressionConfig:
         tensor_parallel: the number of devices, or a multiple of it, that the model is to be
             served on: the first factors above 1 of every matrix but the embeddings are multiples
             of it.
+        shared_core: experts, which under one budget are cut to two cores, have one of them in
+            common, that whose sharing loses less; see `mpo_kernels.MPOExperts`.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or range, saying what was expected.
@@ -188,6 +190,7 @@ class CompressionConfig:
     objective: Objective = "parameters"
     rows: int = 1
     tensor_parallel: int = 1
+    shared_core: bool = False
 
     def __post_init__(self) -> None:
         if self.factors not in FACTORS:
@@ -202,6 +205,13 @@ class CompressionConfig:
             )
         if self.factors != "auto" and (self.objective, self.rows) != ("parameters", 1):
             raise ValueError(f"objective {self.objective!r}: expected factors 'auto'")
+        if not isinstance(self.shared_core, bool):
+            raise TypeError(f"shared_core: expected True or False, got {self.shared_core!r}")
+        if self.shared_core and not (self.shares_budget and self.objective == "parameters"):
+            raise ValueError(
+                "shared_core: expected factors 'auto' or 'interpolative' and the objective "
+                f"'parameters', got {self.factors!r} and {self.objective!r}"
+            )
         budgets = {name: getattr(self, name) for name in _BUDGETS}
         self.ranks = MatrixConfig(self.num_cores, **budgets).ranks
         if self.include is not None:
@@ -269,6 +279,7 @@ class ModuleSpec(NamedTuple):
     store: str | None = None  # one of STORES where the cores are quantised
     experts: int | None = None  # whose cores are stacked
     form: str | None = None  # INTERPOLATIVE where rows of the matrix make the others
+    shared: int | None = None  # the core that experts have in common
 
     def weight(self, name: str) -> str:
         """What a dense model holds in the place of a module of this name."""
@@ -290,7 +301,10 @@ class ModuleSpec(NamedTuple):
                 shapes |= {"scale_0": (features - rank,), "scale_1": (rank,)}
             return shapes | {"order": (features,)}
         stack = () if self.experts is None else (self.experts,)
-        shapes = {self.core(k): (*stack, *size) for k, size in enumerate(self.shape.core_shapes)}
+        shapes = {
+            self.core(k): size if k == self.shared else (*stack, *size)
+            for k, size in enumerate(self.shape.core_shapes)
+        }
         if self.store is not None:
             shapes |= {f"scale_{k}": (rank,) for k, rank in enumerate(self.shape.ranks)}
         return shapes
@@ -303,7 +317,8 @@ class MPOConfig(QuantizationConfigMixin):
     Args:
         modules: of a saved model, `{module name: {"kind", "frozen", and MPOShape.to_dict()}}`,
             with a `"store"` where the cores are quantised: `"int8"` or `"float8_e4m3fn"`, the
-            number of `"experts"` whose cores are stacked, and a `"form"` where they are those of an
+            number of `"experts"` whose cores are stacked, the index of the one that they have in
+            common as `"shared"`, and a `"form"` where they are those of an
             `mpo_kernels.InterpolativeLinear`: `"interpolative"`. A head tied to an embedding has no
             entry: it follows from the tie.
         version: of this format.
@@ -358,7 +373,7 @@ class MPOConfig(QuantizationConfigMixin):
         entries: dict[str, dict[str, Any]] = {}
         for name, spec in specs.items():
             entries[name] = {"kind": spec.kind, "frozen": spec.frozen, **spec.shape.to_dict()}
-            more = {key: getattr(spec, key) for key in ("store", "experts", "form")}
+            more = {key: getattr(spec, key) for key in ("store", "experts", "form", "shared")}
             entries[name] |= {key: value for key, value in more.items() if value is not None}
         return cls(entries)
 
@@ -375,7 +390,7 @@ class MPOConfig(QuantizationConfigMixin):
                 shape = dict(entry)
                 kind, frozen = shape.pop("kind"), shape.pop("frozen")
                 store, experts = shape.pop("store", None), shape.pop("experts", None)
-                form = shape.pop("form", None)
+                form, shared = shape.pop("form", None), shape.pop("shared", None)
                 if kind not in KINDS or not isinstance(frozen, bool):
                     raise ValueError(f"expected a kind of {KINDS} and frozen as a bool")
                 is_count = _is_int(experts) and experts >= 1
@@ -395,7 +410,14 @@ class MPOConfig(QuantizationConfigMixin):
                         f"form: expected {INTERPOLATIVE!r}, of a linear or conv1d of low rank, got "
                         f"{form!r} of a {kind}, {made}"
                     )
-                specs[name] = ModuleSpec(kind, made, frozen, store, experts, form)
+                if shared is not None and not (
+                    experts and _is_int(shared) and 0 <= shared < made.num_cores
+                ):
+                    raise ValueError(
+                        f"shared: expected one of {made.num_cores} cores of experts, got "
+                        f"{shared!r} of {kind}"
+                    )
+                specs[name] = ModuleSpec(kind, made, frozen, store, experts, form, shared)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"bad MPO configuration of {name!r}: {error}") from error
         return specs

@@ -91,7 +91,8 @@ def balance(model: nn.Module) -> None:
 
     A step on an entry of an auxiliary tensor then changes its weight by as much as on any other, in
     every matrix; see `mpo_kernels.cores.gauge.balanced`. To be called before there is an optimizer.
-    Those in interpolative form stay as they are: their cores have no other scales.
+    Those in interpolative form stay as they are, since their cores have no other scales, and so do
+    experts that share a core.
 
     Raises:
         ValueError: a model without MPO modules, matrices that share a single core, such as a
@@ -102,7 +103,7 @@ def balance(model: nn.Module) -> None:
     _modules_of(model)
     check_own_cores(model)
     for name, module in mpo_modules(model):
-        if isinstance(module, InterpolativeLinear):
+        if isinstance(module, InterpolativeLinear) or getattr(module, "shared", None) is not None:
             continue
         try:
             module.balance()

@@ -274,8 +274,8 @@ def spec_of(module: Compressed) -> ModuleSpec:
         is_light = trained == [k != module.central for k in range(len(trained))]
     experts = module.num_experts if isinstance(module, MPOExperts) else None
     form = INTERPOLATIVE if isinstance(module, Interpolative) else None
-    kind, store = kind_of_mpo(module), store_of(module)
-    return ModuleSpec(kind, module.shape, is_light, store, experts, form)
+    kind, store, shared = kind_of_mpo(module), store_of(module), getattr(module, "shared", None)
+    return ModuleSpec(kind, module.shape, is_light, store, experts, form, shared)
 
 
 def weight_key(model: nn.Module, name: str) -> str:
@@ -297,10 +297,10 @@ def sizes(shape: MPOShape, count: int) -> str:
 def parameters_of(module: Compressed) -> tuple[int, int]:
     """What a module holds for its matrix, or those of experts, and what the dense one does."""
     count, shape = matrices_in(module), module.shape
-    held = shape.num_parameters
-    if isinstance(module, Interpolative):
+    held = count * shape.num_parameters
+    if isinstance(module, Interpolative | MPOExperts):
         held = sum(core.numel() for core in module.cores)
-    return count * held, count * shape.dense_parameters
+    return held, count * shape.dense_parameters
 
 
 def weight_of(dense: Dense) -> Tensor:

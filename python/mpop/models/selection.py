@@ -68,7 +68,8 @@ def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
 
     Raises:
         ValueError: a pattern that fits no matrix, a size that `tensor_parallel` does not divide,
-            nothing to compress, adapters, or a matrix that something was put on, such as pruning.
+            nothing to compress, no experts to share a core, adapters, or a matrix that something
+            was put on, such as pruning.
     """
     check_unwrapped(model)
     candidates = dense_matrices(model)
@@ -82,6 +83,10 @@ def select(model: PreTrainedModel, config: CompressionConfig) -> list[Names]:
         check_matches("overrides", pattern, chosen)
     if not chosen:
         raise ValueError(f"nothing to compress in this {type(model).__name__}")
+    if config.shared_core and not any(
+        isinstance(module_at(model, names[0]), DenseExperts) for names in chosen
+    ):
+        raise ValueError(f"shared_core: expected experts, {type(model).__name__} has none to cut")
     check_plain(model, chosen)
     for names in chosen:
         out_features, in_features = weight_of(module_at(model, names[0])).shape[-2:]

@@ -45,12 +45,18 @@ def _tensor_of(module: nn.Module) -> Any:
     return module._parameters.get("weight")
 
 
-def empty_mpo(dense: Dense, shape: MPOShape, form: str | None = None) -> MPO:
-    """An MPO module of this shape and form without values, on the device of `dense`."""
+def empty_mpo(
+    dense: Dense, shape: MPOShape, form: str | None = None, shared: int | None = None
+) -> MPO:
+    """An MPO module of this shape and form without values, on the device of `dense`.
+
+    Args:
+        shared: a core that experts have in common.
+    """
     size = (shape.in_features, shape.out_features)
     device, dtype = dense.weight.device, dense.weight.dtype
     if isinstance(dense, DenseExperts):
-        return MPOExperts(len(dense.weight), shape, device=device, dtype=dtype)
+        return MPOExperts(len(dense.weight), shape, shared, device=device, dtype=dtype)
     if isinstance(dense, nn.Embedding):
         return MPOEmbedding(*size, shape, dense.padding_idx, device=device, dtype=dtype)
     has_bias = dense.bias is not None

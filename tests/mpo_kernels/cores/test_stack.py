@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from mpo_kernels import MPOShape, decompose
 from mpo_kernels.cores.fitting import RIDGE
-from mpo_kernels.cores.stack import choose_stack, decompose_stack, reconstruct_stack, stack_spectrum
+from mpo_kernels.cores.stack import (
+    choose_stack,
+    decompose_stack,
+    reconstruct_stack,
+    sharings,
+    stack_spectrum,
+)
 from mpo_kernels.layers.cost import LayerCost
 
 SHAPES = [
@@ -92,6 +99,69 @@ def test_within_a_budget() -> None:
     weights = torch.randn(3, 10, 8, dtype=torch.float64)
     found = choose_stack(weights, 3 * 18 * 2 + 17, LayerCost())
     assert found.shape == MPOShape.low_rank(8, 10, 2) and found.stacked == 3
+
+
+def _alike(side: str) -> Tensor:
+    """Experts whose outputs, or what they mind of the inputs, lie in three directions."""
+    few, many = torch.randn(4, 10, 3).double(), torch.randn(4, 3, 8).double()
+    return few[:1] @ many if side == "outputs" else few @ many[:1]
+
+
+@pytest.mark.parametrize(("side", "index"), [("outputs", 0), ("inputs", 1)])
+@pytest.mark.parametrize("dim", [None, 1, 2])
+def test_a_common_core_is_that_which_loses_less(side: str, index: int, dim: int | None) -> None:
+    torch.manual_seed(0)
+    weights, inputs = _alike(side), torch.randn(4, 20, 8, dtype=torch.float64)
+    moments = None if dim is None else inputs.mT @ inputs
+    if dim == 1:
+        moments = moments.diagonal(dim1=1, dim2=2)
+    found = choose_stack(weights, 4 * 54, LayerCost(), moments, shared_core=True)
+    assert (found.shared, found.stacked) == (index, 4) and found.rel_error < 1e-6
+    assert sum(core.numel() for core in found.cores) <= 4 * 54
+    torch.testing.assert_close(reconstruct_stack(found.cores, found.shape), weights)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_a_common_core_loses_at_each_rank(index: int) -> None:
+    torch.manual_seed(0)
+    weights, inputs = (
+        torch.randn(2, 3, 9, 8, dtype=torch.float64).unbind()[0],
+        torch.randn(3, 50, 8),
+    )
+    alike = inputs[:1].expand(3, 50, 8).double()
+    for moments in (None, alike.mT @ alike):
+        common = sharings(weights, moments)[index]
+        held = torch.eye(8, dtype=torch.float64).expand(3, 8, 8)
+        if moments is not None:
+            held = moments + RIDGE * moments.diagonal(dim1=1, dim2=2).mean() * held
+        # Of outputs the joint matrix has the inputs of all in a row, of inputs their outputs.
+        roots = torch.linalg.cholesky(held)
+        seen = weights @ roots
+        joint = torch.cat(list(seen), dim=1 - index)
+        spectrum = torch.linalg.svdvals(joint)
+        for rank in (1, 3, 8):
+            lost = weights - reconstruct_stack(common.cores(rank), MPOShape.low_rank(8, 9, rank))
+            square = float(torch.einsum("eoi,eij,eoj->", lost, held, lost))
+            right = pytest.approx(float(spectrum[rank:].square().sum()), abs=1e-8)
+            assert square == right and float(common.lost[rank]) == right
+
+
+def test_the_common_core_of_inputs_is_fitted_to_what_each_is_fed() -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(3, 10, 8, dtype=torch.float64)
+    inputs = torch.randn(3, 20, 8, dtype=torch.float64) * torch.logspace(0, -2, 8).double()
+    inputs[1] = inputs[1].flip(1)
+    moments, errors = inputs.mT @ inputs, []
+    for given in (None, moments[[0, 0, 0]], moments):
+        cores = sharings(weights, given)[1].cores(4)
+        lost = weights - reconstruct_stack(cores, MPOShape.low_rank(8, 10, 4))
+        errors.append(float(torch.einsum("eri,eoi->ero", inputs, lost).norm()))
+    assert errors[2] < 0.5 * errors[0] and errors[2] < 0.5 * errors[1]
+
+
+def test_a_budget_below_one_rank_of_a_common_core() -> None:
+    with pytest.raises(ValueError, match="expected a budget that one rank meets, got 3"):
+        choose_stack(torch.randn(3, 10, 8), 3, LayerCost(), shared_core=True)
 
 
 def test_of_one_matrix_it_is_what_is_done_to_one() -> None:

@@ -124,6 +124,50 @@ def test_saved_and_loaded_and_merged(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(load_as_saved(tmp_path / "dense").eval()), logits(merged))
 
 
+@pytest.mark.parametrize("factors", ["auto", "interpolative"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_share_a_core(name: str, factors: str, tmp_path: Path) -> None:
+    model, dense = build(name), mpop.count_parameters(build(name)).total
+    options = {"compression": 0.5, "factors": factors, "embeddings": False}
+    config = mpop.CompressionConfig(**options, shared_core=True)
+    report = mpop.compress(model, config, batches(16))
+    rows = [row for row in report.rows if row.experts > 1]
+    assert rows and all(row.shared in (0, 1) and row.output_error < 1 for row in rows)
+    for row in rows:
+        module = module_at(model, row.name)
+        sizes = [core.dim() for core in module.cores]
+        assert sizes[row.shared] == 4 and sizes[1 - row.shared] == 5
+        assert row.parameters_after == sum(core.numel() for core in module.cores)
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+    removed = sum(row.parameters_before - row.parameters_after for row in report.rows)
+    assert dense - removed == report.parameters_after
+    right = logits(model)
+    mpop.balance(model)
+    mpop.freeze_central(model)
+    mpop.save(model, tmp_path)
+    loaded = mpop.load(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), right, rtol=0, atol=1e-5)
+    shown = {row.name: row.parameters for row in mpop.inspect_model(loaded)}
+    assert all(shown[row.name] == row.parameters_after for row in rows)
+    merged = mpop.merge(loaded)
+    torch.testing.assert_close(logits(merged), right, rtol=0, atol=1e-5)
+
+
+def test_experts_that_are_copies_lose_nothing_by_sharing() -> None:
+    errors = []
+    for is_shared in (False, True):
+        model = build("mixtral")
+        with torch.no_grad():
+            for key in (UP, DOWN):
+                module_at(model, key).weight[:] = module_at(model, key).weight[:1].clone()
+        config = mpop.CompressionConfig(
+            compression=0.4, factors="auto", include=(UP, DOWN), shared_core=is_shared
+        )
+        report = mpop.compress(model, config, batches(16))
+        errors.append(max(row.output_error for row in report.rows))
+    assert errors[1] < 0.8 * errors[0]
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_compressed_while_they_are_read(name: str, tmp_path: Path) -> None:
     model, config = build(name), mpop.CompressionConfig(num_cores=2, compression=0.6)
@@ -324,6 +368,8 @@ class TestBadInput:
                 "experts: expected a number of them, got 4 of linear",
             ),
             ({"experts": 4, "store": "int8"}, "store: expected one of .* got 'int8' of a experts"),
+            ({"shared": 2}, "shared: expected one of 2 cores of experts, got 2 of experts"),
+            ({"shared": True}, "shared: expected one of 2 cores of experts, got True of experts"),
         ],
     )
     def test_a_checkpoint(self, entry: dict[str, Any], line: str, tmp_path: Path) -> None:
@@ -335,6 +381,26 @@ class TestBadInput:
         edit_config(tmp_path, edit)
         with pytest.raises(ValueError, match=line):
             mpop.load(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("options", "line"),
+        [
+            ({"shared_core": 1, "factors": "auto"}, "shared_core: expected True or False, got 1"),
+            ({"shared_core": True}, "shared_core: expected factors 'auto' or .* got 'balanced'"),
+            (
+                {"shared_core": True, "factors": "auto", "objective": "latency"},
+                "shared_core: .* the objective 'parameters', got 'auto' and 'latency'",
+            ),
+        ],
+    )
+    def test_a_core_to_share(self, options: dict[str, Any], line: str) -> None:
+        with pytest.raises((TypeError, ValueError), match=line):
+            mpop.CompressionConfig(compression=0.5, **options)
+
+    def test_no_experts_to_share_a_core(self) -> None:
+        config = mpop.CompressionConfig(compression=0.5, factors="auto", shared_core=True)
+        with pytest.raises(ValueError, match=r"shared_core: expected experts, Bert.* has none"):
+            mpop.compress(build("bert"), config)
 
     def test_what_is_not_done_for_experts_says_so(self) -> None:
         model = _compressed("mixtral", num_cores=2)
