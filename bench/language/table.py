@@ -64,10 +64,10 @@ class Texts:
             ids = tokenizer(text, verbose=False)["input_ids"][: count * seqlen]
             self.tokens[name] = torch.tensor(ids, dtype=torch.int64, device="cpu")
 
-    def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+    def perplexities(self, model: PreTrainedModel, precision: str) -> dict[str, float]:
         """By text and length of a window."""
         found = {}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             for name, tokens in self.tokens.items():
                 seqlen = int(name.split()[1])
                 found[name] = mpop.perplexity(model, tokens, seqlen=seqlen).perplexity
@@ -85,8 +85,9 @@ class Bench:
         folder = folder_of(options.model, Path(options.scratch))
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        # Of the model alone: what is fitted stays in fp32.
-        self.model.forward = torch.autocast("cpu", torch.bfloat16)(self.model.forward)
+        if options.precision == "bf16":
+            # Of the model alone: what is fitted stays in fp32.
+            self.model.forward = torch.autocast("cpu", torch.bfloat16)(self.model.forward)
         self.texts = Texts(self.tokenizer, options)
         selected = select(self.model, mpop.CompressionConfig(embeddings=False))
         self.weights = {
@@ -128,8 +129,10 @@ class Bench:
     def _note(
         self, key: Row, model: Any, parameters: float, num_bytes: float, seconds: float
     ) -> None:
+        precision = self.options.precision
         try:
-            found: Row = {"perplexity": self.texts.perplexities(model), "diverged": False}
+            perplexity = self.texts.perplexities(model, precision)
+            found: Row = {"perplexity": perplexity, "diverged": False}
         except FloatingPointError:
             found = {"perplexity": dict.fromkeys(_WINDOWS), "diverged": True}
         others = self.parameters - self.whole
@@ -139,6 +142,7 @@ class Bench:
             "of_model": (parameters + others) / self.parameters,
             "bytes": num_bytes + 2 * others,
             "seconds": seconds,
+            "precision": precision,
             "commit": self.commit,
             **found,
         }
@@ -226,6 +230,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             "of_model": group[0]["of_model"],
             "bytes": group[0]["bytes"],
             "commits": sorted({row["commit"] for row in group}),
+            "fp32_seeds": [row["seed"] for row in group if row["precision"] == "fp32"],
             "perplexity": {
                 name: _spread([row["perplexity"][name] for row in group]) for name in _WINDOWS
             },
@@ -260,6 +265,12 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
         meanings.append(
             "- `healed`: `form` after `mpop heal`, every core trained on what dense says."
         )
+    in_fp32 = [
+        f"`{row['way']}` at {row['ratio']:g}, draw {', '.join(map(str, row['fp32_seeds']))}"
+        for row in rows
+        if row["fp32_seeds"]
+    ]
+    precision = f"bf16 autocast{'; fp32: ' * bool(in_fp32)}{'; '.join(in_fp32)}"
     versions = conditions["versions"]
     commits = sorted({commit for row in rows for commit in row["commits"]})
     return "\n".join(
@@ -273,7 +284,7 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
             f"{NAME}, all linears but the head; kept: of their parameters. Perplexity (± standard "
             "deviation over calibration seeds) of WikiText-2's test text (tokenised version) in "
             "windows of 512 and 2048 tokens, and of RTE's premises; the first "
-            f"{', '.join(map(str, _WINDOWS.values()))} windows, bf16 autocast. Calibrated on "
+            f"{', '.join(map(str, _WINDOWS.values()))} windows, {precision}. Calibrated on "
             f"{conditions['samples']} windows of {conditions['seqlen']} tokens of the validation "
             "text. MB: the linears as said, all else in 16 bits. The model's weights had been "
             "rounded to four bits before: compare with its own dense row, not with other figures.",
@@ -350,6 +361,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=512, help="their tokens")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="autocast")
     parser.add_argument(
         "--saved",
         nargs="+",
