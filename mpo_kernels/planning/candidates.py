@@ -222,7 +222,9 @@ def _panels_work(
     if gradients.x:
         work.append(product(rows, height, width))
         if order == "columns":
-            work.append(Work(bytes=2 * rows * ins * itemsize * panels, count=0))
+            # Sums of 16 bits are in fp32, to which each panel's product is added.
+            added = panels + 1 if itemsize == 2 and panels > 1 else 0
+            work.append(Work(bytes=2 * rows * ins * itemsize * panels, count=added))
     if any(needs):
         work += [product(height, width, rows), *permuted]
     for k in range(len(parts) - 1, 0, -1):

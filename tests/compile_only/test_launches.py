@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import triton
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import mpo_kernels as mk
 from mpo_kernels import MPOShape
-from mpo_kernels.backends.triton import device, panels, product
+from mpo_kernels.backends.triton import backend, chain, device, matrix, panels, product
 from mpo_kernels.backends.triton.backend import TritonBackend
 from mpo_kernels.backends.triton.device import precision
+from mpo_kernels.planning.figures import default_figures
 from mpo_kernels.planning.plan import Gradients, Plan
 from mpo_kernels.testing import HostTransfers, random_cores
 
@@ -144,11 +147,11 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in ("empty", "new_empty", "empty_like", "zeros", "new_zeros", "mm"):
-            self.largest = max(self.largest, result.numel())
-        views = ("view", "slice", "select", "t", "detach")
-        made = func.is_view or name in (*views, "empty", "new_empty", "empty_like")
-        self.count += not made and result.numel() > 0
+        views = ("view", "slice", "select", "t", "detach", "_unsafe_view")
+        if func.is_view or name in views or not isinstance(result, Tensor):
+            return result
+        self.largest = max(self.largest, result.numel())
+        self.count += name not in ("empty", "new_empty", "empty_like") and result.numel() > 0
         return result
 
 
@@ -159,24 +162,70 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     def count(*_: Any, **__: Any) -> None:
         counted.count += 1
 
-    monkeypatch.setattr(product, "launch", count)
+    for module in (product, chain, matrix):
+        monkeypatch.setattr(module, "launch", count)
     monkeypatch.setattr(product, "interpreted", lambda: True)  # nothing is compiled
+    monkeypatch.setattr(device, "unavailable", lambda: None)
+    monkeypatch.setattr(device, "interpreted", lambda: True)
+    figures = replace(default_figures("cuda", torch.bfloat16, 1), host_seconds=0.0)
+    monkeypatch.setattr(backend, "device_figures", lambda *_: figures)
     return counted
 
 
-def test_launches_and_memory_of_the_exact_five_cores(launches: Launches) -> None:
-    shape, rows = MPOShape((3, 4, 4, 4, 4), (4, 4, 8, 6, 4), (12, 192, 384, 16)), 16
-    cores = random_cores(shape, torch.float16)
-    x, dy = (torch.randn(rows, size).half() for size in (768, 3072))
-    y, bias = torch.empty_like(dy), torch.randn(3072).half()
-    forward = Plan("panels", "columns", (2, 3), rows, 8, 0, 0, 0.0)
-    backward = Plan("panels", "rows", (2, 3), rows, 6, 0, 0, 0.0)
-    with launches:
-        panels.forward(x, cores, bias, y, forward)
-    assert launches.count == 7
-    with launches, HostTransfers() as found:
-        panels.backward(dy, x, cores, Gradients(True, (True, True, False, True, True)), backward)
-    assert not found.names
+def _step(
+    launches: Launches, shape: MPOShape, rows: int, trained: Sequence[bool]
+) -> tuple[list[Plan], list[int]]:
+    """What the planner chooses for y and for the gradients, and the launches of each."""
+    cores, features = random_cores(shape, torch.bfloat16), (shape.in_features, shape.out_features)
+    x, dy = (torch.zeros(rows, size, dtype=torch.bfloat16) for size in features)
+    bias = torch.zeros(shape.out_features, dtype=torch.bfloat16)
+    plans, counts, triton_backend = [], [], TritonBackend()
+    launches.largest = 0
+    for asked in (None, Gradients(True, tuple(trained))):
+        plan = triton_backend.plan_for(rows, x.dtype, x.device, cores, asked, features)
+        launches.count = 0
+        with launches, HostTransfers() as found:
+            if asked is None:
+                triton_backend.linear(x, cores, bias, shape.out_features, plan)
+            else:
+                triton_backend.linear_backward(dy, x, cores, asked, plan)
+        assert not found.names
+        plans.append(plan)
+        counts.append(launches.count)
+    return plans, counts
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 256, 4096])
+def test_launches_of_the_exact_five_cores_as_the_planner_chooses(
+    rows: int, launches: Launches
+) -> None:
+    shape = MPOShape.balanced(768, 3072, 5)
+    plans, counts = _step(launches, shape, rows, [k != shape.central for k in range(5)])
+    assert [plan.algorithm for plan in plans] == ["panels", "panels"]
     # One more sums the bias's gradient.
-    assert launches.count == 26
-    assert launches.largest <= 768 * 3072 // 2
+    assert counts == [7, 19]
+    assert launches.largest <= max(768 // 2, rows) * 3072
+
+
+@pytest.mark.parametrize("rows", [1, 16, 100, 1000])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        MPOShape.balanced(384, 384, 2, 16),
+        MPOShape.balanced(257, 263, 2, 8),
+        MPOShape.balanced(257, 263, 2),
+        MPOShape.balanced(1021, 1031, 2),
+        MPOShape.balanced(194, 303, 3),
+        MPOShape.balanced(768, 3072, 4),
+        MPOShape.skewed(384, 1536, 4, 384, 32),
+    ],
+    ids=str,
+)
+def test_no_tensor_of_more_than_half_of_w(shape: MPOShape, rows: int, launches: Launches) -> None:
+    for trained in ([True] * shape.num_cores, [k != shape.central for k in range(shape.num_cores)]):
+        _step(launches, shape, rows, trained)
+        own = max(math.prod(s) for s, t in zip(shape.core_shapes, trained, strict=True) if t)
+        padded = math.prod(shape.in_factors) * math.prod(shape.out_factors)
+        of_rows = rows * max(math.prod(shape.in_factors), math.prod(shape.out_factors))
+        # But for the sums of a core's gradient, of its size.
+        assert launches.largest <= max(padded // 2, of_rows, own)

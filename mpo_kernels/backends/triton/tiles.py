@@ -232,13 +232,23 @@ def _seconds(
     return waves * each + steps * latency
 
 
+def _most_splits(p: Chain, size: int) -> int:
+    """Whose sums of ``size`` elements each take no more than half of W."""
+    return max(1, p.in_features * p.out_features // 2 // size)
+
+
+def _copies_much(p: Chain, size: int) -> bool:
+    """Whether a copy of a part would take more than that."""
+    return 2 * size > p.in_features * p.out_features
+
+
 def _run_waste(run: int, itemsize: int) -> float:
     """Bytes moved for each one used where only `run` elements in a row are wanted."""
     return max(1.0, 32 / (run * itemsize))
 
 
-def _copy_seconds(p: Chain, t: ChainTile, itemsize: int, limits: Limits) -> float:
-    """Time to copy the part that holds the minor digit, where a tile would read short runs of it.
+def _copied(p: Chain, t: ChainTile, itemsize: int) -> int:
+    """Elements of the part that holds the minor digit, where a tile would read short runs of it.
 
     As cores and merged parts lie, that part is contiguous in its out digit; see `device.readable`.
     """
@@ -246,14 +256,12 @@ def _copy_seconds(p: Chain, t: ChainTile, itemsize: int, limits: Limits) -> floa
         run, size = t.block_k if p.exchanged else t.group_out, p.first_in * p.first_out * p.rank
     else:
         run, size = t.group_in if p.exchanged else t.block_n, p.second_in * p.second_out * p.rank
-    if run * itemsize >= 16:
-        return 0.0
-    return _copy(size, itemsize, limits)
+    return size if run * itemsize < 16 else 0
 
 
 def _copy(size: int, itemsize: int, limits: Limits) -> float:
-    """Seconds of a kernel that reads and writes so many elements."""
-    return 2.5e-6 + 2 * size * itemsize / limits.cache_bytes_per_second
+    """Seconds of a kernel that reads and writes so many elements, if any."""
+    return 0.0 if size == 0 else 2.5e-6 + 2 * size * itemsize / limits.cache_bytes_per_second
 
 
 def _chain_cost(problem: Chain, tile: ChainTile, rows: int, itemsize: int, limits: Limits) -> Cost:
@@ -288,7 +296,7 @@ def _chain_cost(problem: Chain, tile: ChainTile, rows: int, itemsize: int, limit
     )
     # The sum over splits is a kernel of its own.
     seconds += 2e-6 * (t.splits > 1)
-    seconds += _copy_seconds(p, t, itemsize, limits)
+    seconds += _copy(_copied(p, t, itemsize), itemsize, limits)
     operands = 0
     if itemsize == 2 and m_second < limits.matrix_rows:
         # Each warp has all of s, and the program one step of the first part.
@@ -334,8 +342,10 @@ def chain_tiles(
     """
     if rows > FEW_ROWS:
         return ()
-    priced = []
+    priced, most = [], _most_splits(problem, rows * problem.out_features)
     for tile in _chain_tiles(problem, rows, itemsize):
+        if tile.splits > most or _copies_much(problem, _copied(problem, tile, itemsize)):
+            continue
         cost = _chain_cost(problem, tile, rows, itemsize, limits)
         if cost.fits(tile.num_warps, limits, itemsize):
             priced.append((cost.seconds, cost.shared_memory, tile))
@@ -413,12 +423,16 @@ def matrix_tiles(
         return ()
     if gradient:
         walk = _Walk(p.second_in, p.first_in, p.first_out, p.second_out, p.rank, rows)
+        most = _most_splits(p, p.second_in * p.second_out * p.rank)
     else:
         walk = _Walk(p.first_out, p.first_in, p.second_in, p.second_out, rows, p.rank)
+        most = _most_splits(p, rows * p.out_features)
     # The left part is copied bond by bond.
     first, second = p.first_in * p.first_out, p.second_in * p.second_out
-    left = second if p.first_minor else first
-    copy = 0.0 if gradient and p.first_minor else _copy(left * p.rank, itemsize, limits)
+    copied = 0 if gradient and p.first_minor else (second if p.first_minor else first) * p.rank
+    if _copies_much(p, copied):
+        return ()
+    copy = _copy(copied, itemsize, limits)
     # Wider ones than four instructions are shared out so that the state would have to move.
     n_sizes = _sizes(16, 4 * limits.matrix_rows, walk.n)
     for matrices, j, n in product(_sizes(1, 4, walk.matrices), _sizes(16, 128, walk.j), n_sizes):
@@ -429,7 +443,7 @@ def matrix_tiles(
         groups *= ceil_div(walk.matrices, matrices)
         # As many splits as give each multiprocessor one, two or four programs.
         fills = {times * limits.multiprocessors // groups for times in (1, 2, 4)}
-        for splits in sorted({max(1, min(fill, walk.steps)) for fill in fills} | {1}):
+        for splits in sorted({max(1, min(fill, walk.steps, most)) for fill in fills} | {1}):
             tile = whole._replace(splits=splits)
             cost = _matrix_cost(walk, tile, 4 if gradient else itemsize, limits)
             if cost.fits(tile.num_warps, limits, itemsize):
