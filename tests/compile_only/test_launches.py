@@ -123,6 +123,14 @@ def test_an_architecture_that_is_too_old_is_left_to_torch(monkeypatch: pytest.Mo
     )
 
 
+def test_what_the_interpreter_cannot_multiply_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "unavailable", lambda: None)
+    monkeypatch.setattr(device, "interpreted", lambda: True)
+    cpu = torch.device("cpu")
+    assert "takes bf16 for integers" in str(device.unsupported(cpu, torch.bfloat16))
+    assert device.unsupported(cpu, torch.float16) is None
+
+
 def test_tf32_only_where_torch_allows_it() -> None:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision

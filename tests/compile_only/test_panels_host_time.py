@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,9 +34,9 @@ class Idle(Hopper):
         return lambda *_: None
 
 
-def test_light_step_of_the_exact_five_cores(
-    benchmark: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A light step of the exact five cores as a device's host takes it, launches aside."""
     shape = MPOShape((3, 4, 4, 4, 4), (4, 4, 8, 6, 4), (12, 192, 384, 16))
     cores = random_cores(shape, torch.bfloat16)
     x, dy, bias = (torch.randn(size).bfloat16() for size in ((1, 768), (1, 3072), (3072,)))
@@ -44,11 +46,31 @@ def test_light_step_of_the_exact_five_cores(
     # What the device would do meanwhile.
     monkeypatch.setattr(torch, "mm", lambda *_, out: out)
     monkeypatch.setattr(Tensor, "new_zeros", Tensor.new_empty)
-    driver = triton.runtime.driver
-    monkeypatch.setattr(driver, "_active", Idle())
+    monkeypatch.setattr(triton.runtime.driver, "_active", Idle())
 
-    def step() -> None:
+    def run() -> None:
         panels.forward(x, cores, bias, y, forward)
         panels.backward(dy, x, cores, light, backward)
 
+    return run
+
+
+def test_time(step: Callable[[], None], benchmark: Any) -> None:
     benchmark.pedantic(step, rounds=50, iterations=10, warmup_rounds=2)
+
+
+def test_calls_do_not_grow(step: Callable[[], None]) -> None:
+    """What the time consists of, which no other work on the machine changes."""
+    step()  # compiles
+    calls = 0
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    assert calls <= 1000

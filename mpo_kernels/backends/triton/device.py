@@ -56,10 +56,25 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"the kernels compute in fp16, bf16 and fp32, not in {dtype}"
     if device.type == "cpu":
-        return None if interpreted() else "the kernels need a CUDA or ROCm device, not a CPU"
+        if not interpreted():
+            return "the kernels need a CUDA or ROCm device, not a CPU"
+        is_wrong = dtype == torch.bfloat16 and not _interprets_bf16()
+        return "triton's interpreter takes bf16 for integers" if is_wrong else None
     if device.type != "cuda":
         return f"the kernels need a CUDA or ROCm device, not {device.type}"
     return _unsupported_architecture(device.index)
+
+
+@cache
+def _interprets_bf16() -> bool:
+    """Whether the interpreter's 1 · 1 is 1: as it comes, it multiplies the bits."""
+    import numpy as np
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    one = TensorHandle(np.full((1, 1), 0x3F80, np.uint16), bfloat16)
+    zero = TensorHandle(np.zeros((1, 1), np.float32), float32)
+    return bool(InterpreterBuilder().create_dot(one, one, zero, None, 0).data == 1)
 
 
 @cache
