@@ -46,13 +46,15 @@ class Results:
         resume: keep what the file holds already.
 
     Raises:
-        ValueError: a file to resume that was measured under other conditions.
+        ValueError: a folder, or a file to resume that was measured under other conditions.
     """
 
     # What must not differ within one file.
     _SAME = ("machine", "versions", "git", "device", "dtype")
 
     def __init__(self, path: Path, conditions: dict[str, Any], resume: bool) -> None:
+        if path.is_dir():
+            raise ValueError(f"expected a file to write results to, got the folder {path}")
         self.path, self.conditions, self.records = path, conditions, []
         if resume and path.exists():
             before = load(path)

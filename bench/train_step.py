@@ -26,6 +26,7 @@ from bench.layer.measure import captured
 from bench.results import Record, Results
 from mpo_kernels import MPOLinear, MPOShape
 from mpop.benchmark import median_seconds
+from mpop.cli.options.values import positive_int
 from mpop.finetuning.trainer import peak_memory, reset_peak_memory
 
 METHODS = ("dense", "lora", "light", "light-8bit", "light-4bit")
@@ -148,23 +149,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON, written after each")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=None)
-    parser.add_argument("--batch", type=int, nargs=2, default=[32, 128], help="texts, tokens")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=768)
+    sizes = {"type": positive_int}
+    parser.add_argument("--batch", nargs=2, default=[32, 128], help="texts, tokens", **sizes)
+    parser.add_argument("--layers", default=12, **sizes)
+    parser.add_argument("--hidden", default=768, help="a multiple of 64", **sizes)
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     modes = options.modes or [m for m in MODES if m != "captured" or device.type == "cuda"]
+    if "captured" in modes and device.type != "cuda":
+        parser.error("captured: expected a GPU, whose graphs they are")
+    if options.hidden % 64:
+        parser.error(f"--hidden: expected a multiple of 64, got {options.hidden}")
     config = BertConfig(
         num_hidden_layers=options.layers,
         hidden_size=options.hidden,
         intermediate_size=4 * options.hidden,
-        num_attention_heads=max(1, options.hidden // 64),
+        num_attention_heads=options.hidden // 64,
     )
+    if options.batch[1] > config.max_position_embeddings:
+        parser.error(
+            f"--batch: expected at most {config.max_position_embeddings} tokens, "
+            f"got {options.batch[1]}"
+        )
     conditions = facts.conditions(
         "bench.train_step", argv, device, "transformers", "peft", batch=options.batch
     )
-    results = Results(options.output, conditions, resume=False)
+    try:
+        results = Results(options.output, conditions, resume=False)
+    except ValueError as error:
+        parser.error(str(error))
     failed = False
     for method in options.methods:
         for mode in modes:

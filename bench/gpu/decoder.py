@@ -123,7 +123,10 @@ def main(argv: list[str] | None = None) -> int:
     conditions = facts.conditions(
         "bench.gpu.decoder", given, device, device=str(device), dtype="bfloat16"
     )
-    results = Results(options.output, conditions, resume=False)
+    try:
+        results = Results(options.output, conditions, resume=False)
+    except ValueError as error:
+        parser.error(str(error))
     for rows in options.rows:
         record = measure(rows, device, *options.sizes, KEYS)
         results.add(record)

@@ -28,6 +28,28 @@ def test_every_method_takes_a_step(tmp_path: Path) -> None:
     assert results["conditions"]["batch"] == [2, 8]
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--layers", "0"], "--layers: expected a positive integer, got '0'"),
+        (["--batch", "-1", "8"], "--batch: expected a positive integer, got '-1'"),
+        (["--batch", "2", "1000"], "--batch: expected at most 512 tokens, got 1000"),
+        (["--hidden", "100"], "--hidden: expected a multiple of 64, got 100"),
+        (["--modes", "captured"], "captured: expected a GPU"),
+        (["--output", "."], "expected a file to write results to, got the folder"),
+    ],
+)
+def test_bad_options_are_one_line(
+    options: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "captured" in options and torch.cuda.is_available():
+        pytest.skip("a GPU captures")
+    with pytest.raises(SystemExit):
+        train_step.main(["--output", str(tmp_path / "out.json"), *options])
+    assert line in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("method", train_step.METHODS)
 def test_a_captured_step_moves_nothing_between_device_and_host(
     method: str, monkeypatch: pytest.MonkeyPatch

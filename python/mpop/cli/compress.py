@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     """Its options."""
     parser = command(commands, "compress", "Decompose a model's matrices into MPOs.", run)
     parser.add_new_output()
-    parser.number("--num-cores", 5, "tensors a matrix")
+    parser.number("--num-cores", 5, "tensors a matrix, where factors are balanced")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--ranks",

@@ -199,12 +199,17 @@ class CompressionConfig:
         LayerCost(self.objective, self.rows)
         _check_ints("tensor_parallel", (self.tensor_parallel,))
         if self.shares_budget and (self.compression is None or self.overrides):
+            given = {name: getattr(self, name) for name in (*_BUDGETS, "overrides")}
             raise ValueError(
                 f"factors {self.factors!r} share one budget: expected a compression (--compression "
-                f"0.5) and no overrides, got {self.compression} and {list(self.overrides)}"
+                "0.5) and nothing else that bounds a matrix, got "
+                f"{ {name: value for name, value in given.items() if value} }"
             )
         if self.factors != "auto" and (self.objective, self.rows) != ("parameters", 1):
-            raise ValueError(f"objective {self.objective!r}: expected factors 'auto'")
+            raise ValueError(
+                f"objective {self.objective!r} at {self.rows} rows: expected factors 'auto', got "
+                f"{self.factors!r}"
+            )
         if not isinstance(self.shared_core, bool):
             raise TypeError(f"shared_core: expected True or False, got {self.shared_core!r}")
         if self.shared_core and not (self.shares_budget and self.objective == "parameters"):
