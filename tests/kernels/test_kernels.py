@@ -91,6 +91,8 @@ class Draw:
     ) -> object:
         """Any of the tiles that would be tried, of a bucket that there are some for."""
         bucket = max(least, min(power_of_two(self.rows), FEW_ROWS))
+        # As of large ones: of these a copy of a part, or its sums, would be more than half of W.
+        problem = problem._replace(in_features=2**20, out_features=2**20)  # type: ignore[attr-defined]
         found = kernel_tiles(  # type: ignore[operator]
             problem, bucket, self.dtype.itemsize, TARGET, **options
         )

@@ -202,7 +202,7 @@ class CompressionConfig:
             given = {name: getattr(self, name) for name in (*_BUDGETS, "overrides")}
             raise ValueError(
                 f"factors {self.factors!r} share one budget: expected a compression (--compression "
-                "0.5) and nothing else that bounds a matrix, got "
+                "0.5), no other bound and no overrides, got "
                 f"{ {name: value for name, value in given.items() if value} }"
             )
         if self.factors != "auto" and (self.objective, self.rows) != ("parameters", 1):

@@ -429,8 +429,10 @@ class TestCompress:
         for options, message in [
             ({"factors": "best"}, "factors: expected 'balanced' or 'auto' or 'interpolative'"),
             ({"factors": "auto"}, "share one budget: expected a compression"),
+            ({"factors": "auto", "share": 0.1}, "no other bound .* got {'share': 0.1}"),
             ({"factors": "auto", "compression": 0.5, "overrides": {"*": {}}}, "no overrides"),
             ({"objective": "latency"}, "expected factors 'auto'"),
+            ({"share": 0.1, "rows": 4}, "at 4 rows: expected factors 'auto', got 'balanced'"),
             ({"objective": "joy"}, "objective: expected one of"),
         ]:
             with pytest.raises(ValueError, match=message):
