@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The largest of each direction; primes and ones among what is drawn.
 SIZE = 20
 TARGET = LIMITS["sm_90"]
+
+
+def of_large(problem: Any) -> Any:
+    """Of a small layer sums over splits, or a copy of a part, would be more than half of W."""
+    return problem._replace(in_features=2**20, out_features=2**20)
 
 
 @dataclass
@@ -91,8 +97,7 @@ class Draw:
     ) -> object:
         """Any of the tiles that would be tried, of a bucket that there are some for."""
         bucket = max(least, min(power_of_two(self.rows), FEW_ROWS))
-        # As of large ones: of these a copy of a part, or its sums, would be more than half of W.
-        problem = problem._replace(in_features=2**20, out_features=2**20)  # type: ignore[attr-defined]
+        problem = of_large(problem)
         found = kernel_tiles(  # type: ignore[operator]
             problem, bucket, self.dtype.itemsize, TARGET, **options
         )
@@ -177,7 +182,7 @@ def test_every_tile_of_a_problem_agrees(guards: Guards) -> None:
     exact = torch.einsum(
         "bsf,fjd,snd->bnj", x.view(9, 7, 6).double(), first.double(), second.double()
     )
-    found = tiles.chain_tiles(p, 16, 4, TARGET)
+    found = tiles.chain_tiles(of_large(p), 16, 4, TARGET)
     assert {tile.splits for _, tile in found} > {1} and len(found) == 64
     for _, tile in found[::4]:
         d.check(chain(x, first, second, None, p, tile), exact.reshape(9, 45))
