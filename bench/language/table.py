@@ -143,6 +143,7 @@ class Bench:
             "bytes": num_bytes + 2 * others,
             "seconds": seconds,
             "precision": precision,
+            "cpu": facts.processor(),
             "commit": self.commit,
             **found,
         }
@@ -230,6 +231,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             "of_model": group[0]["of_model"],
             "bytes": group[0]["bytes"],
             "commits": sorted({row["commit"] for row in group}),
+            "cpus": sorted({row["cpu"] for row in group}),
             "fp32_seeds": [row["seed"] for row in group if row["precision"] == "fp32"],
             "perplexity": {
                 name: _spread([row["perplexity"][name] for row in group]) for name in _WINDOWS
@@ -273,6 +275,7 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
     precision = f"bf16 autocast{'; fp32: ' * bool(in_fp32)}{'; '.join(in_fp32)}"
     versions = conditions["versions"]
     commits = sorted({commit for row in rows for commit in row["commits"]})
+    cpus = sorted({cpu for row in rows for cpu in row["cpus"]})
     return "\n".join(
         [
             table(head, lines),
@@ -289,7 +292,7 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
             "text. MB: the linears as said, all else in 16 bits. The model's weights had been "
             "rounded to four bits before: compare with its own dense row, not with other figures.",
             "",
-            f"{conditions['machine']['cpu']}; torch {versions['torch']}, transformers "
+            f"{', '.join(cpus)}; torch {versions['torch']}, transformers "
             f"{versions['transformers']}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}.",
             "",
             f"`{conditions['command']}`",
