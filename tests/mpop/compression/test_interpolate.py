@@ -234,8 +234,8 @@ def test_in_bytes(name: str, store: str, tmp_path: Path) -> None:
     assert f"matrices have cores in {store}" in card and "are held as rows of theirs" in card
     again = mpop.load(tmp_path).eval()
     assert torch.equal(logits(again), logits(model))
-    specs = again.config.quantization_config.specs()
-    assert specs[QUERY[name]][-3:] == (store, None, INTERPOLATIVE)
+    spec = again.config.quantization_config.specs()[QUERY[name]]
+    assert (spec.store, spec.experts, spec.form) == (store, None, INTERPOLATIVE)
     merged = mpop.merge(copy.deepcopy(again))
     assert error(logits(merged), logits(model)) < 1e-4
     with pytest.raises(ValueError, match=f"expected cores of 16 bits or more, got {store}"):
