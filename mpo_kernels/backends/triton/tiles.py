@@ -201,6 +201,14 @@ class Cost(NamedTuple):
 LATENCY = 0.7e-6
 
 
+def _multiplying(limits: Limits, itemsize: int, *products: tuple[int, int, int]) -> float:
+    """Time of a step's products ``[m, k] × [k, n]``, of a multiprocessor's share of the rate."""
+    rate = limits.macs_per_second if itemsize == 2 else limits.fp32_macs_per_second
+    return sum(
+        m * n * k / (min(1, m / limits.matrix_rows) * n / (n + 16) * rate) for m, n, k in products
+    )
+
+
 def _seconds(
     limits: Limits,
     itemsize: int,
@@ -208,19 +216,15 @@ def _seconds(
     programs: int,
     steps: int,
     loads: int,
-    products: list[tuple[int, int, int]],
+    compute: float,
     step_bytes: float,
     end_bytes: float,
     shared_memory: int,
 ) -> float:
-    """Time of `programs` programs of `steps` steps, each of some products ``[m, k] × [k, n]``.
+    """Time of `programs` programs of `steps` steps, of `compute` each; see `_multiplying`.
 
     `loads` are a step's, one after the other.
     """
-    rate = limits.macs_per_second if itemsize == 2 else limits.fp32_macs_per_second
-    compute = sum(
-        m * n * k / (min(1, m / limits.matrix_rows) * n / (n + 16) * rate) for m, n, k in products
-    )
     waves = ceil_div(programs, limits.multiprocessors)
     together = max(1, min(4, limits.shared_memory // max(shared_memory, 1)))
     # Loads, products and the barrier between, where no other program hides them; products of fp32
@@ -264,7 +268,10 @@ def _copy(size: int, itemsize: int, limits: Limits) -> float:
     return 0.0 if size == 0 else 2.5e-6 + 2 * size * itemsize / limits.cache_bytes_per_second
 
 
-def _chain_cost(problem: Chain, tile: ChainTile, rows: int, itemsize: int, limits: Limits) -> Cost:
+def _chain_costs(
+    problem: Chain, tile: ChainTile, rows: int, itemsize: int, limits: Limits, most: int
+) -> Iterator[tuple[int, Cost]]:
+    """Of the tile with its splits, which are at most so many."""
     p, t = problem, tile
     b_blocks = ceil_div(rows, t.block_b)
     k_loop = ceil_div(p.first_in, t.block_k)
@@ -283,26 +290,30 @@ def _chain_cost(problem: Chain, tile: ChainTile, rows: int, itemsize: int, limit
     tiles = (m_first * t.block_k + t.block_k * n_first) * itemsize
     accumulators = m_second * t.block_n + m_first * n_first
     shared = t.num_stages * (tiles + second_bytes) + s_bytes
-    seconds = _seconds(
-        limits,
-        itemsize,
-        programs=b_blocks * out_groups * n_blocks * t.splits,
-        steps=ceil_div(in_blocks, t.splits),
-        loads=k_loop + 1,
-        products=[(m_first, n_first, k_loop * t.block_k), (m_second, t.block_n, k_second)],
-        step_bytes=x_bytes + first_bytes + second_bytes,
-        end_bytes=y_bytes * (5 if t.splits > 1 else 1),
-        shared_memory=shared,
-    )
-    # The sum over splits is a kernel of its own.
-    seconds += 2e-6 * (t.splits > 1)
-    seconds += _copy(_copied(p, t, itemsize), itemsize, limits)
+    products = (m_first, n_first, k_loop * t.block_k), (m_second, t.block_n, k_second)
+    compute = _multiplying(limits, itemsize, *products)
+    copy = _copy(_copied(p, t, itemsize), itemsize, limits)
     operands = 0
     if itemsize == 2 and m_second < limits.matrix_rows:
         # Each warp has all of s, and the program one step of the first part.
         threads = t.num_warps * limits.warp
         operands = m_second * k_second // limits.warp + t.block_k * n_first // threads
-    return Cost(accumulators, shared, seconds, operands)
+    for splits in _sizes(1, 4096, in_blocks):
+        if splits > most:
+            return
+        seconds = _seconds(
+            limits,
+            itemsize,
+            programs=b_blocks * out_groups * n_blocks * splits,
+            steps=ceil_div(in_blocks, splits),
+            loads=k_loop + 1,
+            compute=compute,
+            step_bytes=x_bytes + first_bytes + second_bytes,
+            end_bytes=y_bytes * (5 if splits > 1 else 1),
+            shared_memory=shared,
+        )
+        # The sum over splits is a kernel of its own.
+        yield splits, Cost(accumulators, shared, seconds + 2e-6 * (splits > 1) + copy, operands)
 
 
 def _chain_tiles(problem: Chain, rows: int, itemsize: int) -> Iterator[ChainTile]:
@@ -324,8 +335,7 @@ def _chain_tiles(problem: Chain, rows: int, itemsize: int) -> Iterator[ChainTile
         for n, k in product(n_sizes, k_sizes):
             warps = 8 if max(m_second * n, m_first * g_out * d) >= 2**14 else 4
             stages = 2 if itemsize == 4 else 3
-            for splits in _sizes(1, 4096, ceil_div(p.second_in, g_in) * ceil_div(p.rank, d)):
-                yield ChainTile(b, g_in, g_out, k, d, n, splits, warps, stages)
+            yield ChainTile(b, g_in, g_out, k, d, n, 1, warps, stages)
 
 
 @lru_cache(maxsize=4096)
@@ -344,11 +354,12 @@ def chain_tiles(
         return ()
     priced, most = [], _most_splits(problem, rows * problem.out_features)
     for tile in _chain_tiles(problem, rows, itemsize):
-        if tile.splits > most or _copies_much(problem, _copied(problem, tile, itemsize)):
+        if _copies_much(problem, _copied(problem, tile, itemsize)):
             continue
-        cost = _chain_cost(problem, tile, rows, itemsize, limits)
-        if cost.fits(tile.num_warps, limits, itemsize):
-            priced.append((cost.seconds, cost.shared_memory, tile))
+        for splits, cost in _chain_costs(problem, tile, rows, itemsize, limits, most):
+            if not cost.fits(tile.num_warps, limits, itemsize):
+                break
+            priced.append((cost.seconds, cost.shared_memory, tile._replace(splits=splits)))
     # Of equals the one that needs the least shared memory.
     return tuple((seconds, tile) for seconds, _, tile in sorted(priced)[:64])
 
@@ -472,7 +483,7 @@ def gather_tiles(
             programs=ceil_div(rows, b) * blocks,
             steps=d_loop * b,
             loads=1,
-            products=[(left, right, d)],
+            compute=_multiplying(limits, itemsize, (left, right, d)),
             step_bytes=operands,
             end_bytes=left * right * itemsize,
             shared_memory=shared,
