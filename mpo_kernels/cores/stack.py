@@ -19,6 +19,9 @@ from mpo_kernels.cores.family import Cost, bound_within, choose
 from mpo_kernels.cores.fitting import output_square, regularised, weigh, weighted_spectrum
 from mpo_kernels.cores.shape import MPOShape
 
+# Of the side of a common core where the other side is narrower.
+_WIDEST = 8192
+
 
 @torch.no_grad()
 def decompose_stack(
@@ -222,8 +225,12 @@ def _whole(moment: Tensor) -> Tensor:
 
 
 def sharings(weights: Tensor, second_moments: Tensor | None) -> list[SharedCore]:
-    """The two cores that weights ``[E, out, in]`` can have in common."""
-    return [SharedCore(weights, second_moments, index) for index in (0, 1)]
+    """The cores that weights ``[E, out, in]`` can have in common: of the narrower side, and of the
+    other where it is not so wide that its eigendecomposition takes an hour.
+    """
+    sides = weights.shape[1:]
+    within = max(_WIDEST, min(sides))
+    return [SharedCore(weights, second_moments, k) for k in (0, 1) if sides[k] <= within]
 
 
 def _choose_shared(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mpo_kernels import MPOShape, decompose
+from mpo_kernels.cores import stack
 from mpo_kernels.cores.fitting import RIDGE
 from mpo_kernels.cores.stack import (
     choose_stack,
@@ -157,6 +158,16 @@ def test_the_common_core_of_inputs_is_fitted_to_what_each_is_fed() -> None:
         lost = weights - reconstruct_stack(cores, MPOShape.low_rank(8, 10, 4))
         errors.append(float(torch.einsum("eri,eoi->ero", inputs, lost).norm()))
     assert errors[2] < 0.5 * errors[0] and errors[2] < 0.5 * errors[1]
+
+
+def test_a_side_that_is_too_wide_is_not_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn(3, 10, 8)
+    assert [common._index for common in sharings(weights, None)] == [0, 1]
+    monkeypatch.setattr(stack, "_WIDEST", 9)
+    assert [common._index for common in sharings(weights, None)] == [1]
+    assert [common._index for common in sharings(weights.mT, None)] == [0]
+    monkeypatch.setattr(stack, "_WIDEST", 4)
+    assert [common._index for common in sharings(weights, None)] == [1]
 
 
 def test_a_budget_below_one_rank_of_a_common_core() -> None:
