@@ -237,7 +237,7 @@ def _seconds(
 
 
 def _most_splits(p: Chain, size: int) -> int:
-    """Whose sums of ``size`` elements each take no more than half of W."""
+    """How many sums of ``size`` elements each take no more than half of W."""
     return max(1, p.in_features * p.out_features // 2 // size)
 
 
@@ -271,7 +271,7 @@ def _copy(size: int, itemsize: int, limits: Limits) -> float:
 def _chain_costs(
     problem: Chain, tile: ChainTile, rows: int, itemsize: int, limits: Limits, most: int
 ) -> Iterator[tuple[int, Cost]]:
-    """Of the tile with its splits, which are at most so many."""
+    """The tile's with splits, at most so many."""
     p, t = problem, tile
     b_blocks = ceil_div(rows, t.block_b)
     k_loop = ceil_div(p.first_in, t.block_k)
