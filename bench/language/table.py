@@ -265,7 +265,7 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
     meanings = [f"- `{name}`: {way.meaning}." for name, way in WAYS.items() if name in shown]
     if "healed" in shown:
         meanings.append(
-            "- `healed`: `form` after `mpop heal`, every core trained on what dense says."
+            "- `healed`: `ours` after `mpop heal`, every core trained on what dense says."
         )
     in_fp32 = [
         f"`{row['way']}` at {row['ratio']:g}, draw {', '.join(map(str, row['fp32_seeds']))}"
