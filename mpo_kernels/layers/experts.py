@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,6 +57,13 @@ class MPOExperts(MPOModule):
             for size in self._sizes(shape.core_shapes)
         )
         self.reset_parameters()
+
+    @property
+    def central(self) -> int:
+        """Index of the central tensor: with a core in common what holds most is another one."""
+        shape = self._factors
+        sizes = [math.prod(size) for size in self._sizes(shape.core_shapes)]
+        return max(range(len(sizes)), key=lambda k: (sizes[k], k == shape.central))
 
     def _sizes(self, core_shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         count = self.num_experts

@@ -71,8 +71,20 @@ def is_compressed(source: str | Path) -> bool:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer."""
-    return from_pretrained(AutoTokenizer, source)
+    """The checkpoint's tokenizer.
+
+    Raises:
+        ValueError: there is none, or it cannot be loaded.
+    """
+    try:
+        return from_pretrained(AutoTokenizer, source)
+    except ValueError as error:
+        folder = Path(source)
+        if folder.is_dir() and not any(folder.glob("tokenizer*")):
+            raise ValueError(
+                f"{source}: expected a tokenizer beside the model, got none"
+            ) from error
+        raise
 
 
 def shared_tokenizer(source: str | Path, other: str | Path) -> PreTrainedTokenizerBase:

@@ -46,7 +46,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--evaluate", metavar="FILE", help="measure the perplexity of this text before and after"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --output, or begin it"
+    )
 
 
 def run(model: str, **options: Any) -> tuple[dict[str, Any], str]:

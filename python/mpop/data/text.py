@@ -185,8 +185,11 @@ def _document(tokenizer: PreTrainedTokenizerBase, record: Any, place: str) -> st
     if isinstance(text, str):
         return text
     if not isinstance(messages, list):
-        got = ", ".join(fields) or type(record).__name__
-        raise ValueError(f"{place}: expected a text, or the messages of a chat, got {got}")
+        kinds = [f"{name} of {type(value).__name__}" for name, value in fields.items()]
+        got = ", ".join(kinds) or type(record).__name__
+        raise ValueError(
+            f"{place}: expected a text of str, or the messages of a chat, a list, got {got}"
+        )
     if tokenizer.chat_template is None:
         raise ValueError(f"{place}: expected a tokenizer with a chat template for messages")
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
+from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback
 
 from mpo_kernels import InterpolativeLinear
 from mpo_kernels.layers.blockwise import BlockwiseLayer
@@ -35,6 +35,18 @@ class MPOTrainer(Trainer):
         if self.loss is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         return self.loss(model, inputs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As `from_pretrained` does, which knows what is renamed or fused in files.
+
+        Trainer's own takes what has the names of the model, and says nothing of the rest.
+        """
+        trained = self.model
+        if model is not None or not isinstance(trained, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(trained).from_pretrained(resume_from_checkpoint, dtype=trained.dtype)
+        trained.load_state_dict(saved.state_dict())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group the trained parameters by rate and decay; biases and norms do not decay."""

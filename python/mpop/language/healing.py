@@ -109,8 +109,8 @@ def heal(
 
     Raises:
         ValueError: a bad argument or text, a model that is dense, quantised or no decoder, a
-            teacher of another vocabulary, or a run of other settings to resume; nothing has been
-            written then.
+            teacher of another vocabulary, NaN or Inf in either, or a run of other settings to
+            resume; nothing has been written then.
         FloatingPointError: the loss is no longer finite; nothing is left of the run.
     """
     check_choice("method", method, METHODS)
@@ -257,7 +257,8 @@ def opened(
     """Load both; the arguments are `heal`'s.
 
     Raises:
-        ValueError: a model that is dense, quantised or no decoder, or another vocabulary.
+        ValueError: a model that is dense, quantised or no decoder, another vocabulary, or NaN or
+            Inf in a parameter.
     """
     if not is_compressed(source):
         raise ValueError(f"{source} is dense; compress it first (mpop compress)")
@@ -266,6 +267,9 @@ def opened(
     vocabulary_of(model, dense)
     dtype = model.dtype
     trainable(model, method).float()
+    for path, each in ((source, model), (teacher, dense)):
+        if bad := next((n for n, p in each.named_parameters() if not p.isfinite().all()), None):
+            raise ValueError(f"{path}: expected finite parameters, got NaN or Inf in {bad}")
     for names in sorted_matrices(model):
         module_at(model, names[0]).weight.requires_grad_(False)
     dense.to(PRECISIONS[precision])  # type: ignore[arg-type]

@@ -199,11 +199,12 @@ class CompressionConfig:
         LayerCost(self.objective, self.rows)
         _check_ints("tensor_parallel", (self.tensor_parallel,))
         if self.shares_budget and (self.compression is None or self.overrides):
-            given = {name: getattr(self, name) for name in (*_BUDGETS, "overrides")}
+            values = {name: getattr(self, name) for name in (*_BUDGETS, "overrides")}
+            given = {name: value for name, value in values.items() if value}
             raise ValueError(
                 f"factors {self.factors!r} share one budget: expected a compression (--compression "
                 "0.5), no other bound and no overrides, got "
-                f"{ {name: value for name, value in given.items() if value} }"
+                f"{given or 'none'}"
             )
         if self.factors != "auto" and (self.objective, self.rows) != ("parameters", 1):
             raise ValueError(

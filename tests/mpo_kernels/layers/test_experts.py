@@ -175,6 +175,21 @@ def test_its_parts_in_a_model() -> None:
         layer.weight.float()
 
 
+@pytest.mark.parametrize("shape", [SHAPES["low rank"], MPOShape.low_rank(40, 24, 8)])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_with_one_in_common_the_centre_holds_most(shape: MPOShape, shared: int) -> None:
+    layer = _layer(shape, shared=shared)
+    assert layer.central == 1 - shared
+    layer.freeze_central()
+    trained = [core.requires_grad for core in layer.cores]
+    assert trained[shared] and sum(trained) == 1
+    assert 2 * layer.cores[shared].numel() < layer.cores[1 - shared].numel()
+
+
+def test_a_core_in_common_may_be_the_centre() -> None:
+    assert _layer(MPOShape.balanced(256, 256, 5), shared=2).central == 2
+
+
 def test_a_state_of_other_ranks_is_loaded_and_of_other_experts_refused() -> None:
     layer, small = _layer(SHAPES["low rank"]), _layer(MPOShape.low_rank(24, 40, 3))
     small.load_state_dict(layer.state_dict())

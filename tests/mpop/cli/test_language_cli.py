@@ -117,7 +117,7 @@ def test_a_path_goes_before_a_task_and_that_before_the_hub(
         ("a.txt", b"", "is empty"),
         ("a.txt", b"\x00\x01", "expected text, got binary data"),
         ("a.txt", b"\xff\xfe", "is not UTF-8"),
-        ("a.jsonl", b'{"body": 1}', "a.jsonl:1: expected a text, or the messages of a chat"),
+        ("a.jsonl", b'{"body": 1}', "a.jsonl:1: expected a text of str, or the messages of a chat"),
         ("a.txt", b"the cat", "of one window, got"),
     ],
 )
@@ -136,7 +136,8 @@ def test_without_a_tokenizer(dense: Path, texts: Path, tmp_path: Path, capsys: A
         compress(tmp_path / "bare", tmp_path / "out", texts),
         ["perplexity", "--model", str(tmp_path / "bare"), "--text", str(texts)],
     ):
-        assert "cannot be loaded" in fails(capsys, arguments)
+        line = fails(capsys, arguments)
+        assert line.endswith("bare: expected a tokenizer beside the model, got none")
     assert not (tmp_path / "out").exists()
 
 
@@ -152,6 +153,8 @@ def test_perplexity(dense: Path, cut: Path, texts: Path, capsys: Any):
     assert len(ids) == 601
     expected = mpop.perplexity(mpop.load(cut), ids, seqlen=16, against=llama())
     assert found["perplexity"] == pytest.approx(math.exp(expected.nats), rel=1e-6)
+    assert main([*command, "--against", str(cut)]) == 0
+    assert "of a token: 0.0000 nats" in capsys.readouterr().out
     assert found["divergence"] == pytest.approx(expected.divergence, rel=1e-5) and (
         found["divergence"] > 0.01
     )

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_glue import last_json
+from tiny_models import build
 from tiny_text import llama, save_llama, tokenizer, words
 from torch.distributions import Categorical, kl_divergence
+from transformers import AutoModelForCausalLM
 
 import mpop
 from mpop.cli import main
@@ -30,7 +32,7 @@ def cut(
     compression: float = 0.4,
 ) -> Path:
     """A compressed model with the tokenizer; returns `folder`."""
-    model = llama().to(dtype)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
     batches = mpop.text_batches(tokenizer(), dense / "a.txt", seqlen=32)
     config = mpop.CompressionConfig(
         factors=factors,
@@ -132,9 +134,15 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])  # the latter has other names in files
 def test_resuming_ends_where_an_uninterrupted_run_does(
-    dense: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    dense = tmp_path / "dense"
+    (llama() if kind == "llama" else build(kind)).save_pretrained(dense)
+    tokenizer().save_pretrained(dense)
+    (dense / "a.txt").write_text(words(1000, 1))
+    small = cut(tmp_path / "small", dense, "balanced")
     assert main(command(small, dense, tmp_path / "whole")) == 0
     step = MPOTrainer.training_step
 
@@ -199,6 +207,13 @@ def test_refusals(dense: Path, small: Path, tmp_path: Path, capsys: Any) -> None
     tokenizer().save_pretrained(tmp_path / "wide")
     line = fails(capsys, command(small, tmp_path / "wide", out))
     assert "one vocabulary, got 25 and 30 tokens" in line
+    broken = llama()
+    with torch.no_grad():
+        broken.model.norm.weight[3] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    tokenizer().save_pretrained(tmp_path / "broken")
+    line = fails(capsys, command(small, tmp_path / "broken", out))
+    assert "broken: expected finite parameters, got NaN or Inf in model.norm.weight" in line
     (tmp_path / "short.txt").write_text(words(14))
     line = fails(capsys, command(small, dense, out, "--text", str(tmp_path / "short.txt")))
     assert "short.txt: expected at least the 15 tokens of one window, got 14" in line
