@@ -111,7 +111,7 @@ def run(
         columns.append("dense")
         rows.append(measures(found.against))
         samples = [
-            f"mean KL(dense || compressed) of a token: {max(found.divergence, 0.0):.4f} nats",
+            f"mean KL(dense || compressed) of a token: {max(found.divergence or 0.0, 0.0):.4f} nats",
             f"after {result['prompt']!r}:",
             *(f"  {name:<12}{made!r}" for name, made in zip(columns[1:], texts, strict=True)),
         ]
