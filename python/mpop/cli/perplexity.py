@@ -110,8 +110,9 @@ def run(
         result["continuation"], result["against"]["continuation"] = texts
         columns.append("dense")
         rows.append(measures(found.against))
+        nats = max(found.divergence or 0.0, 0.0)  # not the sum's rounding
         samples = [
-            f"mean KL(dense || compressed) of a token: {max(found.divergence or 0.0, 0.0):.4f} nats",
+            f"mean KL(dense || compressed) of a token: {nats:.4f} nats",
             f"after {result['prompt']!r}:",
             *(f"  {name:<12}{made!r}" for name, made in zip(columns[1:], texts, strict=True)),
         ]
