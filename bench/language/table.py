@@ -41,9 +41,10 @@ Row = dict[str, Any]
 _WINDOWS = {"test 512": 24, "test 2048": 6, "other 512": 24}
 # Perplexities from here on are said above the figure.
 _BEYOND = 1e4
+_HEALED = "-healed"
 _OURS, *_OTHERS = drawing.COLOURS
 _COLOURS = {
-    **dict.fromkeys(("ours", "ours-int8", "healed"), _OURS),
+    **dict.fromkeys(("ours", "ours-int8"), _OURS),
     **dict(zip(("aware", "form", "both", "ranks"), _OTHERS, strict=False)),
     **dict.fromkeys(("chain-2", "chain-3", "chain-5"), _OTHERS[-1]),
 }
@@ -263,10 +264,12 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
     ]
     shown = {row["way"] for row in rows}
     meanings = [f"- `{name}`: {way.meaning}." for name, way in WAYS.items() if name in shown]
-    if "healed" in shown:
-        meanings.append(
-            "- `healed`: `ours` after `mpop heal`, every core trained on what dense says."
-        )
+    meanings += [
+        f"- `{name}`: `{name.removesuffix(_HEALED)}` after `mpop heal`, every core trained on what "
+        "dense says."
+        for name in sorted(shown)
+        if name.endswith(_HEALED)
+    ]
     in_fp32 = [
         f"`{row['way']}` at {row['ratio']:g}, draw {', '.join(map(str, row['fp32_seeds']))}"
         for row in rows
@@ -327,7 +330,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
         axes = drawn.subplots()
         for way, points in lines.items():
             xs, ys, deviations = zip(*points, strict=True)
-            colour = _COLOURS.get(way, drawing.TEXT)
+            colour = _COLOURS.get(way.removesuffix(_HEALED), drawing.TEXT)
             axes.errorbar(xs, ys, deviations, fmt="o-", color=colour, markersize=6)
         axes.set(
             xlabel="megabytes",
@@ -370,7 +373,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="WAY=FOLDER",
-        help="compressed models as well, such as healed=FOLDER, one of 'mpop heal'",
+        help="compressed models as well, such as ours-healed=FOLDER, one of 'mpop heal'",
     )
     parser.add_argument("--budget-minutes", type=float, default=1e6, help="stop after the run")
     return parser.parse_args(argv)

@@ -42,10 +42,13 @@ def test_it_goes_on_where_it_was(folder: Path, monkeypatch: Any) -> None:
     config = mpop.CompressionConfig(compression=0.5, num_cores=2, embeddings=False)
     mpop.compress(model, config, [{"input_ids": torch.arange(20).view(1, 20)}] * 9)
     mpop.save(model, folder / "small")
-    options += ["--saved", f"healed={folder / 'small'}"]
+    options += ["--saved", f"ours-healed={folder / 'small'}"]
     table.main([*options, "--ways", "svd", "aware", "form", "ours", "ours-int8"])
     rows = [json.loads(line) for line in runs.read_text().splitlines()]
-    names = [*("dense", "int8", "int4", "healed"), *("svd", "aware", "form", "ours", "ours-int8")]
+    names = [
+        *("dense", "int8", "int4", "ours-healed"),
+        *("svd", "aware", "form", "ours", "ours-int8"),
+    ]
     assert [row["way"] for row in rows] == names
     dense, int8, _, healed, _, aware, form, ours, in_bytes = rows
     assert ours["of_matrices"] == form["of_matrices"] and ours["perplexity"] != form["perplexity"]
@@ -63,6 +66,7 @@ def test_it_goes_on_where_it_was(folder: Path, monkeypatch: Any) -> None:
     assert "`ours`" in text and "python -m bench.language.table" in text
     assert rows[0]["commit"] in text and rows[0]["cpu"] in text
     assert "windows, bf16 autocast." in text
+    assert "- `ours-healed`: `ours` after `mpop heal`" in text
     table.main([*options, "--ways", "svd", "--seeds", "1", "--precision", "fp32"])
     *_, in_fp32 = [json.loads(line) for line in runs.read_text().splitlines()]
     svd = rows[4]["perplexity"]["test 16"]
