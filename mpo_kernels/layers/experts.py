@@ -60,7 +60,7 @@ class MPOExperts(MPOModule):
 
     @property
     def central(self) -> int:
-        """Index of the central tensor: with a core in common what holds most is another one."""
+        """Index of the central tensor: the largest as stored, one in common counted once."""
         shape = self._factors
         sizes = [math.prod(size) for size in self._sizes(shape.core_shapes)]
         return max(range(len(sizes)), key=lambda k: (sizes[k], k == shape.central))

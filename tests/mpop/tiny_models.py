@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
+
+from mpop.models.matrices import mpo_modules
 
 VOCABULARY = 50
 
@@ -132,3 +134,16 @@ def batches(count: int = 8, rows: int = 8, length: int = 12) -> list[dict[str, T
         mask = torch.arange(length) < torch.randint(4, length + 1, (rows, 1), generator=generator)
         made.append({"input_ids": ids * mask, "attention_mask": mask.long()})
     return made
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what it holds."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """It is dense, and holds what it did."""
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not list(mpo_modules(model))

