@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 import time
@@ -219,11 +220,11 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """A row a way and ratio, over its seeds."""
+    """A row a way and ratio, over its seeds; of each ratio the best first."""
     groups: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["way"], row["ratio"]), []).append(row)
-    return [
+    found = [
         {
             "way": way,
             "ratio": ratio,
@@ -240,6 +241,12 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         }
         for (way, ratio), group in groups.items()
     ]
+
+    def rank(row: Row) -> tuple[float, float]:
+        mean, _ = next(iter(row["perplexity"].values())) or (math.inf, 0.0)
+        return -row["ratio"], mean
+
+    return sorted(found, key=rank)
 
 
 def _spread(values: Sequence[float | None]) -> tuple[float, float] | None:
