@@ -78,6 +78,17 @@ def test_it_goes_on_where_it_was(folder: Path, monkeypatch: Any) -> None:
     assert (folder / "out" / "table.svg").stat().st_size > 0
 
 
+def test_of_each_ratio_the_best_comes_first() -> None:
+    measured = dict.fromkeys(("of_matrices", "of_model", "bytes", "commit", "cpu"), 0)
+    measured |= {"seed": 0, "precision": "bf16"}
+    found = [("a", 0.8, 5.0), ("b", 0.6, 7.0), ("c", 0.8, None), ("d", 0.8, 3.0)]
+    rows = [
+        {"way": way, "ratio": ratio, "perplexity": dict.fromkeys(table._WINDOWS, value), **measured}
+        for way, ratio, value in found
+    ]
+    assert "".join(row["way"] for row in table.summary(rows)) == "dacb"
+
+
 @pytest.mark.parametrize("name", ["aware", "ranks", "both", "form", "ours-int8", "chain-3"])
 def test_a_budget_holds_and_the_rank_is_of_it(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
