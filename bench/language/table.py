@@ -41,7 +41,7 @@ Row = dict[str, Any]
 # Windows of the test text and of the other one.
 _WINDOWS = {"test 512": 24, "test 2048": 6, "other 512": 24}
 # Perplexities from here on are said above the figure.
-_BEYOND = 1e4
+_BEYOND = 1000
 _HEALED = "-healed"
 _OURS, *_OTHERS = drawing.COLOURS
 _COLOURS = {
