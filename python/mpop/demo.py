@@ -106,7 +106,7 @@ def run(options: argparse.Namespace, scratch: Path) -> None:
     few = ("--max-train-samples", str(options.max_train_samples), "--seed", str(options.seed))
 
     def finetune(what: str, start: str | Path, output: Path, *how: str) -> dict[str, Any]:
-        folders = ("--model", str(start), "--output", str(output))
+        folders = ("--model", str(start), "--output", str(output), "--overwrite")
         return apart(what, "mpop", "finetune", *folders, *how, *few, *shared)
 
     tuned = [finetune("fine-tuning as usual", model, usual, *USUAL)]

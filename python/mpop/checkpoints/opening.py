@@ -30,21 +30,22 @@ _MODULES = "modules.json"
 _SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
 
 
-def check_output(
-    output: str | Path, source: str | Path | None = None, overwrite: bool = True
-) -> None:
+def check_output(output: str | Path, *sources: str | Path, overwrite: bool = True) -> None:
     """Check, before the work is done, that the folder `output` can be written.
 
+    Args:
+        sources: the models that are read.
+
     Raises:
-        ValueError: It is a file, is not writable, holds the model `source` being read, or any
-            model where none may be overwritten.
+        ValueError: It is a file, is not writable, holds a model that is read, or any model where
+            none may be overwritten.
     """
     output = Path(output)
     existing = next(path for path in (output, *output.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"cannot write to {output}: {existing} is not a writable folder")
-    if source is not None and output.resolve() == Path(source).resolve():
-        raise ValueError(f"{output} holds the model itself; choose another output folder")
+    if output.resolve() in (Path(source).resolve() for source in sources):
+        raise ValueError(f"{output} holds a model that is read; choose another output folder")
     if not overwrite and any(path for glob in _MODEL for path in output.glob(glob)):
         raise ValueError(
             f"{output} holds a model: choose another folder, or replace its files with --overwrite"

@@ -24,7 +24,7 @@ from mpop.cli import (
     perplexity,
     squeeze,
 )
-from mpop.cli.options.parser import Parser
+from mpop.cli.options.parser import Parser, flag
 
 COMMANDS = (
     *(compress, finetune, evaluate, heal, perplexity),
@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default this process's); returns the exit code."""
     options = vars(_parser().parse_args(argv))
     command, run, as_json = (options.pop(name) for name in ("command", "run", "json"))
+    # A variable of the shell that is not set; as a path it would be the folder at hand.
+    if empty := next((name for name, value in options.items() if value == ""), None):
+        return _fail(command, f"{flag(empty)}: expected a value, got an empty one")
     try:
         # Whatever libraries print, stdout's last line is the result.
         quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()

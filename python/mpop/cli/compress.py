@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpop.cli.options.parser import command
+from mpop.cli.options.parser import command, refuse
 from mpop.cli.options.values import positive_float, positive_int, share
 
 FACTORS = ("balanced", "auto", "interpolative")
@@ -96,10 +96,8 @@ def add(commands: Any) -> None:
         "data set of the hub, owner/name or owner/name:configuration",
     )
     parser.number("--samples", None, "windows of text to calibrate with (256), or rows (1500)")
-    parser.number("--seqlen", 2048, "tokens of a window, at most what the model takes")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of which windows are taken (0)"
-    )
+    parser.number("--seqlen", None, "tokens of a window (2048), at most what the model takes")
+    parser.add_argument("--seed", type=int, metavar="N", help="of which windows are taken (0)")
     parser.add_data_dir()
     parser.add_device()
 
@@ -115,15 +113,18 @@ def run(
     from mpop.checkpoints.opening import check_output, copy_companions, load_as_saved
     from mpop.models.light import count_bytes
 
-    check_output(output, model, overwrite)
+    check_output(output, model, overwrite=overwrite)
     ranks = options["ranks"]
     if ranks and len(ranks) == 1:
         options["ranks"] = ranks[0]
-    text = {name: options.pop(name) for name in ("samples", "seqlen", "seed", "data_dir")}
+    asked = {name: options.pop(name) for name in ("samples", "seqlen", "seed", "data_dir")}
+    given = {name: value for name, value in asked.items() if value is not None}
     calibrate, store = options.pop("calibrate"), options.pop("store")
+    if calibrate is None:
+        refuse(given, given, "--calibrate")
     config = mpop.CompressionConfig(**options)
     loaded = load_as_saved(model).to(device)  # type: ignore[arg-type]
-    batches = None if calibrate is None else _batches(loaded, model, calibrate, **text)
+    batches = None if calibrate is None else _batches(loaded, model, calibrate, given)
     report = mpop.compress(loaded, config, batches)
     if store is not None:
         mpop.quantize(loaded, getattr(torch, store))
@@ -137,15 +138,7 @@ def run(
     return result, str(report)
 
 
-def _batches(
-    model: Any,
-    name: str,
-    source: str,
-    samples: int | None,
-    seqlen: int,
-    seed: int,
-    data_dir: str | None,
-) -> list[dict[str, Any]]:
+def _batches(model: Any, name: str, source: str, given: dict[str, Any]) -> list[dict[str, Any]]:
     """What to calibrate with: a path goes before a GLUE task, and that before the hub."""
     import mpop
     from mpop.checkpoints.opening import load_tokenizer
@@ -155,11 +148,11 @@ def _batches(
     if task := None if Path(source).exists() else find_task(source):
         from mpop.finetuning.rows import calibration_batches
 
-        return calibration_batches(model, name, task.name, data_dir, samples or 1500)
+        refuse(given, ("seqlen", "seed"), "--calibrate TEXT")
+        rows = given.get("samples", 1500)
+        return calibration_batches(model, name, task.name, given.get("data_dir"), rows)
+    refuse(given, ("data_dir",), "--calibrate TASK")
+    seqlen = given.pop("seqlen", 2048)
     return mpop.text_batches(
-        load_tokenizer(name),
-        source,
-        samples=samples or 256,
-        seqlen=min(seqlen, longest(model) or seqlen),
-        seed=seed,
+        load_tokenizer(name), source, seqlen=min(seqlen, longest(model) or seqlen), **given
     )

@@ -11,7 +11,7 @@ from mpop.cli.options.values import positive_float, share
 def add(commands: Any) -> None:
     """Its options."""
     parser = command(commands, "finetune", "Fine-tune on a GLUE task and evaluate.", run)
-    parser.add_output()
+    parser.add_new_output("it, not the files beside it")
     parser.add_data()
     parser.add_argument(
         "--method",

@@ -21,7 +21,7 @@ def run(model: str, output: str, overwrite: bool) -> tuple[dict[str, Any], str]:
     from mpop.checkpoints.folder import replaced
     from mpop.checkpoints.opening import check_output, copy_companions, load_as_saved
 
-    check_output(output, model, overwrite)
+    check_output(output, model, overwrite=overwrite)
     merged = mpop.merge(load_as_saved(model))
     with replaced(output, wholly=overwrite) as folder:
         merged.save_pretrained(folder)

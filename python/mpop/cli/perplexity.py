@@ -49,7 +49,7 @@ def run(
     from mpop.checkpoints.opening import load_as_saved, load_tokenizer, shared_tokenizer
     from mpop.compression.report import table
     from mpop.data.text import read_text
-    from mpop.language.perplexity import continuation
+    from mpop.language.perplexity import continuation, vocabulary_of
 
     if not Path(text).exists():
         raise ValueError(f"missing file {text}")
@@ -60,13 +60,17 @@ def run(
     models: list[Any] = [load_as_saved(name) for name in (model, against) if name]
     for each in models:
         each.to(device, dtype=DTYPES[precision] if precision else None)
-    found = mpop.perplexity(
-        models[0],
-        tokens,
-        seqlen=seqlen,
-        batch_size=batch_size,
-        against=models[1] if against else None,
-    )
+    vocabulary_of(*models)
+    try:
+        found = mpop.perplexity(
+            models[0],
+            tokens,
+            seqlen=seqlen,
+            batch_size=batch_size,
+            against=models[1] if against else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from error
     num_bytes = None
     if tokenizer.is_fast:  # others do not tell where a token ends
         end = encoded.token_to_chars(found.tokens - 1)

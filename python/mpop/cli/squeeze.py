@@ -6,7 +6,7 @@ import math
 import sys
 from typing import Any
 
-from mpop.cli.options.parser import command
+from mpop.cli.options.parser import command, refuse
 from mpop.cli.options.values import fall, positive_float
 
 # Options that only one of the two metrics has.
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         "a task, or of a decoder the log-likelihood of a text.",
         run,
     )
-    parser.add_output()
+    parser.add_new_output("it, not the files beside it")
     choice = parser.add_mutually_exclusive_group(required=True)
     parser.add_data(("fp32", "bf16"), choice)
     choice.add_argument(
@@ -86,10 +86,9 @@ def run(
             file=sys.stderr,
         )
 
-    own, other = ("task", "text") if text is None else ("text", "task")
+    other = "text" if text is None else "task"
     options = {name: value for name, value in options.items() if value is not None}
-    if wrong := [name for name in _OF[other] if name in options]:
-        raise ValueError(f"--{wrong[0].replace('_', '-')}: expected --{other}, got --{own}")
+    refuse(options, _OF[other], f"--{other}")
     if text is None:
         assert task is not None
         result = squeeze_on_task(model, task, on_round=show, **options)

@@ -113,13 +113,13 @@ def second_moments(
             for stream in streams.values():
                 stream.is_judging = is_judging
             if is_judging or positions >= _POSITIONS:
-                model(**inputs)
+                called(model, inputs)
             else:
                 positions += max(value.shape[:2].numel() for value in inputs.values())
                 with backward_pass(model):
                     for stream in streams.values():
                         stream.gradients.begin()
-                    loss = probe(model(**inputs), mask, has_decoder, generator)
+                    loss = probe(called(model, inputs), mask, has_decoder, generator)
                     if loss is not None:  # else inputs are not finite, which is told below
                         loss.backward()
                     for stream in streams.values():
@@ -130,6 +130,22 @@ def second_moments(
     moments = {names: stream.moments() for names, stream in streams.items()}
     _say_what_was_few(streams.values())
     return moments
+
+
+def called(model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """The model's outputs.
+
+    Raises:
+        ValueError: tokens or positions that it has no embeddings for.
+    """
+    try:
+        return model(**inputs)
+    except IndexError as error:  # of a table
+        ids = inputs.get("input_ids")
+        got = "" if ids is None else f", got ids up to {int(ids.max()):,} in {list(ids.shape)}"
+        raise ValueError(
+            f"calibration: expected tokens and positions that the model has{got}"
+        ) from error
 
 
 def _say_what_was_few(streams: Iterable[_Stream]) -> None:

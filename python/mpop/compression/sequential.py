@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpo_kernels import Decomposition
-from mpo_kernels.cores.fitting import output_square, regularised, scaled, weigh
+from mpo_kernels.cores.fitting import output_error, output_square, regularised, scaled, weigh
 from mpo_kernels.cores.stack import reconstruct_stack
-from mpop.compression.calibration import JUDGE_EVERY, Moments, PaddingMask, shrink
+from mpop.compression.calibration import JUDGE_EVERY, Moments, PaddingMask, called, shrink
 from mpop.compression.work import is_everywhere, over_processes, sum_over_processes
 from mpop.models.light import modes_kept
 from mpop.models.matrices import Names, module_at, turned, weight_of
@@ -60,7 +60,8 @@ def in_sequence(
         groups: matrices in the model's order, and moments of theirs in the dense model.
 
     Returns:
-        Each with the errors to the dense model's weight and outputs, those of its inputs included.
+        Each with the errors to the dense model's weight and outputs, those of its inputs included;
+        all directions of an output count alike, whatever the model notices of them.
     """
 
     streams = None if batches is None else Streams.through(model, batches)
@@ -92,13 +93,19 @@ def _fitted(
     weight, dense = weight_at(model, names), moments.get(names)
     known = None if inputs is None or dense is None else inputs.moments(dense)
     if inputs is None or known is None:
-        return fit(names, weight, dense)
+        found = fit(names, weight, dense)
+        if found is None or dense is None or dense.gradients is None:
+            return found
+        return replace(found, output_error=output_error(weight, _made(found, weight), dense.judge))
     found = fit(names, inputs.target(weight, known), known)
     if found is None:
         return None
-    cut = reconstruct_stack(found.cores, found.shape).to(weight)
-    errors = inputs.errors(weight, cut, known.gradients)
+    errors = inputs.errors(weight, _made(found, weight))
     return replace(found, rel_error=errors.weight, output_error=errors.output)
+
+
+def _made(found: Decomposition, weight: Tensor) -> Tensor:
+    return reconstruct_stack(found.cores, found.shape).to(weight)
 
 
 class Errors(NamedTuple):
@@ -166,15 +173,14 @@ class Inputs:
         alpha = min(max(float(along) / across, 0.0), 1.0) if across > 0 else 0.0
         return (work + alpha * change).to(weight.dtype)
 
-    def errors(self, weight: Tensor, cut: Tensor, gradients: Tensor | None) -> Errors:
+    def errors(self, weight: Tensor, cut: Tensor) -> Errors:
         """Of ``cut``, fed x̂, for ``weight``, fed x."""
         work, made = weight.double(), cut.double()
         norm = float(torch.linalg.vector_norm(work))
         lost = float(torch.linalg.vector_norm(work - made))
-        by = None if gradients is None else scaled(gradients).double()
-        whole = output_square(work, self._dense[1].double(), by)
-        both = float((weigh(self._cross[1].double(), made.t(), by) * work.t()).sum())
-        left = whole - 2 * both + output_square(made, self._cut[1].double(), by)
+        whole = output_square(work, self._dense[1].double())
+        both = float((weigh(self._cross[1].double(), made.t()) * work.t()).sum())
+        left = whole - 2 * both + output_square(made, self._cut[1].double())
         return Errors(
             lost / norm if norm else 0.0, math.sqrt(max(left, 0.0) / whole) if whole > 0 else 0.0
         )
@@ -236,7 +242,7 @@ class Streams:
             for block in self._blocks:
                 handle = block.register_forward_hook(seen, with_kwargs=True)
                 hooks.callback(handle.remove)
-            self._model(**self._batches[0])
+            called(self._model, self._batches[0])
         if [block for block, _, _ in given] != self._blocks:
             return False
         if any(x is None or y is None for _, x, y in given):

@@ -121,6 +121,8 @@ def read_text(
             chat without a template for it, or a data set that cannot be loaded.
     """
     path = Path(source)
+    if not str(source):
+        raise ValueError("expected the name of a text, got an empty one")
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not files:
@@ -174,12 +176,21 @@ def _documents(tokenizer: PreTrainedTokenizerBase, path: Path) -> Iterator[str]:
             place = f"{path}:{number}"
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{place}: expected an object of JSON: {error}") from error
             yield _document(tokenizer, record, place)
 
 
 def _document(tokenizer: PreTrainedTokenizerBase, record: Any, place: str) -> str:
+    text = _text_of(tokenizer, record, place)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may escape half a character
+        raise ValueError(f"{place}: expected text, got half of a surrogate pair") from error
+    return text
+
+
+def _text_of(tokenizer: PreTrainedTokenizerBase, record: Any, place: str) -> str:
     fields = record if isinstance(record, dict) else {}
     text, messages = fields.get("text"), fields.get("messages")
     if isinstance(text, str):

@@ -59,6 +59,7 @@ def prepared(
     max_train_samples: int | None,
     max_eval_samples: int | None,
     seed: int,
+    overwrite: bool,
 ) -> Prepared:
     """Check what is asked for, then read the data and the model; the arguments are `finetune`'s.
 
@@ -71,7 +72,7 @@ def prepared(
         max_train_samples=max_train_samples,
         max_eval_samples=max_eval_samples,
     )
-    check_output(output, source)
+    check_output(output, source, overwrite=overwrite)
     glue_task = get_task(task)
     train, evaluation = load_data(
         glue_task, data_dir, eval_split, max_train_samples, max_eval_samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class Squeezing:
         precision: `"fp32"`, or autocast to `"bf16"`.
         seed: of the order of the rows.
         resume: go on from the state in the output.
+        overwrite: replace a model, or what is left of another squeeze, in the output.
         on_round: told of each round as it ends.
 
     Raises:
@@ -57,6 +59,7 @@ class Squeezing:
     precision: str = "fp32"
     seed: int = 0
     resume: bool = False
+    overwrite: bool = False
     on_round: Callable[[SqueezeRound], None] | None = None
 
     def __post_init__(self) -> None:
@@ -135,6 +138,8 @@ class Squeezing:
             "seed": self.seed,
         }
         folder = Path(output) / "squeeze"
+        if self.overwrite and not self.resume:
+            shutil.rmtree(folder, ignore_errors=True)
         report = squeeze(
             model,
             evaluate=lambda: evaluate(trainer),
@@ -212,6 +217,7 @@ def squeeze_on_task(
         max_train_samples=max_train_samples,
         max_eval_samples=max_eval_samples,
         seed=how.seed,
+        overwrite=how.overwrite or how.resume,
     )
     glue_task = start.task
     return how.run(

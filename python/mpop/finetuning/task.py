@@ -66,6 +66,7 @@ def finetune(
     seed: int = 0,
     save_steps: int | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     report_to: str = "none",
     prepare: Callable[[PreTrainedModel], Any] | None = None,
     centre_bits: int | None = None,
@@ -103,6 +104,7 @@ def finetune(
         seed: Seeds the task head, the data order and dropout.
         save_steps: Write a checkpoint that `resume` can use every so many steps.
         resume: Continue from the last checkpoint in `output`.
+        overwrite: Replace a model in `output`.
         report_to: A tracker that transformers knows, e.g. `"tensorboard"`.
         prepare: Called with the loaded model; what it returns is trained instead, such as the
             same with other parameters frozen, or with adapters of peft.
@@ -147,6 +149,7 @@ def finetune(
         max_train_samples=max_train_samples,
         max_eval_samples=max_eval_samples,
         seed=seed,
+        overwrite=overwrite or resume,
     )
     model, parameters = start.model, count_parameters(start.model)
     if centre_bits is not None:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +46,9 @@ from mpop.finetuning.trainer import (
     reset_peak_memory,
     runtime_arguments,
 )
-from mpop.language.perplexity import CHUNK, Perplexity, perplexity, vocabulary_of
+from mpop.language.perplexity import CHUNK, Perplexity, check_tokens, perplexity, vocabulary_of
 from mpop.models.light import count_parameters
-from mpop.models.matrices import module_at, sorted_matrices
+from mpop.models.matrices import mpo_modules
 
 # Peak rates by method.
 LEARNING_RATES = {"light": 3e-4, "full": 1e-4}
@@ -78,10 +79,11 @@ def heal(
     """Train a compressed decoder on its teacher's distributions over next tokens, and save it.
 
     The loss is KL(teacher || model), mean over the targets of windows of text. Cores are trained as
-    `method` says, norms and biases as well; matrices that are dense stay as they are. While it
-    trains, a twentieth of the steps at a time, a checkpoint is written into the folder `healing` of
-    the output, from which `resume` goes on with the same result; it goes when the model, in the
-    dtype that it came in, and `heal.json` beside it take their place in one step.
+    `method` says, norms and biases as well; what is dense of two dimensions or more stays as it is,
+    routers of experts too. While it trains, a twentieth of the steps at a time, a checkpoint is
+    written into the folder `healing` of the output, from which `resume` goes on with the same
+    result; it goes when the model, in the dtype that it came in, and `heal.json` beside it take
+    their place in one step.
 
     Args:
         model_name_or_path: a hub name or folder of a compressed decoder.
@@ -116,9 +118,11 @@ def heal(
     check_choice("method", method, METHODS)
     learning_rate = LEARNING_RATES[method] if learning_rate is None else learning_rate
     check_choice("precision", precision, tuple(PRECISIONS))
-    check_positive(tokens=tokens, learning_rate=learning_rate, seqlen=seqlen, batch_size=batch_size)
+    check_positive(tokens=tokens, learning_rate=learning_rate, batch_size=batch_size)
+    if seqlen < 2:
+        raise ValueError(f"seqlen: expected at least 2, one token to foretell, got {seqlen}")
     output = Path(output)
-    check_output(output, model_name_or_path, overwrite)
+    check_output(output, model_name_or_path, teacher, overwrite=overwrite)
     settings = {
         "model": str(model_name_or_path),
         "teacher": str(teacher),
@@ -140,23 +144,19 @@ def heal(
         start.tokenizer, text, samples=math.ceil(tokens / seqlen), seqlen=seqlen, seed=seed
     )
     windows = [ids for batch in batches for ids in batch["input_ids"]]
+    check_tokens(model, torch.stack(windows))
     held_out = None
     if evaluate is not None:
         content = read_text(start.tokenizer, evaluate)
         held_out = token_ids(start.tokenizer, content, is_whole=True)
-    steps = math.ceil(tokens / (batch_size * seqlen))
-    part = math.ceil(steps / 20)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         weight_decay=0.01,
         warmup_steps=0.06,
         save_strategy=SaveStrategy.STEPS,
-        save_steps=part,
         save_total_limit=1,
-        logging_steps=part,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all",
@@ -165,20 +165,27 @@ def heal(
         report_to="none",
         **runtime_arguments(precision),
     )
+    at_once = arguments.train_batch_size * arguments.world_size
+    arguments.max_steps = math.ceil(tokens / (at_once * seqlen))
+    arguments.save_steps = arguments.logging_steps = math.ceil(arguments.max_steps / 20)
     model.to(arguments.device)  # type: ignore[arg-type]
 
     def measured() -> Perplexity | None:
         if held_out is None:
             return None
         dense = start.teacher.to(arguments.device)  # type: ignore[arg-type]
-        with autocast(arguments.device, precision):
-            return perplexity(model, held_out, seqlen=seqlen, against=dense)
+        try:
+            with autocast(arguments.device, precision):
+                return perplexity(model, held_out, seqlen=seqlen, against=dense)
+        except ValueError as error:
+            raise ValueError(f"{evaluate}: {error}") from error
 
     before = measured()
     trainer = MPOTrainer(
         model=model,
         args=arguments,
-        train_dataset=windows,
+        # As often as it takes, so that every step is full.
+        train_dataset=list(islice(cycle(windows), arguments.max_steps * at_once)),
         data_collator=stacked,
         callbacks=[StopWhenDiverged(), _Progress(on_log)],
         mpo_learning_rate=learning_rate,
@@ -270,8 +277,10 @@ def opened(
     for path, each in ((source, model), (teacher, dense)):
         if bad := next((n for n, p in each.named_parameters() if not p.isfinite().all()), None):
             raise ValueError(f"{path}: expected finite parameters, got NaN or Inf in {bad}")
-    for names in sorted_matrices(model):
-        module_at(model, names[0]).weight.requires_grad_(False)
+    held = {id(p) for _, module in mpo_modules(model) for p in module.parameters()}
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and id(parameter) not in held:
+            parameter.requires_grad_(False)
     dense.to(PRECISIONS[precision])  # type: ignore[arg-type]
     seqlen = min(seqlen, *(longest(each) or seqlen for each in (model, dense)))
     return Opened(model, dense, tokenizer, seqlen, dtype)

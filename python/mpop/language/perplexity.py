@@ -83,7 +83,7 @@ def perplexity(
         FloatingPointError: a loss with NaN or Inf in it.
     """
     models = [model] if against is None else [model, against]
-    vocabulary = vocabulary_of(*models)
+    vocabulary_of(*models)
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"expected integer tokens, got {tokens.dtype}")
     if tokens.dim() != 1:
@@ -97,11 +97,7 @@ def perplexity(
     windows = len(tokens) // seqlen
     if windows == 0:
         raise ValueError(f"expected at least the {seqlen} tokens of one window, got {len(tokens)}")
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-        raise ValueError(
-            f"expected tokens below {vocabulary:,}, the model's vocabulary, "
-            f"got {int(tokens.max()):,}"
-        )
+    check_tokens(model, tokens)
     packed = tokens[: windows * seqlen].view(windows, seqlen).long()
     totals = [0.0] * (2 * len(models) - 1)
     with ExitStack() as modes:
@@ -125,6 +121,20 @@ def perplexity(
     if not others:
         return Perplexity(nats, *shape)
     return Perplexity(nats, *shape, Perplexity(others[0], *shape), others[1])
+
+
+def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Check that a decoder knows the ids of a text.
+
+    Raises:
+        ValueError: tokens that its vocabulary does not have.
+    """
+    vocabulary = vocabulary_of(model)
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise ValueError(
+            f"expected tokens below {vocabulary:,}, the model's vocabulary, "
+            f"got {int(tokens.max()):,}"
+        )
 
 
 def continuation(model: PreTrainedModel, prompt: Tensor, count: int = 32) -> Tensor:

@@ -142,13 +142,14 @@ class CompressionConfig:
     `*.attention.self.query`. A matrix that several modules share answers to each of their names.
 
     Args:
-        num_cores: cores of each matrix, at least 2; the paper's is 5.
+        num_cores: cores of each matrix, at least 2, where neither `factors` nor `share` choose
+            them; the paper's is 5.
         ranks: cap on every bond (int), or exactly these bonds (num_cores − 1 ints).
         rel_error: bound on each matrix's relative Frobenius error, in [0, 1).
         compression: parameters to keep of each matrix, as a fraction of the dense ones, at most 1.
         share: trained parameters of each matrix in light fine-tuning, as a fraction of the dense
             ones, above 0 and below 1: two cores at full rank, whose auxiliary one holds about so
-            many; see `mpo_kernels.MPOShape.light`. `num_cores` is not used then.
+            many; see `mpo_kernels.MPOShape.light`.
             At most one of the four; a share, or none of them, keeps the full rank, which is exact.
         include: patterns of the matrices to compress. None: every Linear and Conv1D of the base
             model, and the word embeddings; heads outside it only where a pattern names them.
@@ -160,10 +161,10 @@ class CompressionConfig:
             and explicit factors replace a share.
         factors: `"balanced"`: `num_cores` even factors for each matrix, as in the paper. `"auto"`:
             for each the member of the family that loses least, or none where dense is worth it,
-            under one budget: `compression` is of all the matrices together, and `num_cores` is
-            not used. `"interpolative"`: under one budget too, linears as r of their rows and what
-            makes the others of them (see `mpo_kernels.InterpolativeLinear`), r² numbers fewer than
-            two cores; embeddings and experts, where they are cut, as two cores.
+            under one budget: `compression` is of all the matrices together. `"interpolative"`:
+            under one budget too, linears as r of their rows and what makes the others of them (see
+            `mpo_kernels.InterpolativeLinear`), r² numbers fewer than two cores; embeddings and
+            experts, where they are cut, as two cores.
         objective: what the budget of `"auto"` counts: `"parameters"`, `"memory"` (bytes of
             weights and states) or `"latency"` (predicted by the planner).
         rows: rows of x that memory and latency are meant for.
@@ -206,6 +207,10 @@ class CompressionConfig:
                 "0.5), no other bound and no overrides, got "
                 f"{given or 'none'}"
             )
+        chosen = self.shares_budget or (self.share is not None and not self.overrides)
+        if chosen and self.num_cores != MatrixConfig.num_cores:
+            by = "a share" if self.share is not None else f"factors {self.factors!r}"
+            raise ValueError(f"num_cores: chosen by {by}, expected none, got {self.num_cores}")
         if self.factors != "auto" and (self.objective, self.rows) != ("parameters", 1):
             raise ValueError(
                 f"objective {self.objective!r} at {self.rows} rows: expected factors 'auto', got "

@@ -300,7 +300,7 @@ def test_bad_models(bert, compressed, data, tmp_path, capfd):
         ("already compressed", "compress", "--model", compressed, *to),
         ("fits none of", "compress", "--model", bert, "--include", "query", *to),
         ("got a dense BertModel", "merge", "--model", bert, *to),
-        ("holds the model itself", "merge", "--model", compressed, "--output", compressed),
+        ("holds a model that is read", "merge", "--model", compressed, "--output", compressed),
         ("no trained task head", "evaluate", "--model", bert, *task),
         ("no trained task head", "evaluate", "--model", compressed, *task),
         ("cannot be loaded", "inspect", "--model", damaged),

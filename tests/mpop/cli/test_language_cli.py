@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_glue import last_json
+from tiny_models import build
 from tiny_text import llama, save_llama, tokenizer, words
 
 import mpop
@@ -44,7 +45,8 @@ def cut(dense: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def compress(model: Path, output: Path, source: Path | str, *more: str) -> list[str]:
-    options = ("--compression", "0.6", "--num-cores", "2", "--seqlen", "32", "--no-embeddings")
+    cores = () if "--factors" in more else ("--num-cores", "2")
+    options = ("--compression", "0.6", *cores, "--seqlen", "32", "--no-embeddings")
     paths = ("--model", str(model), "--output", str(output), "--calibrate", str(source))
     return ["compress", *paths, *options, *more]
 
@@ -90,8 +92,8 @@ def test_what_may_ruin_a_model_is_said(dense: Path, texts: Path, tmp_path: Path,
     assert line.startswith(
         "mpop compress: warning: little text to calibrate with: the second moments of"
     )
-    blind = [part for part in few if part not in ("--calibrate", str(texts / "a.txt"))]
-    assert main([*blind, "--overwrite"]) == 0
+    blind = ["compress", "--model", str(dense), "--output", str(tmp_path / "few"), "--overwrite"]
+    assert main([*blind, "--ranks", "4"]) == 0
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
     assert "without calibration" in line and "--calibrate FILE" in line
 
@@ -103,9 +105,12 @@ def test_a_path_goes_before_a_task_and_that_before_the_hub(
     monkeypatch.setattr(text_module, "hub_reachable", lambda: False)
     line = fails(capsys, compress(dense, tmp_path / "out", "some/set"))
     assert "some/set: expected a .txt or .jsonl file" in line and "cannot be reached" in line
-    rows = ("--data-dir", str(data), "--samples", "48")
-    assert main(compress(dense, tmp_path / "task", "SST-2", *rows)) == 0
+    of_task = compress(dense, tmp_path / "task", "SST-2", "--data-dir", str(data))
+    at = of_task.index("--seqlen")
+    assert main([*of_task[:at], *of_task[at + 2 :], "--samples", "48"]) == 0
     capsys.readouterr()
+    line = fails(capsys, [*of_task, "--overwrite"])
+    assert "--seqlen: expected --calibrate TEXT with it, got none" in line
     (tmp_path / "SST-2").write_text("a film")
     assert "SST-2: expected a .txt" in fails(capsys, compress(dense, tmp_path / "out", "SST-2"))
 
@@ -128,6 +133,40 @@ def test_bad_texts(name: str, content: bytes | None, message: str, dense, tmp_pa
     assert message in fails(capsys, compress(dense, output, path))
     assert message in fails(capsys, ["perplexity", "--model", str(dense), "--text", str(path)])
     assert not output.exists()
+
+
+def test_options_that_mean_nothing(dense: Path, texts: Path, tmp_path: Path, capsys: Any):
+    """Without what they are of, or empty, as of a shell's variable that is not set."""
+    whole = compress(dense, tmp_path / "out", texts)
+    at = whole.index("--calibrate")
+    blind = [*whole[:at], *whole[at + 2 :]]
+    assert "--seqlen: expected --calibrate with it, got none" in fails(capsys, blind)
+    line = fails(capsys, [*whole, "--data-dir", str(tmp_path)])
+    assert "--data-dir: expected --calibrate TASK with it" in line
+    for arguments in ([*whole, "--calibrate", ""], ["perplexity", "--model", "m", "--text", ""]):
+        assert "expected a value, got an empty one" in fails(capsys, arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_the_model_has_not(dense: Path, tmp_path: Path, capsys: Any):
+    model, text = tmp_path / "more", tmp_path / "a.txt"
+    text.write_text(words(600, 1))
+    shutil.copytree(dense, model)
+    more = tokenizer()
+    more.add_tokens(["the cat"])
+    more.save_pretrained(model)
+    for arguments, message in (
+        (compress(model, tmp_path / "out", text), "got ids up to 25 in [1, 32]"),
+        (
+            ["perplexity", "--model", str(model), "--text", str(text)],
+            "a.txt: expected tokens below",
+        ),
+    ):
+        assert message in fails(capsys, arguments)
+    assert not (tmp_path / "out").exists()
+    batches = mpop.text_batches(tokenizer(), text, seqlen=48)
+    with pytest.raises(ValueError, match=r"positions that the model has, got .* in \[1, 48\]"):
+        mpop.compress(build("gpt2-lm"), calibration=batches)
 
 
 def test_without_a_tokenizer(dense: Path, texts: Path, tmp_path: Path, capsys: Any):

@@ -197,6 +197,11 @@ class TestCompress:
             ({"factors": "auto", "compression": 0.5, "overrides": {"*": {}}}, "no overrides"),
             ({"objective": "latency"}, "expected factors 'auto'"),
             ({"share": 0.1, "rows": 4}, "at 4 rows: expected factors 'auto', got 'balanced'"),
+            (
+                {"factors": "auto", "compression": 0.5, "num_cores": 3},
+                "num_cores: chosen by factors 'auto', expected none, got 3",
+            ),
+            ({"share": 0.1, "num_cores": 2}, "num_cores: chosen by a share, expected none, got 2"),
             ({"objective": "joy"}, "objective: expected one of"),
         ]:
             with pytest.raises(ValueError, match=message):

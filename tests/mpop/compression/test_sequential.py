@@ -85,19 +85,15 @@ class TestInputs:
         assert torch.linalg.norm(target - best) < 0.3 * torch.linalg.norm(weight - best)
 
     def test_errors_are_those_of_the_rows_to_judge_by(self) -> None:
-        inputs, xs, cuts, moments = self.made(0.3)
+        inputs, xs, cuts, _ = self.made(0.3)
         weight, made = torch.randn(5, 7), torch.randn(5, 7)
         x, cut = (torch.cat([side[1], side[5]]) for side in (xs, cuts))
-        assert moments.gradients is not None
-        values, vectors = torch.linalg.eigh(moments.gradients.double())
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.t()
-        for gradients, by in ((None, torch.eye(5).double()), (moments.gradients, root)):
-            found = inputs.errors(weight, made, gradients)
-            whole = torch.linalg.norm(x @ weight.double().t() @ by)
-            lost = torch.linalg.norm((x @ weight.double().t() - cut @ made.double().t()) @ by)
-            assert found.output == pytest.approx(float(lost / whole), rel=1e-4)
-            own = torch.linalg.norm(weight - made) / torch.linalg.norm(weight)
-            assert found.weight == pytest.approx(float(own), rel=1e-5)
+        found = inputs.errors(weight, made)
+        whole = torch.linalg.norm(x @ weight.double().t())
+        lost = torch.linalg.norm(x @ weight.double().t() - cut @ made.double().t())
+        assert found.output == pytest.approx(float(lost / whole), rel=1e-4)
+        own = torch.linalg.norm(weight - made) / torch.linalg.norm(weight)
+        assert found.weight == pytest.approx(float(own), rel=1e-5)
 
     def test_what_rows_held_out_do_not_bear_out_is_left(self) -> None:
         inputs, _, _, moments = self.made(0.3)
@@ -235,6 +231,24 @@ def test_each_module_keeps_its_mode() -> None:
     assert {name: module.training for name, module in model.named_modules()} == before
     assert Streams.through(model, batches()) is not None
     assert {name: module.training for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("options", [{"factors": "interpolative"}, {"num_cores": 2}])
+def test_the_report_says_what_outputs_lose(options: dict[str, Any]) -> None:
+    """Of the two models' layers on the batches to judge by, those before a matrix cut as well."""
+    model, dense, data = build("llama"), build("llama").eval(), batches()
+    rows = mpop.compress(model, mpop.CompressionConfig(compression=0.6, **options), data).rows
+    judged, model = data[1::4], model.eval()
+    tables = [row for row in rows if is_embedding(module_at(dense, row.name))]
+    assert len(tables) == ("num_cores" in options)
+    for row in rows:
+        with torch.no_grad():
+            y, made = (
+                module_at(each, row.name)(torch.cat(rows_of(each, row.name, judged)))
+                for each in (dense, model)
+            )
+        error = float((made - y).norm() / y.norm())
+        assert row.output_error == pytest.approx(error, rel=2e-3, abs=1e-4)
 
 
 def lost(config: mpop.CompressionConfig, data: list[dict[str, Tensor]], **options: Any) -> float:

@@ -94,6 +94,8 @@ def test_sources(tmp_path: Path) -> None:
         ("a.jsonl", b'{"body": "the", "id": 1}', "expected a text .* got body of str, id of int"),
         ("a.jsonl", b'{"text": null}', "a.jsonl:1: expected a text .* got text of NoneType"),
         ("a.jsonl", b'{"messages": "a"}', "messages of a chat, a list, got messages of str"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1: expected an object of JSON"),
+        ("a.jsonl", b'{"text": "the \\ud83d cat"}', "jsonl:1: expected text, got half of a"),
         ("a.jsonl", b'["the"]', "a.jsonl:1: expected a text .* got list"),
         ("a.jsonl", b'{"messages": ["the"]}', "jsonl:1: messages that the chat template refuses"),
         ("a.txt", b"the cat sat", r"a.txt: expected at least the 7 tokens of one window, got 3"),
@@ -108,6 +110,8 @@ def test_bad_sources(name: str, content: bytes | None, message: str, tmp_path: P
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected the name of a text, got an empty one"):
+        read_text(tokenizer(), "")
     with pytest.raises(ValueError, match=r"expected .txt or .jsonl files in the folder"):
         read_text(tokenizer(), tmp_path)
     chat = write(tmp_path / "chat.jsonl", {"messages": CHAT})

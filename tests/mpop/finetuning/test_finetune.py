@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ def test_same_seed_same_start(light, dense, bert, data, tmp_path):
     assert losses(full)[0] == pytest.approx(first, rel=1e-4)
     assert losses(light[1])[0] == pytest.approx(first, rel=1e-4)
     assert full["trainable_parameters"] == full["total_parameters"]
-    other = finetune(bert, "sst2", tmp_path, data_dir=data, max_steps=2, seed=1, **FAST)
+    other = finetune(bert, "sst2", tmp_path / "other", data_dir=data, max_steps=2, seed=1, **FAST)
     assert losses(other)[0] != pytest.approx(first, rel=1e-4)
 
 
@@ -287,7 +288,7 @@ def test_holdout_is_not_trained_on_and_dev_is_not_read(bert, tmp_path):
     assert result["eval_split"] == "train-holdout"
     TASKS["cola"].path("train", data).write_text("x\t1\t\tfine\n" * 9)
     with pytest.raises(ValueError, match="9 training rows are too few"):
-        finetune(bert, "cola", tmp_path / "out", **settings)
+        finetune(bert, "cola", tmp_path / "out", **settings, overwrite=True)
 
 
 def test_subsets_are_fixed(data):
@@ -329,8 +330,13 @@ def test_output_has_to_be_a_folder_of_its_own(bert, data, tmp_path):
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="file is not a writable folder"):
             finetune(bert, "sst2", output, data_dir=data)
-    with pytest.raises(ValueError, match="holds the model itself"):
-        finetune(bert, "sst2", bert, data_dir=data)
+    with pytest.raises(ValueError, match="holds a model that is read"):
+        finetune(bert, "sst2", bert, data_dir=data, overwrite=True)
+    other = tmp_path / "other"
+    shutil.copytree(bert, other)
+    with pytest.raises(ValueError, match="other holds a model: choose another folder, or replace"):
+        finetune(bert, "sst2", other, data_dir=data)
+    assert finetune(bert, "sst2", other, data_dir=data, overwrite=True, **FAST)["steps"]
 
 
 def test_evaluating_without_a_trained_head(bert, dense, data):

@@ -37,9 +37,9 @@ def cut(
     config = mpop.CompressionConfig(
         factors=factors,
         compression=compression,
-        num_cores=2,
         embeddings=False,
         exclude=("*.k_proj",),
+        **({"num_cores": 2} if factors == "balanced" else {}),
     )
     mpop.compress(model, config, batches)
     mpop.save(model, folder, base_model="someone/dense")
@@ -173,9 +173,19 @@ def test_resuming_ends_where_an_uninterrupted_run_does(
     for name in ("tokens", "steps", "losses"):
         assert found[name] == expected[name]
     assert not folder.exists()
-    whole, resumed = weights(tmp_path / "whole"), weights(parts)
+    whole, resumed, before = weights(tmp_path / "whole"), weights(parts), weights(small)
+    changed = {name for name in whole if not torch.equal(whole[name], before[name])}
+    assert changed and all("core" in name or "norm" in name for name in changed)  # no router
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_few_windows_are_passed_over_again(dense: Path, small: Path, tmp_path: Path) -> None:
+    (tmp_path / "five.txt").write_text(words(75))
+    options = {**OPTIONS, "tokens": 300}
+    result = mpop.heal(small, dense, tmp_path / "five.txt", tmp_path / "out", **options)
+    # Seven steps of three windows of 16.
+    assert (result["windows"], result["steps"], result["tokens"]) == (5, 7, 7 * 48)
 
 
 def test_a_model_stays_in_its_dtype(dense: Path, tmp_path: Path) -> None:
@@ -219,6 +229,20 @@ def test_refusals(dense: Path, small: Path, tmp_path: Path, capsys: Any) -> None
     assert "short.txt: expected at least the 15 tokens of one window, got 14" in line
     line = fails(capsys, command(small, dense, out, "--evaluate", str(tmp_path / "none.txt")))
     assert "missing file" in line
+    line = fails(capsys, command(small, dense, out, "--evaluate", str(tmp_path / "short.txt")))
+    assert "short.txt: expected at least the 16 tokens of one window, got 15" in line
+    assert "seqlen: expected at least 2" in fails(capsys, command(small, dense, out, seqlen=1))
+    line = fails(capsys, command(small, dense, dense, "--overwrite"))
+    assert "holds a model that is read" in line
+    for name in (small, dense):
+        shutil.copytree(name, tmp_path / "more" / name.name)
+        more = tokenizer()
+        more.add_tokens(["the cat"])
+        more.save_pretrained(tmp_path / "more" / name.name)
+    line = fails(
+        capsys, command(tmp_path / "more" / small.name, tmp_path / "more" / dense.name, out)
+    )
+    assert "expected tokens below 25, the model's vocabulary, got 25" in line
     stored = mpop.load(small)
     mpop.quantize(stored, torch.int8)
     mpop.save(stored, tmp_path / "int8")

@@ -67,7 +67,13 @@ def test_squeezing_on_a_text(folder: Path, tmp_path: Path, capsys: Any) -> None:
     again = command(folder, output, *options, "--resume", "--max-rounds", "3")
     assert main(again) == 0
     assert last_json(capsys.readouterr().out)["rounds"][:2] == result["rounds"]
-    assert main([*again, "--evaluate", str(folder / "b.txt")]) == 2
+    lone = command(folder, output, *options)
+    assert main(lone) == 2
+    assert "out holds a model: choose another folder, or replace" in capsys.readouterr().err
+    assert main([*lone, "--overwrite", "--max-rounds", "1"]) == 0
+    (anew,) = last_json(capsys.readouterr().out)["rounds"]
+    assert {**anew, "seconds": 0} == {**result["rounds"][0], "seconds": 0}
+    assert main([*again, "--max-rounds", "2", "--evaluate", str(folder / "b.txt")]) == 2
     assert "expected the state of evaluate = " in capsys.readouterr().err
 
 
@@ -87,9 +93,12 @@ def test_another_text_to_measure_on(folder: Path, tmp_path: Path, capsys: Any) -
     ("more", "message"),
     [
         ((), "--text: expected a --teacher to heal by, got none"),
-        (("--eval-split", "dev"), "--eval-split: expected --task, got --text"),
-        (("--data-dir", "d"), "--data-dir: expected --task, got --text"),
-        (("--teacher", "D", "--max-length", "9"), "--max-length: expected --task, got --text"),
+        (("--eval-split", "dev"), "--eval-split: expected --task with it, got none"),
+        (("--data-dir", "d"), "--data-dir: expected --task with it, got none"),
+        (
+            ("--teacher", "D", "--max-length", "9"),
+            "--max-length: expected --task with it, got none",
+        ),
         (("--teacher", "D", "--window", "0"), "expected a positive integer, got '0'"),
         (("--teacher", "D", "--task", "rte"), "--task: not allowed with argument --text"),
     ],
@@ -115,6 +124,7 @@ def test_bad_models_and_texts(folder: Path, tmp_path: Path, capsys: Any) -> None
         (dense, "is dense; compress it first"),
         (command(folder, output, *options, "--text", str(tmp_path / "short.txt")), "of one window"),
         (command(folder, output, *options, "--evaluate", "none.txt"), "missing file none.txt"),
+        (command(folder, folder, *options, "--overwrite"), "holds a model that is read"),
         (
             [
                 "squeeze",
@@ -129,7 +139,7 @@ def test_bad_models_and_texts(folder: Path, tmp_path: Path, capsys: Any) -> None
                 "--seqlen",
                 "8",
             ],
-            "--seqlen: expected --text, got --task",
+            "--seqlen: expected --text with it, got none",
         ),
     ):
         capsys.readouterr()

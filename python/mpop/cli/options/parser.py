@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NoReturn
 
 from mpop.cli.options.values import device, positive_int, task
@@ -31,13 +31,13 @@ class Parser(argparse.ArgumentParser):
         """The folder to write."""
         self.add_argument("--output", required=True, metavar="O", help="the folder to write")
 
-    def add_new_output(self) -> None:
+    def add_new_output(self, replaced: str = "all files in it, not the folders") -> None:
         """The folder to write, which holds no model unless it may be replaced."""
         self.add_output()
         self.add_argument(
             "--overwrite",
             action="store_true",
-            help="replace all files of an --output that holds a model, not the folders in it",
+            help=f"where --output holds a model, replace {replaced}",
         )
 
     def add_device(self, what: str = "decompose") -> None:
@@ -97,6 +97,21 @@ def command(commands: Any, name: str, summary: str, run: Callable[..., Any]) -> 
         help="print one JSON object as the last line of stdout, all else to stderr",
     )
     return parser
+
+
+def flag(name: str) -> str:
+    """The option that sets a value of this name."""
+    return f"--{name.replace('_', '-')}"
+
+
+def refuse(given: Collection[str], names: Iterable[str], without: str) -> None:
+    """Refuse options that mean nothing without another.
+
+    Raises:
+        ValueError: one of `names` is among those given.
+    """
+    if wrong := next((name for name in names if name in given), None):
+        raise ValueError(f"{flag(wrong)}: expected {without} with it, got none")
 
 
 def metrics_table(result: dict[str, Any]) -> str:
