@@ -258,10 +258,11 @@ def _spread(values: Sequence[float | None]) -> tuple[float, float] | None:
 
 def markdown(rows: Sequence[Row], conditions: Row) -> str:
     """The table, and what it was measured on."""
-    head = ("way", "kept", "of the model", "MB", *_WINDOWS)
+    head = ("way", "autocast", "kept", "of the model", "MB", *_WINDOWS)
     lines = [
         (
             f"`{row['way']}`",
+            _precision(row),
             f"{row['of_matrices']:.2f}",
             f"{row['of_model']:.2f}",
             f"{row['bytes'] / 1e6:.0f}",
@@ -277,12 +278,6 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
         for name in sorted(shown)
         if name.endswith(_HEALED)
     ]
-    in_fp32 = [
-        f"`{row['way']}` at {row['ratio']:g}, draw {', '.join(map(str, row['fp32_seeds']))}"
-        for row in rows
-        if row["fp32_seeds"]
-    ]
-    precision = f"bf16 autocast{'; fp32: ' * bool(in_fp32)}{'; '.join(in_fp32)}"
     versions = conditions["versions"]
     commits = sorted({commit for row in rows for commit in row["commits"]})
     cpus = sorted({cpu for row in rows for cpu in row["cpus"]})
@@ -297,7 +292,7 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
             f"{NAME}, all linears but the head; kept: of their parameters. Perplexity (± standard "
             "deviation over calibration seeds) of WikiText-2's test text (tokenised version) in "
             "windows of 512 and 2048 tokens, and of RTE's premises; the first "
-            f"{', '.join(map(str, _WINDOWS.values()))} windows, {precision}. Calibrated on "
+            f"{', '.join(map(str, _WINDOWS.values()))} windows. Calibrated on "
             f"{conditions['samples']} windows of {conditions['seqlen']} tokens of the validation "
             "text. MB: the linears as said, all else in 16 bits. The model's weights had been "
             "rounded to four bits before: compare with its own dense row, not with other figures.",
@@ -309,6 +304,13 @@ def markdown(rows: Sequence[Row], conditions: Row) -> str:
             "",
         ]
     )
+
+
+def _precision(row: Row) -> str:
+    draws = row["fp32_seeds"]
+    if len(draws) == row["seeds"]:
+        return "fp32"
+    return f"bf16; draw {', '.join(map(str, draws))} in fp32" if draws else "bf16"
 
 
 def _cell(found: tuple[float, float] | None) -> str:

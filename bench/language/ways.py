@@ -128,7 +128,8 @@ def _cut_of(names: Names, weight: Tensor, found: Decomposition | None, way: Way)
     sizes = {"in_features": weight.shape[1], "out_features": len(weight)}
     parameters = LayerCost(interpolative=way.interpolative).of(found.shape)
     if not way.in_bytes:
-        return Cut(names, reconstruct(found.cores, **sizes), parameters, 2 * parameters)
+        places = 8 * len(weight) if way.interpolative else 0  # of its rows
+        return Cut(names, reconstruct(found.cores, **sizes), parameters, 2 * parameters + places)
     layer = MPOLinear(**sizes, shape=found.shape, bias=False)
     layer.load_state_dict({f"cores.{k}": core for k, core in enumerate(found.cores)})
     held = layer.interpolative().quantized()
