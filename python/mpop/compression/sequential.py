@@ -96,7 +96,8 @@ def _fitted(
         found = fit(names, weight, dense)
         if found is None or dense is None or dense.gradients is None:
             return found
-        return replace(found, output_error=output_error(weight, _made(found, weight), dense.judge))
+        work, made = weight.float(), _made(found, weight).float()
+        return replace(found, output_error=output_error(work, made, dense.judge))
     found = fit(names, inputs.target(weight, known), known)
     if found is None:
         return None

@@ -376,6 +376,7 @@ def test_a_share_of_trained_parameters(bert, fast, data, tmp_path, capsys):
     query = next(row for row in rows if row["name"] == QUERY)
     assert query["shape"]["in_factors"] == [8, 4] and query["rel_error"] < 1e-5
     tune = ("finetune", "--model", bert, "--task", "rte", "--output", tmp_path / "tuned", *fast)
+    tune = (*tune, "--overwrite")
     trained = []
     for share in (0.01, 0.25):
         assert run(*tune, "--method", "light", "--share", share, "--json") == 0

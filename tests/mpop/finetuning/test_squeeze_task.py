@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ def test_squeezing_a_task(data: Path, bert: Path, tmp_path: Path, capsys: Any) -
     assert last_json(capsys.readouterr().out)["value"] == pytest.approx(result["metric"])
     # With more rounds allowed it goes on from where it ended.
     assert main(command) == 2
+    assert "small holds a model: choose another folder" in capsys.readouterr().err
+    killed = tmp_path / "killed"
+    shutil.copytree(Path(small, "squeeze"), killed / "squeeze")
+    assert main([*command[:4], str(killed), *command[5:]]) == 2
     assert "holds a squeeze: resume it" in capsys.readouterr().err
     assert main([*command, "--resume", "--seed", "3"]) == 2
     assert "expected the state of seed = 3, got one of 0" in capsys.readouterr().err
