@@ -40,7 +40,7 @@ def save(
         base_model, license: for the card; see `mpop.model_card`.
 
     Raises:
-        ValueError: a model without MPO modules, or one with adapters.
+        ValueError: a model without MPO modules, or one with adapters, or an empty path.
         NotADirectoryError: `path` is a file.
     """
     _check_compressed(model)
@@ -87,8 +87,11 @@ def replaced(path: str | os.PathLike[str], *, wholly: bool = False) -> Iterator[
         wholly: leave no file of the old folder; what lies in folders of it stays.
 
     Raises:
+        ValueError: `path` is empty, which would be the folder at hand.
         NotADirectoryError: `path` is a file.
     """
+    if not os.fspath(path):
+        raise ValueError("expected the name of a folder, got an empty one")
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path}: expected a folder, got a file")

@@ -327,6 +327,8 @@ def test_save_refuses(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file: expected a folder"):
         mpop.save(_compressed("bert"), tmp_path / "file")
+    with pytest.raises(ValueError, match="expected the name of a folder, got an empty one"):
+        mpop.save(_compressed("bert"), "")
 
 
 def test_a_new_head_is_allowed_where_another_class_is_asked_for(
