@@ -9,6 +9,9 @@ from torch import Tensor
 
 # The largest value that a slice is scaled to.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# Of rows in interpolative form: what keeps those that are nearly alike apart, and how many of the
+# columns that are made of them pass on at once what rounding loses.
+_DAMPING, _BLOCK = 1e-3, 128
 
 
 def quantize(cores: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -28,12 +31,43 @@ def quantize(cores: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor],
     return [*(core for core, _ in pairs), last], scales
 
 
-def quantize_rows(
-    matrices: Sequence[Tensor], dtype: torch.dtype
+def quantize_interpolative(
+    cores: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Matrices ``[m, n]``, finite, of one byte an element, and for each an fp32 scale a row."""
-    codes, scales = zip(*(_scaled(matrix, 0, dtype) for matrix in matrices), strict=True)
-    return list(codes), list(scales)
+    """T ``[m − r, r]`` and B ``[r, n]`` of one byte an element, and for each an fp32 scale a row.
+
+    B is rounded to the nearest. T becomes what makes of that the old T B by least squares, and is
+    rounded a column at a time, those that are left making up for what is lost (Frantar et al.,
+    "GPTQ", 2023).
+
+    Args:
+        cores: T and B, finite, or on meta.
+        dtype: ``torch.int8`` or ``torch.float8_e4m3fn``.
+    """
+    coefficients, pivots = cores
+    codes, scale = _scaled(pivots, 0, dtype)
+    if coefficients.is_meta or not coefficients.numel():
+        left, left_scale = _scaled(coefficients, 0, dtype)
+        return [left, codes], [left_scale, scale]
+    made = codes.double() * scale.double()[:, None]
+    gram = made @ made.t()
+    gram.diagonal().mul_(1 + _DAMPING).add_(torch.finfo(torch.float32).tiny)
+    factor = torch.linalg.cholesky(gram)
+    change = torch.cholesky_solve(made @ (pivots.double() - made).t(), factor).t()
+    fitted = coefficients.double()
+    fitted = fitted + fitted @ change
+    left, left_scale = _scaled(fitted, 0, dtype)
+    steps = left_scale.double()[:, None]
+    passed = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    for start in range(0, len(gram), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        lost = torch.zeros_like(fitted[:, block])
+        for k, column in enumerate(lost.t(), start):
+            left[:, k] = _codes(fitted[:, k, None] / steps, dtype)[:, 0]
+            column.copy_((fitted[:, k] - left[:, k].double() * steps[:, 0]) / passed[k, k])
+            fitted[:, block] -= torch.outer(column, passed[k, block])
+        fitted[:, block.stop :] -= lost @ passed[block, block.stop :]
+    return [left, codes], [left_scale, scale]
 
 
 def _scaled(core: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,8 +76,13 @@ def _scaled(core: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     others = [other for other in range(core.dim()) if other != axis]
     scale = core.abs().amax(others, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     scale = scale / LARGEST[dtype]
-    codes = core / scale
-    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale.flatten()
+    return _codes(core / scale, dtype), scale.flatten()
+
+
+def _codes(scaled: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest that there are."""
+    scaled = scaled.clamp(-LARGEST[dtype], LARGEST[dtype])
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
 
 
 def dequantize(

@@ -358,7 +358,8 @@ class InterpolativeLinear(UnformedLayer):
         """The same layer with cores of one byte an element, for serving.
 
         Args:
-            dtype: ``torch.int8`` or ``torch.float8_e4m3fn``; each row of a core has a scale.
+            dtype: ``torch.int8`` or ``torch.float8_e4m3fn``; each row of a core has a scale, and
+                what is made of rows makes up for what these lose.
 
         Raises:
             ValueError: another dtype, or NaN or Inf in a core.

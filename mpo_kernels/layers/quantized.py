@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from mpo_kernels.cores.chain import check_finite
 from mpo_kernels.cores.decompose import reconstruct
-from mpo_kernels.cores.quantize import LARGEST, dequantize, dequantize_rows, quantize, quantize_rows
+from mpo_kernels.cores.quantize import (
+    LARGEST,
+    dequantize,
+    dequantize_rows,
+    quantize,
+    quantize_interpolative,
+)
 from mpo_kernels.cores.shape import MPOShape
 from mpo_kernels.layers.module import merged_for, plan_for
 from mpo_kernels.layers.unformed import UnformedLayer, as_it_lay
@@ -211,7 +217,7 @@ class QuantizedInterpolativeLinear(QuantizedLayer):
     order: Tensor
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
-        super().__init__(layer, list(layer.cores), dtype, quantize_rows)
+        super().__init__(layer, list(layer.cores), dtype, quantize_interpolative)
         self.shape = layer.shape
         self.register_buffer("order", layer.order.clone())
 

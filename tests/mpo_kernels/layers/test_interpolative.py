@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mpo_kernels import InterpolativeLinear, MPOEmbedding, MPOLinear, MPOShape
 from mpo_kernels.cores.gauge import interpolated
+from mpo_kernels.cores.quantize import _scaled
 from mpo_kernels.testing import relative_error
 
 # Outputs, inputs, rank: from one to the full, tall and wide.
@@ -166,8 +167,9 @@ def test_bytes_have_a_scale_for_each_row(m, n, rank, dtype):
     for codes, scale, core in zip(coded.cores, coded.scales, layer.cores, strict=True):
         assert codes.dtype == dtype and codes.shape == core.shape and scale.shape == core.shape[:1]
         held.append(codes.double() * scale.double()[:, None])
-        largest = core.detach().abs().amax(1, keepdim=True)
-        assert ((held[-1] - core.detach()).abs() <= 1.01 * bound * largest).all()
+    pivots = layer.cores[1].detach()
+    largest = pivots.abs().amax(1, keepdim=True)
+    assert ((held[1] - pivots).abs() <= 1.01 * bound * largest).all()
     exact = torch.cat((held[1], held[0] @ held[1]))[layer.order]
     bias = layer.bias.detach().double()
     for lead in ((2, 3), (0,), ()):
@@ -192,6 +194,38 @@ def test_bytes_have_a_scale_for_each_row(m, n, rank, dtype):
     assert torch.equal(empty(x), coded(x))
     with pytest.raises(ValueError, match=f"expected cores of 16 bits or more, got {dtype}"):
         coded.quantized()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(  # more and fewer than a block
+    ("sizes", "share"), [((301, 203, 157), 0.45), ((60, 300, 41), 0.85)]
+)
+def test_what_is_made_of_rows_makes_up_for_their_rounding(sizes, share, dtype):
+    """Beside both cores rounded to the nearest, where rows are nearly alike, of any size."""
+    m, n, rank = sizes
+    layer = InterpolativeLinear(n, m, rank)
+    with torch.no_grad():
+        size = torch.logspace(-0.5, 0.5, rank)[:, None]
+        layer.cores[1].copy_((torch.randn(rank, n) + 3 * torch.randn(n)) * size)
+        layer.cores[0].div_(size.t())
+        made = [
+            codes.double() * scale.double()[:, None]
+            for codes, scale in (_scaled(core, 0, dtype) for core in layer.cores)
+        ]
+        exact = layer.cores[0].double() @ layer.cores[1].double()
+        found = layer.quantized(dtype).to_linear().weight.double()[rank:]  # they lie in order
+    assert relative_error(found, exact) < share * relative_error(made[0] @ made[1], exact)
+
+
+def test_rows_of_zeros_in_bytes():
+    layer = InterpolativeLinear(7, 9, 4)
+    with torch.no_grad():
+        layer.cores[1][1:3].zero_()
+    weight = layer.to_linear().weight
+    assert relative_error(layer.quantized().to_linear().weight, weight) < 0.02
+    with torch.no_grad():
+        layer.cores[1].zero_()
+    assert not layer.quantized().to_linear().weight.any()
 
 
 def test_what_bytes_do_not_hold():
