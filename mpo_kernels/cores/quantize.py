@@ -9,8 +9,7 @@ from torch import Tensor
 
 # The largest value that a slice is scaled to.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# Of rows in interpolative form: what keeps those that are nearly alike apart, and how many of the
-# columns that are made of them pass on at once what rounding loses.
+# Of GPTQ: what is added to the diagonal, relative to it, and columns between two large products.
 _DAMPING, _BLOCK = 1e-3, 128
 
 
@@ -57,14 +56,14 @@ def quantize_interpolative(
     fitted = coefficients.double()
     fitted = fitted + fitted @ change
     left, left_scale = _scaled(fitted, 0, dtype)
-    steps = left_scale.double()[:, None]
+    steps = left_scale.double()
     passed = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     for start in range(0, len(gram), _BLOCK):
         block = slice(start, start + _BLOCK)
         lost = torch.zeros_like(fitted[:, block])
         for k, column in enumerate(lost.t(), start):
-            left[:, k] = _codes(fitted[:, k, None] / steps, dtype)[:, 0]
-            column.copy_((fitted[:, k] - left[:, k].double() * steps[:, 0]) / passed[k, k])
+            left[:, k] = _codes(fitted[:, k] / steps, dtype)
+            column.copy_((fitted[:, k] - left[:, k].double() * steps) / passed[k, k])
             fitted[:, block] -= torch.outer(column, passed[k, block])
         fitted[:, block.stop :] -= lost @ passed[block, block.stop :]
     return [left, codes], [left_scale, scale]
