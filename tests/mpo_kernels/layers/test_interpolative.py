@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from mpo_kernels import InterpolativeLinear, MPOEmbedding, MPOLinear, MPOShape
 from mpo_kernels.cores.gauge import interpolated
-from mpo_kernels.cores.quantize import _scaled
 from mpo_kernels.testing import relative_error
 
 # Outputs, inputs, rank: from one to the full, tall and wide.
@@ -167,9 +166,12 @@ def test_bytes_have_a_scale_for_each_row(m, n, rank, dtype):
     for codes, scale, core in zip(coded.cores, coded.scales, layer.cores, strict=True):
         assert codes.dtype == dtype and codes.shape == core.shape and scale.shape == core.shape[:1]
         held.append(codes.double() * scale.double()[:, None])
-    pivots = layer.cores[1].detach()
-    largest = pivots.abs().amax(1, keepdim=True)
-    assert ((held[1] - pivots).abs() <= 1.01 * bound * largest).all()
+    steps = [bound * core.detach().double().abs().amax(1, keepdim=True) for core in layer.cores]
+    left, pivots = (core.detach().double() for core in layer.cores)
+    assert ((held[1] - pivots).abs() <= 1.01 * steps[1]).all()
+    # What is made of rows makes up for them: all in all no more than if each were that far off.
+    most = steps[0] * pivots.abs().sum(0) + left.abs() @ steps[1] + steps[0] * steps[1].sum()
+    assert (held[0] @ held[1] - left @ pivots).norm() <= most.expand(m - rank, n).norm()
     exact = torch.cat((held[1], held[0] @ held[1]))[layer.order]
     bias = layer.bias.detach().double()
     for lead in ((2, 3), (0,), ()):
@@ -196,6 +198,14 @@ def test_bytes_have_a_scale_for_each_row(m, n, rank, dtype):
         coded.quantized()
 
 
+def nearest(core: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded, each row by its largest, in fp64."""
+    largest = {torch.int8: 127, torch.float8_e4m3fn: 448}[dtype]
+    scale = core.double().abs().amax(1, keepdim=True) / largest
+    codes = core.double() / scale
+    return (codes.round() if dtype == torch.int8 else codes.to(dtype).double()) * scale
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(  # more and fewer than a block
     ("sizes", "share"), [((301, 203, 157), 0.45), ((60, 300, 41), 0.85)]
@@ -208,13 +218,10 @@ def test_what_is_made_of_rows_makes_up_for_their_rounding(sizes, share, dtype):
         size = torch.logspace(-0.5, 0.5, rank)[:, None]
         layer.cores[1].copy_((torch.randn(rank, n) + 3 * torch.randn(n)) * size)
         layer.cores[0].div_(size.t())
-        made = [
-            codes.double() * scale.double()[:, None]
-            for codes, scale in (_scaled(core, 0, dtype) for core in layer.cores)
-        ]
+        left, pivots = (nearest(core, dtype) for core in layer.cores)
         exact = layer.cores[0].double() @ layer.cores[1].double()
         found = layer.quantized(dtype).to_linear().weight.double()[rank:]  # they lie in order
-    assert relative_error(found, exact) < share * relative_error(made[0] @ made[1], exact)
+    assert relative_error(found, exact) < share * relative_error(left @ pivots, exact)
 
 
 def test_rows_of_zeros_in_bytes():
