@@ -224,6 +224,17 @@ def test_what_is_made_of_rows_makes_up_for_their_rounding(sizes, share, dtype):
     assert relative_error(found, exact) < share * relative_error(left @ pivots, exact)
 
 
+def test_what_is_made_up_for_stays_within_a_byte():
+    """What a long row loses would take a short one like it beyond the largest of its column."""
+    layer = InterpolativeLinear(9, 102, 2)
+    with torch.no_grad():
+        like = torch.randn(9)
+        layer.cores[1].copy_(torch.stack((40 * like, like + 0.01 * torch.randn(9))))
+        layer.cores[0].copy_(torch.stack((torch.linspace(-1, 1, 100), torch.ones(100)), 1))
+    weight = layer.to_linear().weight
+    assert relative_error(layer.quantized().to_linear().weight, weight) < 0.02
+
+
 def test_rows_of_zeros_in_bytes():
     layer = InterpolativeLinear(7, 9, 4)
     with torch.no_grad():
