@@ -1,4 +1,4 @@
-"""Cores of one byte an element: int8 or e4m3, a scale for each slice of a bond, or each row."""
+"""Cores of one byte an element, int8 or e4m3, with fp32 scales of their slices."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 # The largest value that a slice is scaled to.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# Of GPTQ: what is added to the diagonal, relative to it, and columns between two large products.
-_DAMPING, _BLOCK = 1e-3, 128
+# Of GPTQ: what is added to a diagonal, relative to its mean; columns between two large products.
+_DAMPING, _BLOCK = 1e-4, 128
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def quantize(cores: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -33,11 +34,11 @@ def quantize(cores: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor],
 def quantize_interpolative(
     cores: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """T ``[m − r, r]`` and B ``[r, n]`` of one byte an element, and for each an fp32 scale a row.
+    """T ``[m − r, r]`` and B ``[r, n]`` of one byte an element, and their fp32 scales.
 
-    B is rounded to the nearest. T becomes what makes of that the old T B by least squares, and is
-    rounded a column at a time, those that are left making up for what is lost (Frantar et al.,
-    "GPTQ", 2023).
+    They are of T's rows ``[m − r]``, of B's rows ``[r]`` and of T's columns ``[r]``. B is rounded
+    to the nearest. T becomes what makes of that the old T B by least squares, and is rounded a
+    column at a time, those that are left making up for what is lost (Frantar et al., "GPTQ", 2023).
 
     Args:
         cores: T and B, finite, or on meta.
@@ -46,18 +47,22 @@ def quantize_interpolative(
     coefficients, pivots = cores
     codes, scale = _scaled(pivots, 0, dtype)
     if coefficients.is_meta or not coefficients.numel():
-        left, left_scale = _scaled(coefficients, 0, dtype)
-        return [left, codes], [left_scale, scale]
+        left, rows = _scaled(coefficients, 0, dtype)
+        return [left, codes], [rows, scale, torch.ones_like(scale)]
     made = codes.double() * scale.double()[:, None]
     gram = made @ made.t()
-    gram.diagonal().mul_(1 + _DAMPING).add_(torch.finfo(torch.float32).tiny)
+    # Of the mean, so that no small row is used without measure to make up for the large ones.
+    gram.diagonal().add_(_DAMPING * gram.diagonal().mean() + _TINY)
     factor = torch.linalg.cholesky(gram)
     change = torch.cholesky_solve(made @ (pivots.double() - made).t(), factor).t()
     fitted = coefficients.double()
     fitted = fitted + fitted @ change
-    left, left_scale = _scaled(fitted, 0, dtype)
-    steps = left_scale.double()
-    passed = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    largest = fitted.abs().amax(1, keepdim=True).clamp_min(_TINY)
+    columns = (fitted / largest).abs().amax(0).float().clamp_min(_TINY)
+    fitted = fitted / columns
+    left, rows = _scaled(fitted, 0, dtype)
+    steps = rows.double()
+    passed = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True) / columns
     for start in range(0, len(gram), _BLOCK):
         block = slice(start, start + _BLOCK)
         lost = torch.zeros_like(fitted[:, block])
@@ -66,14 +71,14 @@ def quantize_interpolative(
             column.copy_((fitted[:, k] - left[:, k].double() * steps) / passed[k, k])
             fitted[:, block] -= torch.outer(column, passed[k, block])
         fitted[:, block.stop :] -= lost @ passed[block, block.stop :]
-    return [left, codes], [left_scale, scale]
+    return [left, codes], [rows, scale, columns]
 
 
 def _scaled(core: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes, and a scale for each slice along the axis."""
     core = core.float()
     others = [other for other in range(core.dim()) if other != axis]
-    scale = core.abs().amax(others, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = core.abs().amax(others, keepdim=True).clamp_min(_TINY)
     scale = scale / LARGEST[dtype]
     return _codes(core / scale, dtype), scale.flatten()
 
@@ -100,12 +105,11 @@ def dequantize(
     ]
 
 
-def dequantize_rows(
-    matrices: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype
+def dequantize_interpolative(
+    cores: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
-    """What they stand for, in ``dtype``."""
+    """The T ``[m − r, r]`` and B ``[r, n]`` that they stand for, in ``dtype``."""
     wide = torch.promote_types(dtype, torch.float32)
-    return [
-        (matrix.to(wide) * scale[:, None]).to(dtype)
-        for matrix, scale in zip(matrices, scales, strict=True)
-    ]
+    coefficients, pivots = (core.to(wide) for core in cores)
+    rows, scale, columns = scales
+    return [(rows[:, None] * coefficients * columns).to(dtype), (scale[:, None] * pivots).to(dtype)]

@@ -15,7 +15,7 @@ from mpo_kernels.cores.decompose import reconstruct
 from mpo_kernels.cores.quantize import (
     LARGEST,
     dequantize,
-    dequantize_rows,
+    dequantize_interpolative,
     quantize,
     quantize_interpolative,
 )
@@ -205,8 +205,8 @@ class QuantizedMPOLinear(QuantizedLayer):
 class QuantizedInterpolativeLinear(QuantizedLayer):
     """An :class:`InterpolativeLinear` for serving, by ``layer.quantized(dtype)``.
 
-    Each row of T ``[m − r, r]`` and of B ``[r, n]`` has a scale; they are widened to x's dtype at
-    every call. It is for size: what the CUDA back end reads as bytes is
+    Each row and each column of T ``[m − r, r]`` has a scale, and each row of B ``[r, n]``; they are
+    widened to x's dtype at every call. It is for size: what the CUDA back end reads as bytes is
     ``layer.to_mpo().quantized(dtype)``, r² numbers more.
 
     Attributes:
@@ -226,11 +226,11 @@ class QuantizedInterpolativeLinear(QuantizedLayer):
         return len(self.codes[1])
 
     def _computed(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        coefficients, pivots = dequantize_rows(self.cores, self.scales, x.dtype)
+        coefficients, pivots = dequantize_interpolative(self.cores, self.scales, x.dtype)
         return interpolative(x, coefficients, pivots, self.order, bias)
 
     def _formed(self) -> Tensor:
-        coefficients, pivots = dequantize_rows(self.cores, self.scales, torch.float32)
+        coefficients, pivots = dequantize_interpolative(self.cores, self.scales, torch.float32)
         return torch.cat((pivots, coefficients @ pivots))[self.order]
 
     def extra_repr(self) -> str:

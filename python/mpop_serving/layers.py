@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpo_kernels import mpo_embedding, mpo_linear, reconstruct
-from mpo_kernels.cores.quantize import dequantize_rows
+from mpo_kernels.cores.quantize import dequantize_interpolative
 from mpo_kernels.cores.shape import leading_digit
 from mpo_kernels.layers.module import merged_for
 
@@ -172,7 +172,7 @@ class _Rows(_Cores):
         coefficients, pivots, *scales, order = held
         if self.saved is not None:
             codes = [core.view(self.saved) for core in (coefficients, pivots)]
-            coefficients, pivots = dequantize_rows(codes, scales, dtype)
+            coefficients, pivots = dequantize_interpolative(codes, scales, dtype)
         one = torch.eye(len(pivots), dtype=pivots.dtype, device=pivots.device)
         left = torch.cat((one, coefficients))[order]
         cores = [left[None, None], pivots[:, :, None, None]]

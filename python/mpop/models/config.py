@@ -309,7 +309,7 @@ class ModuleSpec(NamedTuple):
             pivots = (rank, self.shape.in_features)
             shapes = {self.core(0): (features - rank, rank), self.core(1): pivots}
             if self.store is not None:
-                shapes |= {"scale_0": (features - rank,), "scale_1": (rank,)}
+                shapes |= {"scale_0": (features - rank,), "scale_1": (rank,), "scale_2": (rank,)}
             return shapes | {"order": (features,)}
         stack = () if self.experts is None else (self.experts,)
         shapes = {

@@ -155,17 +155,20 @@ def test_autocast_halves_and_nested():
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("m", "n", "rank"), [(13, 7, 4), (7, 13, 6), (5, 5, 5)])
-def test_bytes_have_a_scale_for_each_row(m, n, rank, dtype):
+def test_bytes_and_their_scales(m, n, rank, dtype):
     layer = low_rank(m, n, rank).interpolative()
     with torch.no_grad():
         layer.cores[1].mul_(torch.logspace(-3, 3, rank)[:, None])  # of very different sizes
         layer.cores[0].mul_(torch.logspace(3, -3, rank))
     coded = layer.eval().quantized(dtype)
     # Half a step of 127, or half of the last of three bits, of the largest of a row.
-    bound, held = {torch.int8: 0.5 / 127, torch.float8_e4m3fn: 2**-4}[dtype], []
-    for codes, scale, core in zip(coded.cores, coded.scales, layer.cores, strict=True):
-        assert codes.dtype == dtype and codes.shape == core.shape and scale.shape == core.shape[:1]
-        held.append(codes.double() * scale.double()[:, None])
+    bound = {torch.int8: 0.5 / 127, torch.float8_e4m3fn: 2**-4}[dtype]
+    for codes, core in zip(coded.cores, layer.cores, strict=True):
+        assert codes.dtype == dtype and codes.shape == core.shape
+    assert [tuple(scale.shape) for scale in coded.scales] == [(m - rank,), (rank,), (rank,)]
+    rows, scale, columns = (each.double() for each in coded.scales)
+    held = [rows[:, None] * coded.cores[0].double() * columns]
+    held.append(scale[:, None] * coded.cores[1].double())
     steps = [bound * core.detach().double().abs().amax(1, keepdim=True) for core in layer.cores]
     left, pivots = (core.detach().double() for core in layer.cores)
     assert ((held[1] - pivots).abs() <= 1.01 * steps[1]).all()
@@ -233,6 +236,37 @@ def test_what_is_made_up_for_stays_within_a_byte():
         layer.cores[0].copy_(torch.stack((torch.linspace(-1, 1, 100), torch.ones(100)), 1))
     weight = layer.to_linear().weight
     assert relative_error(layer.quantized().to_linear().weight, weight) < 0.02
+
+
+@pytest.mark.parametrize("sizes", [[1.0] * 19 + [size] for size in (1e-3, 1e-5, 1e-30)] + [None])
+def test_a_small_row_is_not_used_beyond_measure(sizes):
+    """To make up for large ones it would take coefficients beside which the others are nothing."""
+    layer = InterpolativeLinear(30, 60, 20)
+    with torch.no_grad():
+        size = torch.logspace(0, -6, 20) if sizes is None else torch.tensor(sizes)
+        layer.cores[0].copy_(torch.randn(40, 20))
+        layer.cores[1].copy_(torch.randn(20, 30) * size[:, None])
+        left, pivots = (nearest(core, torch.int8) for core in layer.cores)
+        exact = layer.cores[0].double() @ layer.cores[1].double()
+        found = layer.quantized().to_linear().weight.double()[20:]
+    assert relative_error(found, exact) < relative_error(left @ pivots, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_units_of_another_size_are_as_exact(dtype):
+    """What dense layers before and after may undo, of outputs that are made and that are kept."""
+    layer = InterpolativeLinear(90, 130, 50)
+    made, kept = torch.ones(80), torch.ones(50)
+    made[::7], kept[::5] = 1e-2, 1e-2
+    with torch.no_grad():
+        layer.cores[0].copy_(torch.randn(80, 50))
+        layer.cores[1].copy_(torch.randn(50, 90))
+        dense = torch.cat((layer.cores[1], layer.cores[0] @ layer.cores[1]))
+        plain = layer.quantized(dtype).to_linear().weight
+        layer.cores[0].mul_(made[:, None] / kept)
+        layer.cores[1].mul_(kept[:, None])
+        scaled = layer.quantized(dtype).to_linear().weight / torch.cat((kept, made))[:, None]
+    assert relative_error(scaled, dense) < 1.2 * relative_error(plain, dense) < 0.05
 
 
 def test_rows_of_zeros_in_bytes():
