@@ -22,6 +22,8 @@ from mpop.checkpoints.quantizer import attach
 from mpop.models.matrices import compressed_matrices
 from mpop.models.plain import check_unwrapped
 
+_MODEL = ("config.json", "*.safetensors", "*.bin")
+
 
 def save(
     model: PreTrainedModel,
@@ -40,7 +42,8 @@ def save(
         base_model, license: for the card; see `mpop.model_card`.
 
     Raises:
-        ValueError: a model without MPO modules, or one with adapters, or an empty path.
+        ValueError: a model without MPO modules, or one with adapters; or a path that is empty, the
+            current folder or one above it.
         NotADirectoryError: `path` is a file.
     """
     _check_compressed(model)
@@ -84,17 +87,14 @@ def replaced(path: str | os.PathLike[str], *, wholly: bool = False) -> Iterator[
     """A new folder that takes the place of another in one step, when all in it is written.
 
     Args:
-        wholly: leave no file of the old folder; what lies in folders of it stays.
+        wholly: where it holds a model, leave no file of it; what lies in folders of it stays.
 
     Raises:
-        ValueError: `path` is empty, which would be the folder at hand.
+        ValueError: `path` is empty, or a folder that would be taken from under the process.
         NotADirectoryError: `path` is a file.
     """
-    if not os.fspath(path):
-        raise ValueError("expected the name of a folder, got an empty one")
+    check_replaceable(path)
     path = Path(path).resolve()
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path}: expected a folder, got a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -104,7 +104,7 @@ def replaced(path: str | os.PathLike[str], *, wholly: bool = False) -> Iterator[
     try:
         yield new
         if path.exists():
-            _keep_others(path, new, wholly)
+            _keep_others(path, new, wholly and holds_model(path))
             _exchange(path, new)
         else:
             new.rename(path)
@@ -112,6 +112,22 @@ def replaced(path: str | os.PathLike[str], *, wholly: bool = False) -> Iterator[
         shutil.rmtree(new, ignore_errors=True)
         if held is not None:
             os.close(held)
+
+
+def check_replaceable(path: str | os.PathLike[str]) -> None:
+    """Raise unless a folder can be put in the place of `path`; see `replaced`."""
+    if not os.fspath(path):
+        raise ValueError("expected the name of a folder, got an empty one")
+    path, here = Path(path).resolve(), Path.cwd()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path}: expected a folder, got a file")
+    if path in (here, *here.parents):
+        raise ValueError(f"{path}: expected another folder than the current one, or one above it")
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a model, or part of one, lies in it."""
+    return any(path for glob in _MODEL for path in folder.glob(glob))
 
 
 def _remove_abandoned(path: Path) -> None:

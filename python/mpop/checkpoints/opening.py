@@ -21,48 +21,62 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mpop.checkpoints.folder import load
+from mpop.checkpoints.folder import check_replaceable, holds_model, load
 from mpop.data.glue import hub_reachable
 
-_MODEL = ("config.json", "*.safetensors", "*.bin")
 # sentence-transformers' list of modules, and its settings in files beside it.
 _MODULES = "modules.json"
 _SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
 
 
 def check_output(output: str | Path, *sources: str | Path, overwrite: bool = True) -> None:
-    """Check, before the work is done, that the folder `output` can be written.
+    """Check, before the work is done, that a folder can take the place of `output`.
 
     Args:
-        sources: the models that are read.
+        sources: what is read: models, and files or folders of text.
 
     Raises:
-        ValueError: It is a file, is not writable, holds a model that is read, or any model where
-            none may be overwritten.
+        ValueError: It is a file, is not writable, is the current folder or one above it, is or
+            holds what is read, or holds any model where none may be overwritten.
     """
     output = Path(output)
-    existing = next(path for path in (output, *output.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"cannot write to {output}: {existing} is not a writable folder")
-    if output.resolve() in (Path(source).resolve() for source in sources):
-        raise ValueError(f"{output} holds a model that is read; choose another output folder")
-    if not overwrite and any(path for glob in _MODEL for path in output.glob(glob)):
+    check_writable(output)
+    check_replaceable(output)
+    place = output.resolve()
+    for source in (Path(source).resolve() for source in sources if Path(source).exists()):
+        if source == place or (overwrite and source.is_file() and source.parent == place):
+            raise ValueError(f"{output} holds {source}, which is read: choose another folder")
+    if not overwrite and holds_model(output):
         raise ValueError(
             f"{output} holds a model: choose another folder, or replace its files with --overwrite"
         )
 
 
-def check_file(path: str | Path, what: str) -> None:
+def check_writable(folder: Path) -> None:
+    """Check, before the work is done, that files can be put into a folder.
+
+    Raises:
+        ValueError: It is a file, or not writable.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"cannot write to {folder}: {existing} is not a writable folder")
+
+
+def check_file(path: str | Path, what: str, suffix: str = "") -> None:
     """Check, before the work is done, that `what` can be written to a file of this name.
 
     Raises:
         NotADirectoryError, IsADirectoryError: No folder for it, or nothing but one.
+        ValueError: Its name does not end in `suffix`.
     """
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: expected a folder for {what}")
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path}: expected a file for {what}")
+    if Path(path).suffix != suffix and suffix:
+        raise ValueError(f"{path}: expected a file for {what} whose name ends in {suffix}")
 
 
 def is_compressed(source: str | Path) -> bool:

@@ -113,7 +113,7 @@ def run(
     from mpop.checkpoints.opening import check_output, copy_companions, load_as_saved
     from mpop.models.light import count_bytes
 
-    check_output(output, model, overwrite=overwrite)
+    check_output(output, model, *filter(None, [options["calibrate"]]), overwrite=overwrite)
     ranks = options["ranks"]
     if ranks and len(ranks) == 1:
         options["ranks"] = ranks[0]
@@ -148,10 +148,10 @@ def _batches(model: Any, name: str, source: str, given: dict[str, Any]) -> list[
     if task := None if Path(source).exists() else find_task(source):
         from mpop.finetuning.rows import calibration_batches
 
-        refuse(given, ("seqlen", "seed"), "--calibrate TEXT")
+        refuse(given, ("seqlen", "seed"), "--calibrate TEXT", "a task")
         rows = given.get("samples", 1500)
         return calibration_batches(model, name, task.name, given.get("data_dir"), rows)
-    refuse(given, ("data_dir",), "--calibrate TASK")
+    refuse(given, ("data_dir",), "--calibrate TASK", "a text")
     seqlen = given.pop("seqlen", 2048)
     return mpop.text_batches(
         load_tokenizer(name), source, seqlen=min(seqlen, longest(model) or seqlen), **given

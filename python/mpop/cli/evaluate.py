@@ -11,9 +11,7 @@ def add(commands: Any) -> None:
     """Its options."""
     parser = command(commands, "evaluate", "Evaluate a fine-tuned model on a task.", run)
     parser.add_data()
-    parser.add_argument(
-        "--predictions", metavar="FILE", help="write the model's outputs as a .npz archive"
-    )
+    parser.add_argument("--predictions", metavar="FILE.npz", help="write the model's outputs there")
 
 
 def run(model: str, **options: Any) -> tuple[dict[str, Any], str]:

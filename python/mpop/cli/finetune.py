@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     parser.number("--gradient-accumulation-steps", 1, "batches per optimizer step")
     parser.number("--save-steps", None, "write a checkpoint every N steps")
     parser.add_argument(
-        "--resume", action="store_true", help="continue from the last checkpoint in --output"
+        "--resume", action="store_true", help="go on from the last checkpoint in --output, or begin"
     )
     parser.add_argument(
         "--report-to", default="none", metavar="NAME", help="a tracker, e.g. tensorboard (none)"

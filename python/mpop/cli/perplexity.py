@@ -83,11 +83,14 @@ def run(
             "bits_per_byte": num_bytes and each.bits_per_byte(num_bytes),
         }
 
-    has_bos = tokens[0].item() == tokenizer.bos_token_id
+    read = tokens[: found.tokens].tolist()
+    begins = [at for at, token in enumerate(read) if token == tokenizer.bos_token_id]
+    # A chat's template may put it before every message.
+    bos = f"{len(begins):,} BOS" if begins else "no BOS"
     protocol = (
         f"tokenised once, {found.windows:,} windows of {found.seqlen} that do not overlap, the "
         f"{found.dropped:,} tokens that remain dropped; {found.seqlen - 1} targets a window; "
-        f"{'BOS before the text only' if has_bos else 'no BOS'}; exp(sum of losses / targets)"
+        f"{'BOS before the text only' if begins == [0] else bos}; exp(sum of losses / targets)"
     )
     result: dict[str, Any] = {
         "model": model,

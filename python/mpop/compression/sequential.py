@@ -96,8 +96,8 @@ def _fitted(
         found = fit(names, weight, dense)
         if found is None or dense is None or dense.gradients is None:
             return found
-        work, made = weight.float(), _made(found, weight).float()
-        return replace(found, output_error=output_error(work, made, dense.judge))
+        made = _made(found, weight)
+        return replace(found, output_error=output_error(weight.float(), made, dense.judge))
     found = fit(names, inputs.target(weight, known), known)
     if found is None:
         return None
@@ -106,7 +106,9 @@ def _fitted(
 
 
 def _made(found: Decomposition, weight: Tensor) -> Tensor:
-    return reconstruct_stack(found.cores, found.shape).to(weight)
+    """What the cores make once they are held in the weight's dtype; fp32."""
+    held = [core.to(weight).float() for core in found.cores]
+    return reconstruct_stack(held, found.shape)
 
 
 class Errors(NamedTuple):
@@ -117,30 +119,31 @@ class Errors(NamedTuple):
 
 
 class Inputs:
-    """Sums over what a matrix is fed in the dense stream, x, and in the one that is cut, x̂.
+    """Sums over what a matrix is fed in the stream that is cut, x̂, and what it lacks of dense's, x.
 
-    Of three batches in four to fit to, and of the fourth to judge by; fp32.
+    Of three batches in four to fit to, and of the fourth to judge by; fp32. Of x alone they would
+    differ by less than their rounding where little is cut.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         def zeros() -> Tensor:
             return torch.zeros(2, size, size, dtype=torch.float32, device=device)
 
-        self._cut, self._cross, self._dense = zeros(), zeros(), zeros()
+        self._cut, self._cross, self._lacking = zeros(), zeros(), zeros()
         self._rows = torch.zeros(2, dtype=torch.int64, device=device)
 
     def add(self, x: Tensor, cut: Tensor, is_judging: bool) -> None:
         """Rows ``[rows, in]`` of the same positions."""
-        which = int(is_judging)
+        which, lacking = int(is_judging), x - cut
         self._cut[which].addmm_(cut.t(), cut)
-        self._cross[which].addmm_(x.t(), cut)
+        self._cross[which].addmm_(lacking.t(), cut)
         if is_judging:
-            self._dense[which].addmm_(x.t(), x)
+            self._lacking[which].addmm_(lacking.t(), lacking)
         self._rows[which] += len(x)
 
     def add_other_processes(self) -> None:
         """Sums over all of them."""
-        for tensor in (self._cut, self._cross, self._dense, self._rows):
+        for tensor in (self._cut, self._cross, self._lacking, self._rows):
             sum_over_processes(tensor)
 
     def moments(self, dense: Moments) -> Moments | None:
@@ -165,25 +168,29 @@ class Inputs:
         work = weight.double()
         scale = moments.fit.diagonal().double().mean()
         moment = regularised(moments.fit.double())
-        gained = (self._cross[0] - self._cut[0]).double() / scale  # C − Ŝ
+        gained = self._cross[0].double() / scale  # C − Ŝ
         change = torch.cholesky_solve((work @ gained).t(), torch.linalg.cholesky(moment)).t()
         gradients = None if moments.gradients is None else scaled(moments.gradients).double()
-        lost = (self._cross[1] - self._cut[1]).double()
-        along = (weigh(lost, change.t(), gradients) * work.t()).sum()
+        along = (weigh(self._cross[1].double(), change.t(), gradients) * work.t()).sum()
         across = output_square(change, self._cut[1].double(), gradients)
         alpha = min(max(float(along) / across, 0.0), 1.0) if across > 0 else 0.0
         return (work + alpha * change).to(weight.dtype)
 
     def errors(self, weight: Tensor, cut: Tensor) -> Errors:
         """Of ``cut``, fed x̂, for ``weight``, fed x."""
-        work, made = weight.double(), cut.double()
+        work, lost = weight.double(), weight.double() - cut.double()
         norm = float(torch.linalg.vector_norm(work))
-        lost = float(torch.linalg.vector_norm(work - made))
-        whole = output_square(work, self._dense[1].double())
-        both = float((weigh(self._cross[1].double(), made.t()) * work.t()).sum())
-        left = whole - 2 * both + output_square(made, self._cut[1].double())
+
+        def square(matrix: Tensor) -> float:
+            """Sum of squares of ``matrix x̂ + W(x − x̂)``."""
+            both = (weigh(self._cross[1].double(), matrix.t()) * work.t()).sum()
+            lacking = output_square(work, self._lacking[1].double())
+            return output_square(matrix, self._cut[1].double()) + 2 * float(both) + lacking
+
+        whole, left = square(work), square(lost)
         return Errors(
-            lost / norm if norm else 0.0, math.sqrt(max(left, 0.0) / whole) if whole > 0 else 0.0
+            float(torch.linalg.vector_norm(lost)) / norm if norm else 0.0,
+            math.sqrt(max(left, 0.0) / whole) if whole > 0 else 0.0,
         )
 
 

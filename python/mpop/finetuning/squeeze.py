@@ -23,6 +23,7 @@ from mpo_kernels.cores.gauge import bond_maps, carried
 from mpo_kernels.layers.embedding import MPOTiedLinear
 from mpo_kernels.layers.module import MPOModule
 from mpop.compression.calibration import Batches, Calibration, Moments
+from mpop.finetuning.resuming import check_same
 from mpop.models.light import count_parameters, modes_kept
 from mpop.models.matrices import (
     check_no_experts,
@@ -267,12 +268,7 @@ class _Run:
             rounds = [SqueezeRound(**made) for made in held["rounds"]]
         except (UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError) as error:
             raise ValueError(f"{self.file}: not the state of a squeeze, or damaged") from error
-        for name in {**found, **self.settings}:
-            if found.get(name) != self.settings.get(name):
-                raise ValueError(
-                    f"{self.file}: expected the state of {name} = {self.settings.get(name)!r}, "
-                    f"got one of {found.get(name)!r}"
-                )
+        check_same(self.file, found, self.settings)
         before = self.best
         try:
             self.restore({"model": held["model"], "tuner": held["tuner"]})

@@ -72,6 +72,10 @@ class Squeezing:
             )
         check_choice("precision", self.precision, ("fp32", "bf16"))
 
+    def may_replace(self, output: str | Path) -> bool:
+        """Whether to write over a model there: if that is asked for, or it is of this squeeze."""
+        return self.overwrite or (self.resume and _state(output).exists())
+
     def run(
         self,
         model: PreTrainedModel,
@@ -137,9 +141,9 @@ class Squeezing:
             "precision": self.precision,
             "seed": self.seed,
         }
-        folder = Path(output) / "squeeze"
+        state = _state(output)
         if self.overwrite and not self.resume:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(state.parent, ignore_errors=True)
         report = squeeze(
             model,
             evaluate=lambda: evaluate(trainer),
@@ -148,7 +152,7 @@ class Squeezing:
             calibration=calibration,
             max_steps=self.max_rounds,
             step=self.step,
-            state=folder / "state.pt",
+            state=state,
             resume=self.resume,
             settings={**known, "model": Path(source).name},
             on_round=self.on_round,
@@ -166,8 +170,12 @@ class Squeezing:
         }
         text = json.dumps(result, indent=2) + "\n"
         (Path(output) / "squeeze.json").write_text(text, encoding="utf-8")
-        plot_trace(report, folder / "trace.png")
+        plot_trace(report, state.with_name("trace.png"))
         return result
+
+
+def _state(output: str | Path) -> Path:
+    return Path(output) / "squeeze" / "state.pt"
 
 
 def squeeze_on_task(
@@ -217,7 +225,7 @@ def squeeze_on_task(
         max_train_samples=max_train_samples,
         max_eval_samples=max_eval_samples,
         seed=how.seed,
-        overwrite=how.overwrite or how.resume,
+        overwrite=how.may_replace(output),
     )
     glue_task = start.task
     return how.run(

@@ -14,6 +14,7 @@ from transformers.trainer_utils import SaveStrategy
 from mpop.checkpoints.opening import check_file
 from mpop.data.glue import Task, get_task
 from mpop.finetuning.classifier import load_for_evaluation, load_for_training
+from mpop.finetuning.resuming import begin, clear, last_checkpoint
 from mpop.finetuning.rows import (
     check_choice,
     check_positive,
@@ -103,8 +104,8 @@ def finetune(
         max_eval_samples: Evaluate on a fixed random subset of this size.
         seed: Seeds the task head, the data order and dropout.
         save_steps: Write a checkpoint that `resume` can use every so many steps.
-        resume: Continue from the last checkpoint in `output`.
-        overwrite: Replace a model in `output`.
+        resume: Go on from the last checkpoint in `output`, or begin where there is none yet.
+        overwrite: Replace a model, or what is left of another run, in `output`.
         report_to: A tracker that transformers knows, e.g. `"tensorboard"`.
         prepare: Called with the loaded model; what it returns is trained instead, such as the
             same with other parameters frozen, or with adapters of peft.
@@ -118,8 +119,9 @@ def finetune(
         only), `peak_memory_bytes`, `losses` as `[step, loss]` pairs, and the settings.
 
     Raises:
-        ValueError: A bad argument, data file or checkpoint; nothing has been written then.
-        FloatingPointError: The loss is no longer finite.
+        ValueError: A bad argument, data file or checkpoint, or a run of other settings to resume;
+            nothing has been written then.
+        FloatingPointError: The loss is no longer finite; nothing is left of the run.
     """
     check_choice("method", method, METHODS)
     learning_rate = LEARNING_RATES[method] if learning_rate is None else learning_rate
@@ -133,10 +135,35 @@ def finetune(
         gradient_accumulation_steps=gradient_accumulation_steps,
         save_steps=save_steps,
     )
+    if mpo_learning_rate is not None and method == "dense":
+        raise ValueError("mpo_learning_rate: expected method full or light, got dense")
     if centre_bits is not None and method != "light":
         raise ValueError(
             f"centre_bits: expected method light, whose centres are frozen, got {method}"
         )
+    output = Path(output)
+    settings = {
+        "model": str(model_name_or_path),
+        "task": task,
+        "data_dir": None if data_dir is None else str(data_dir),
+        "eval_split": eval_split,
+        "method": method,
+        "config": None if config is None else repr(config),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "mpo_learning_rate": mpo_rate,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "precision": precision,
+        "max_length": max_length,
+        "max_train_samples": max_train_samples,
+        "seed": seed,
+        "centre_bits": centre_bits,
+        **{name: repr(value) for name, value in training_arguments.items()},
+    }
+    last = last_checkpoint(output, settings, resume=resume, overwrite=overwrite)
     start = prepared(
         model_name_or_path,
         task,
@@ -149,7 +176,7 @@ def finetune(
         max_train_samples=max_train_samples,
         max_eval_samples=max_eval_samples,
         seed=seed,
-        overwrite=overwrite or resume,
+        overwrite=overwrite or last is not None,
     )
     model, parameters = start.model, count_parameters(start.model)
     if centre_bits is not None:
@@ -186,8 +213,17 @@ def finetune(
         callbacks=[StopWhenDiverged()],
         mpo_learning_rate=mpo_rate,
     )
+    if trainer.is_world_process_zero() and last is None:
+        if save_steps is None:
+            clear(output)
+        else:
+            begin(output, settings)
     reset_peak_memory(trainer.args.device)
-    outcome = trainer.train(resume_from_checkpoint=resume or None)
+    try:
+        outcome = trainer.train(resume_from_checkpoint=last)
+    except FloatingPointError:
+        clear(output)
+        raise
     memory = peak_memory(trainer.args.device)
     if centre_bits is not None:
         dequantize_centres(model)
@@ -217,9 +253,9 @@ def finetune(
         ],
     }
     if trainer.is_world_process_zero():
-        _save_predictions(Path(output) / "predictions.npz", outputs)
+        _save_predictions(output / "predictions.npz", outputs)
         text = json.dumps(result, indent=2) + "\n"
-        (Path(output) / "results.json").write_text(text, encoding="utf-8")
+        (output / "results.json").write_text(text, encoding="utf-8")
     return result
 
 
@@ -238,19 +274,20 @@ def evaluate(
 
     Args:
         predictions: Where to write the model's outputs, `[rows, num_labels]` for each dev split,
-            as a `.npz` archive. The other arguments are those of :func:`finetune`.
+            a `.npz` archive. The other arguments are those of :func:`finetune`.
 
     Returns:
         The same leading keys as :func:`finetune`; nothing is trained, so `train_seconds` is 0.
 
     Raises:
-        ValueError: A bad argument or data file, or a checkpoint without this task's trained head.
+        ValueError: A bad argument or data file, predictions whose name does not end in `.npz`, or a
+            checkpoint without this task's trained head.
         NotADirectoryError, IsADirectoryError: No folder for the predictions, or nothing but one.
     """
     check_choice("precision", precision, PRECISIONS)
     check_positive(batch_size=batch_size, max_length=max_length, max_eval_samples=max_eval_samples)
     if predictions is not None:
-        check_file(predictions, "the predictions")
+        check_file(predictions, "the predictions", ".npz")
     glue_task = get_task(task)
     evaluation = load_dev(glue_task, data_dir, max_eval_samples)
     model = load_for_evaluation(model_name_or_path, glue_task)
@@ -282,8 +319,7 @@ def evaluate(
 
 
 def _save_predictions(path: str | Path, outputs: dict[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:  # savez would append a suffix to a name
-        np.savez(file, **outputs)  # type: ignore[arg-type]
+    np.savez(path, **outputs)  # type: ignore[arg-type]
 
 
 def _result(task: Task, metrics: dict[str, float], parameters: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def check_request(output: Path, format: str) -> None:
     Raises:
         ValueError, ModuleNotFoundError: see :func:`export`.
     """
-    from mpop.checkpoints.opening import check_output
+    from mpop.checkpoints.opening import check_writable
 
     if format not in _FORMATS:
         raise ValueError(f"format: expected one of {', '.join(_FORMATS)}, got {format!r}")
@@ -109,10 +109,10 @@ def check_request(output: Path, format: str) -> None:
     if format != "onnx":
         if output.suffix != ".pt2" or output.is_dir():
             raise ValueError(f"expected a file whose name ends in .pt2, got {output}")
-        return check_output(output.parent)
+        return check_writable(output.parent)
     if output.suffix == ".onnx":
         raise ValueError(f"expected a folder, which gets onnx/model.onnx, got {output}")
-    check_output(output)
+    check_writable(output)
     if any(output.glob("*.safetensors")):
         raise ValueError(f"{output} holds a saved model; choose another output folder")
 

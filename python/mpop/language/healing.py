@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import cycle, islice
@@ -23,7 +22,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from mpop.checkpoints.folder import replaced, write
@@ -37,6 +35,7 @@ from mpop.checkpoints.opening import (
 from mpop.data.lengths import longest
 from mpop.data.text import read_text, text_batches, token_ids
 from mpop.finetuning.classifier import trainable
+from mpop.finetuning.resuming import begin, clear, last_checkpoint
 from mpop.finetuning.rows import check_choice, check_positive
 from mpop.finetuning.trainer import (
     MPOTrainer,
@@ -54,8 +53,8 @@ from mpop.models.matrices import mpo_modules
 LEARNING_RATES = {"light": 3e-4, "full": 1e-4}
 METHODS = tuple(LEARNING_RATES)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Within the output, while it is made: what was asked for, and the last checkpoint.
-_FOLDER, _SETTINGS = "healing", "settings.json"
+# Within the output, while it is made.
+_FOLDER = "healing"
 
 
 def heal(
@@ -122,7 +121,8 @@ def heal(
     if seqlen < 2:
         raise ValueError(f"seqlen: expected at least 2, one token to foretell, got {seqlen}")
     output = Path(output)
-    check_output(output, model_name_or_path, teacher, overwrite=overwrite)
+    texts = [text] if evaluate is None else [text, evaluate]
+    check_output(output, model_name_or_path, teacher, *texts, overwrite=overwrite)
     settings = {
         "model": str(model_name_or_path),
         "teacher": str(teacher),
@@ -136,19 +136,10 @@ def heal(
         "seed": seed,
     }
     folder = output / _FOLDER
-    last = _checkpoint(folder, settings, resume, overwrite)
+    last = last_checkpoint(folder, settings, resume=resume, overwrite=overwrite)
     set_seed(seed)
     start = opened(model_name_or_path, teacher, method, seqlen, precision)
     model, seqlen = start.model, start.seqlen
-    batches = text_batches(
-        start.tokenizer, text, samples=math.ceil(tokens / seqlen), seqlen=seqlen, seed=seed
-    )
-    windows = [ids for batch in batches for ids in batch["input_ids"]]
-    check_tokens(model, torch.stack(windows))
-    held_out = None
-    if evaluate is not None:
-        content = read_text(start.tokenizer, evaluate)
-        held_out = token_ids(start.tokenizer, content, is_whole=True)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch_size,
@@ -168,6 +159,14 @@ def heal(
     at_once = arguments.train_batch_size * arguments.world_size
     arguments.max_steps = math.ceil(tokens / (at_once * seqlen))
     arguments.save_steps = arguments.logging_steps = math.ceil(arguments.max_steps / 20)
+    needed = arguments.max_steps * at_once
+    batches = text_batches(start.tokenizer, text, samples=needed, seqlen=seqlen, seed=seed)
+    windows = [ids for batch in batches for ids in batch["input_ids"]]
+    check_tokens(model, torch.stack(windows))
+    held_out = None
+    if evaluate is not None:
+        content = read_text(start.tokenizer, evaluate)
+        held_out = token_ids(start.tokenizer, content, is_whole=True)
     model.to(arguments.device)  # type: ignore[arg-type]
 
     def measured() -> Perplexity | None:
@@ -185,7 +184,7 @@ def heal(
         model=model,
         args=arguments,
         # As often as it takes, so that every step is full.
-        train_dataset=list(islice(cycle(windows), arguments.max_steps * at_once)),
+        train_dataset=list(islice(cycle(windows), needed)),
         data_collator=stacked,
         callbacks=[StopWhenDiverged(), _Progress(on_log)],
         mpo_learning_rate=learning_rate,
@@ -193,15 +192,13 @@ def heal(
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero() and last is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / _SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+        begin(folder, settings)
     reset_peak_memory(arguments.device)
     try:
         outcome = trainer.train(resume_from_checkpoint=last)
         after = measured()
     except FloatingPointError:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear(folder)
         with suppress(OSError):  # where there was something in it before
             output.rmdir()
         raise
@@ -239,7 +236,7 @@ def heal(
             write(model, new, Path(model_name_or_path))
             copy_companions(model_name_or_path, new)
             (new / "heal.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder)
+        clear(folder)
     return result
 
 
@@ -329,26 +326,6 @@ def stacked(windows: list[Tensor]) -> dict[str, Tensor]:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """One of `PRECISIONS`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _checkpoint(
-    folder: Path, settings: Mapping[str, Any], resume: bool, overwrite: bool
-) -> str | None:
-    """The last whole checkpoint of a run of these settings, None to begin."""
-    file = folder / _SETTINGS
-    if not resume:
-        if folder.exists() and not overwrite:
-            raise ValueError(f"{folder} holds a run: resume it, or overwrite it")
-        return None
-    if not file.is_file():
-        return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise ValueError(f"{file}: expected {name} = {value!r}, got one of {found.get(name)!r}")
-    # The state is what a checkpoint is written last of.
-    whole = [str(path.parent) for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    return max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
 class _Progress(TrainerCallback):

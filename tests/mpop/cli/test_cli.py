@@ -300,12 +300,12 @@ def test_bad_models(bert, compressed, data, tmp_path, capfd):
         ("already compressed", "compress", "--model", compressed, *to),
         ("fits none of", "compress", "--model", bert, "--include", "query", *to),
         ("got a dense BertModel", "merge", "--model", bert, *to),
-        ("holds a model that is read", "merge", "--model", compressed, "--output", compressed),
+        ("which is read", "merge", "--model", compressed, "--output", compressed),
         ("no trained task head", "evaluate", "--model", bert, *task),
         ("no trained task head", "evaluate", "--model", compressed, *task),
         ("cannot be loaded", "inspect", "--model", damaged),
         ("already compressed", "finetune", "--model", compressed, *task, *to),
-        ("checkpoint", "finetune", "--model", bert, *task, *to, "--resume"),
+        ("holds a model", "finetune", "--model", bert, *task, "--output", compressed, "--resume"),
     ):
         assert run(*arguments) == 2, arguments
         *_, line = capfd.readouterr().err.splitlines()

@@ -110,7 +110,7 @@ def test_a_path_goes_before_a_task_and_that_before_the_hub(
     assert main([*of_task[:at], *of_task[at + 2 :], "--samples", "48"]) == 0
     capsys.readouterr()
     line = fails(capsys, [*of_task, "--overwrite"])
-    assert "--seqlen: expected --calibrate TEXT with it, got none" in line
+    assert "--seqlen: expected --calibrate TEXT with it, got a task" in line
     (tmp_path / "SST-2").write_text("a film")
     assert "SST-2: expected a .txt" in fails(capsys, compress(dense, tmp_path / "out", "SST-2"))
 
@@ -133,6 +133,30 @@ def test_bad_texts(name: str, content: bytes | None, message: str, dense, tmp_pa
     assert message in fails(capsys, compress(dense, output, path))
     assert message in fails(capsys, ["perplexity", "--model", str(dense), "--text", str(path)])
     assert not output.exists()
+
+
+def test_what_is_no_model_stays(
+    dense: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """What is read most of all, and the current folder."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    shutil.copy(texts / "a.txt", mine)
+    before = {file.name: file.read_bytes() for file in mine.iterdir()}
+    few = ("--overwrite", "--samples", "8")
+    assert "a.txt, which is read" in fails(capsys, compress(dense, mine, mine / "a.txt", *few))
+    assert "mine, which is read" in fails(capsys, compress(dense, mine, mine, *few))
+    for folder, here in ((mine, "."), (mine, mine), (mine, tmp_path), (tmp_path, "mine/..")):
+        monkeypatch.chdir(folder)
+        line = fails(capsys, compress(dense, Path(here), texts / "a.txt", *few))
+        assert "expected another folder than the current one, or one above it" in line
+    assert before == {file.name: file.read_bytes() for file in mine.iterdir()}
+    assert main(compress(dense, mine, texts / "a.txt", *few)) == 0
+    assert mpop.load(mine)
+    assert all((mine / name).read_bytes() == held for name, held in before.items())
+    with pytest.raises(ValueError, match="expected another folder than the current one"):
+        mpop.save(mpop.load(mine), ".")
 
 
 def test_options_that_mean_nothing(dense: Path, texts: Path, tmp_path: Path, capsys: Any):
@@ -219,6 +243,13 @@ def test_perplexity(dense: Path, cut: Path, texts: Path, capsys: Any):
     assert half["perplexity"] == pytest.approx(found["perplexity"], rel=0.1)
 
 
+def test_beginnings_of_messages_are_counted(dense: Path, tmp_path: Path, capsys: Any):
+    (tmp_path / "chat.txt").write_text(f"<s> {words(20)} <s> {words(20)}")
+    command = ["perplexity", "--model", str(dense), "--seqlen", "16"]
+    assert main([*command, "--text", str(tmp_path / "chat.txt")]) == 0
+    assert "15 targets a window; 3 BOS; exp" in capsys.readouterr().out
+
+
 def test_a_divergence_that_rounds_below_zero(
     cut: Path, texts: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,5 +287,5 @@ def test_rows_in_bytes(dense: Path, texts: Path, tmp_path: Path, capsys: Any) ->
     assert result["matrix_bytes"] == sum(
         held[f"{name}.{tensor}"].nbytes
         for name in entries["modules"]
-        for tensor in ("int8_core_0", "int8_core_1", "scale_0", "scale_1", "order")
+        for tensor in ("int8_core_0", "int8_core_1", "scale_0", "scale_1", "scale_2", "order")
     )

@@ -95,11 +95,21 @@ class TestInputs:
         own = torch.linalg.norm(weight - made) / torch.linalg.norm(weight)
         assert found.weight == pytest.approx(float(own), rel=1e-5)
 
+    def test_errors_below_the_rounding_of_the_sums(self) -> None:
+        inputs = Inputs(7, torch.device("cpu"))
+        x, change = torch.randn(400, 7), 1e-5 * torch.randn(400, 7)
+        inputs.add(x, x + change, True)
+        weight = torch.randn(5, 7, dtype=torch.float64)
+        made = weight + 1e-5 * torch.randn(5, 7)
+        whole, cut = x.double() @ weight.t(), (x + change).double() @ made.t()
+        expected = torch.linalg.norm(whole - cut) / torch.linalg.norm(whole)
+        assert inputs.errors(weight, made).output == pytest.approx(float(expected), rel=0.01)
+
     def test_what_rows_held_out_do_not_bear_out_is_left(self) -> None:
         inputs, _, _, moments = self.made(0.3)
         weight = torch.randn(5, 7)
         assert not torch.equal(inputs.target(weight, moments), weight)
-        inputs._cross[1] = 2 * inputs._cut[1] - inputs._cross[1]  # the other way there
+        inputs._cross[1].neg_()  # the other way there
         torch.testing.assert_close(inputs.target(weight, moments), weight)
 
 
@@ -138,8 +148,8 @@ def test_the_streams_are_two_models(name: str) -> None:
         x, y = (torch.cat([side[n] for n in chosen]) for side in (dense, reduced))
         for found, expected in (
             (inputs._cut[which], y.t() @ y),
-            (inputs._cross[which], x.t() @ y),
-            (inputs._dense[which], x.t() @ x * which),
+            (inputs._cross[which], (x - y).t() @ y),
+            (inputs._lacking[which], (x - y).t() @ (x - y) * which),
         ):
             torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
     after = model.state_dict()

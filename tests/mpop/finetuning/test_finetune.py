@@ -125,11 +125,13 @@ def test_same_seed_same_start(light, dense, bert, data, tmp_path):
     assert losses(other)[0] != pytest.approx(first, rel=1e-4)
 
 
-def test_predictions_with_nowhere_to_go_are_refused_before_the_work(data, tmp_path):
+def test_predictions_with_nowhere_to_go_are_refused_before_the_work(bert, data, tmp_path):
     with pytest.raises(NotADirectoryError, match="nowhere: expected a folder for the predictions"):
         evaluate(
             tmp_path / "no-model", "sst2", data_dir=data, predictions=tmp_path / "nowhere/p.npz"
         )
+    with pytest.raises(ValueError, match="safetensors: expected a file for the .* ends in .npz"):
+        evaluate(bert, "sst2", data_dir=data, predictions=bert / "model.safetensors")
     with pytest.raises(IsADirectoryError, match="expected a file for the predictions"):
         evaluate(tmp_path / "no-model", "sst2", data_dir=data, predictions=tmp_path)
 
@@ -137,11 +139,11 @@ def test_predictions_with_nowhere_to_go_are_refused_before_the_work(data, tmp_pa
 @pytest.mark.parametrize("method", ["dense", "light"])
 def test_evaluate_finds_the_same_predictions(method, request, data, tmp_path):
     output, result = request.getfixturevalue(method)
-    # No suffix: the archive has exactly the name that was asked for.
-    again = evaluate(output, "sst2", data_dir=data, max_length=16, predictions=tmp_path / "again")
+    held = tmp_path / "again.npz"
+    again = evaluate(output, "sst2", data_dir=data, max_length=16, predictions=held)
     assert again["value"] == result["value"]
     assert again["total_parameters"] == result["total_parameters"]
-    with np.load(output / "predictions.npz") as a, np.load(tmp_path / "again") as b:
+    with np.load(output / "predictions.npz") as a, np.load(held) as b:
         assert a.files == b.files == ["dev"]
         np.testing.assert_allclose(a["dev"], b["dev"], atol=1e-6)
         labels = load_split(TASKS["sst2"], "dev", data)["label"][:]
@@ -274,9 +276,42 @@ def test_resume_ends_where_an_uninterrupted_run_does(method, bert, data, tmp_pat
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_resume_without_a_checkpoint(bert, data, tmp_path):
-    with pytest.raises(ValueError, match=r"[Nn]o valid checkpoint"):
-        finetune(bert, "sst2", tmp_path, data_dir=data, resume=True, **FAST)
+def test_resume_without_a_checkpoint_begins(bert, data, tmp_path):
+    result = finetune(bert, "sst2", tmp_path / "out", data_dir=data, resume=True, **FAST)
+    assert result["steps"] == 6
+    # No run to go on with: the model is another's.
+    with pytest.raises(ValueError, match="out holds a model: choose another folder"):
+        finetune(bert, "sst2", tmp_path / "out", data_dir=data, resume=True, **FAST)
+
+
+def test_only_the_same_run_goes_on(bert, data, tmp_path):
+    output = tmp_path / "out"
+    settings = {**FAST, "data_dir": data, "max_steps": 2, "save_steps": 1}
+    finetune(bert, "sst2", output, "light", **settings)
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    for task, method, changed, message in (
+        ("cola", "light", {}, "expected a run of task = 'cola', got one of 'sst2'"),
+        ("sst2", "dense", {}, "expected a run of method = 'dense', got one of 'light'"),
+        ("sst2", "light", {"seed": 5}, "expected a run of seed = 5, got one of 0"),
+        ("sst2", "light", {"max_steps": 3}, "expected a run of max_steps = '3', got one of '2'"),
+        (
+            "sst2",
+            "light",
+            {"config": mpop.CompressionConfig(share=0.4, embeddings=False)},
+            "expected a run of config = .*share=0.4.*, got one of None",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune(bert, task, output, method, **{**settings, **changed}, resume=True)
+    (output / "model.safetensors").unlink()
+    (output / "config.json").unlink()
+    with pytest.raises(ValueError, match="out holds a run: resume it, or overwrite it"):
+        finetune(bert, "sst2", output, "light", **settings)
+    found = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    assert found.items() < before.items() and len(before) - len(found) == 2
+    del settings["save_steps"]
+    finetune(bert, "sst2", output, "light", **settings, overwrite=True)
+    assert not list(output.glob("checkpoint-*")) and not (output / "settings.json").exists()
 
 
 def test_holdout_is_not_trained_on_and_dev_is_not_read(bert, tmp_path):
@@ -306,6 +341,7 @@ def test_subsets_are_fixed(data):
     ("settings", "message"),
     [
         ({"method": "lite"}, "method must be one of dense, full, light, got 'lite'"),
+        ({"mpo_learning_rate": 1e-3}, "mpo_learning_rate: expected method full or light, got dense"),
         ({"eval_split": "test"}, "eval_split must be one of dev, train-holdout"),
         ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16"),
         ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
@@ -330,7 +366,7 @@ def test_output_has_to_be_a_folder_of_its_own(bert, data, tmp_path):
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="file is not a writable folder"):
             finetune(bert, "sst2", output, data_dir=data)
-    with pytest.raises(ValueError, match="holds a model that is read"):
+    with pytest.raises(ValueError, match="which is read"):
         finetune(bert, "sst2", bert, data_dir=data, overwrite=True)
     other = tmp_path / "other"
     shutil.copytree(bert, other)
@@ -351,8 +387,8 @@ def test_evaluating_without_a_trained_head(bert, dense, data):
 def test_a_diverged_training_saves_no_model(bert, data, tmp_path):
     settings = {**FAST, "learning_rate": 1e30, "max_grad_norm": 0.0}
     with pytest.raises(FloatingPointError, match=r"the loss is .* at step .*; lower the learning"):
-        finetune(bert, "sst2", tmp_path / "out", data_dir=data, **settings)
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+        finetune(bert, "sst2", tmp_path / "out", data_dir=data, **settings, save_steps=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_real_encoder_on_real_rows(tmp_path):

@@ -78,9 +78,9 @@ def test_it_is_trained_and_evaluated(name: str, method: str, data: Path, tmp_pat
     result = finetune(model, "sst2", output, method, **options, **FAST)
     assert result["max_length"] == MODELS[name][2]
     # In batches of another size: what pads a row is not seen.
-    again = evaluate(output, "sst2", **options, batch_size=5, predictions=tmp_path / "again")
+    again = evaluate(output, "sst2", **options, batch_size=5, predictions=tmp_path / "again.npz")
     assert again["value"] == result["value"]
-    with np.load(output / "predictions.npz") as a, np.load(tmp_path / "again") as b:
+    with np.load(output / "predictions.npz") as a, np.load(tmp_path / "again.npz") as b:
         assert a["dev"].shape == (16, 2)
         np.testing.assert_allclose(a["dev"], b["dev"], atol=1e-5)
 

@@ -481,9 +481,9 @@ class TestSqueeze:
         other, other_tuner = rows_and_tuner()
         state = tmp_path / "s.pt"
         squeeze(other, **{**good, "finetune": other_tuner}, max_steps=1, state=state)
-        with pytest.raises(ValueError, match=r"expected the state of max_drop = 0\.2, got"):
+        with pytest.raises(ValueError, match=r"expected a run of max_drop = 0\.2, got"):
             squeeze(other, **{**good, "max_drop": 0.2}, state=state, resume=True)
-        with pytest.raises(ValueError, match="expected the state of task = 'b', got one of None"):
+        with pytest.raises(ValueError, match="expected a run of task = 'b', got one of None"):
             squeeze(other, **good, state=state, resume=True, settings={"task": "b"})
         for damage in ("cut", "progress"):
             damaged = tmp_path / f"{damage}.pt"

@@ -39,8 +39,10 @@ def test_squeezing_a_task(data: Path, bert: Path, tmp_path: Path, capsys: Any) -
     shutil.copytree(Path(small, "squeeze"), killed / "squeeze")
     assert main([*command[:4], str(killed), *command[5:]]) == 2
     assert "holds a squeeze: resume it" in capsys.readouterr().err
+    assert main([*command[:4], full, *command[5:], "--resume"]) == 2  # of no squeeze
+    assert "full holds a model: choose another folder" in capsys.readouterr().err
     assert main([*command, "--resume", "--seed", "3"]) == 2
-    assert "expected the state of seed = 3, got one of 0" in capsys.readouterr().err
+    assert "expected a run of seed = 3, got one of 0" in capsys.readouterr().err
     assert main([*command, "--resume", "--max-rounds", "5"]) == 0
     longer = last_json(capsys.readouterr().out)
     assert longer["rounds"][:3] == result["rounds"] and len(longer["rounds"]) > 3

@@ -163,7 +163,7 @@ def test_resuming_ends_where_an_uninterrupted_run_does(
     assert main(command(small, dense, parts)) == 2
     assert "healing holds a run: resume it, or overwrite it" in capsys.readouterr().err
     assert main(command(small, dense, parts, "--resume", seed=3)) == 2
-    assert "expected seed = 3, got one of 0" in capsys.readouterr().err
+    assert "expected a run of seed = 3, got one of 0" in capsys.readouterr().err
     assert main(command(small, dense, parts, "--resume", "--json")) == 0
     captured = capsys.readouterr()
     assert "step 7 of" not in captured.err and "step 8 of 19" in captured.err
@@ -178,6 +178,12 @@ def test_resuming_ends_where_an_uninterrupted_run_does(
     assert changed and all("core" in name or "norm" in name for name in changed)  # no router
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_step_has_windows_of_its_own(dense: Path, small: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "tokens": 1}
+    result = mpop.heal(small, dense, dense / "a.txt", tmp_path / "out", **options)
+    assert (result["windows"], result["steps"], result["tokens"]) == (3, 1, 48)
 
 
 def test_few_windows_are_passed_over_again(dense: Path, small: Path, tmp_path: Path) -> None:
@@ -233,7 +239,7 @@ def test_refusals(dense: Path, small: Path, tmp_path: Path, capsys: Any) -> None
     assert "short.txt: expected at least the 16 tokens of one window, got 15" in line
     assert "seqlen: expected at least 2" in fails(capsys, command(small, dense, out, seqlen=1))
     line = fails(capsys, command(small, dense, dense, "--overwrite"))
-    assert "holds a model that is read" in line
+    assert "which is read" in line
     for name in (small, dense):
         shutil.copytree(name, tmp_path / "more" / name.name)
         more = tokenizer()
@@ -253,6 +259,11 @@ def test_refusals(dense: Path, small: Path, tmp_path: Path, capsys: Any) -> None
     for name, value in {"tokens": 0, "learning_rate": -1.0, "precision": "fp16"}.items():
         with pytest.raises(ValueError, match=f"^{name} must be "):
             mpop.heal(small, dense, dense / "a.txt", out, **{**OPTIONS, name: value})
+    (tmp_path / "texts").mkdir()
+    shutil.copy(dense / "a.txt", tmp_path / "texts")
+    for output in (tmp_path / "texts", tmp_path):  # where the text is, and where the evaluation's
+        text = ("--text", tmp_path / "texts", "--evaluate", tmp_path / "short.txt", "--overwrite")
+        assert "which is read" in fails(capsys, command(small, dense, output, *map(str, text)))
     save_llama(out)
     assert "holds a model: choose another folder" in fails(capsys, command(small, dense, out))
 

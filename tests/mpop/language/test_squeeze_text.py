@@ -74,7 +74,7 @@ def test_squeezing_on_a_text(folder: Path, tmp_path: Path, capsys: Any) -> None:
     (anew,) = last_json(capsys.readouterr().out)["rounds"]
     assert {**anew, "seconds": 0} == {**result["rounds"][0], "seconds": 0}
     assert main([*again, "--max-rounds", "2", "--evaluate", str(folder / "b.txt")]) == 2
-    assert "expected the state of evaluate = " in capsys.readouterr().err
+    assert "expected a run of evaluate = " in capsys.readouterr().err
 
 
 def test_another_text_to_measure_on(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -124,7 +124,8 @@ def test_bad_models_and_texts(folder: Path, tmp_path: Path, capsys: Any) -> None
         (dense, "is dense; compress it first"),
         (command(folder, output, *options, "--text", str(tmp_path / "short.txt")), "of one window"),
         (command(folder, output, *options, "--evaluate", "none.txt"), "missing file none.txt"),
-        (command(folder, folder, *options, "--overwrite"), "holds a model that is read"),
+        (command(folder, folder, *options, "--overwrite"), "which is read"),
+        (command(folder, save_llama(tmp_path / "other"), *options, "--resume"), "holds a model"),
         (
             [
                 "squeeze",

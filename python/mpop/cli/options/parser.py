@@ -104,14 +104,14 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def refuse(given: Collection[str], names: Iterable[str], without: str) -> None:
+def refuse(given: Collection[str], names: Iterable[str], without: str, got: str = "none") -> None:
     """Refuse options that mean nothing without another.
 
     Raises:
         ValueError: one of `names` is among those given.
     """
     if wrong := next((name for name in names if name in given), None):
-        raise ValueError(f"{flag(wrong)}: expected {without} with it, got none")
+        raise ValueError(f"{flag(wrong)}: expected {without} with it, got {got}")
 
 
 def metrics_table(result: dict[str, Any]) -> str:
