@@ -130,7 +130,7 @@ def test_predictions_with_nowhere_to_go_are_refused_before_the_work(bert, data, 
         evaluate(
             tmp_path / "no-model", "sst2", data_dir=data, predictions=tmp_path / "nowhere/p.npz"
         )
-    with pytest.raises(ValueError, match="safetensors: expected a file for the .* ends in .npz"):
+    with pytest.raises(ValueError, match=r"safetensors: expected a file for .* ends in \.npz"):
         evaluate(bert, "sst2", data_dir=data, predictions=bert / "model.safetensors")
     with pytest.raises(IsADirectoryError, match="expected a file for the predictions"):
         evaluate(tmp_path / "no-model", "sst2", data_dir=data, predictions=tmp_path)
@@ -341,7 +341,7 @@ def test_subsets_are_fixed(data):
     ("settings", "message"),
     [
         ({"method": "lite"}, "method must be one of dense, full, light, got 'lite'"),
-        ({"mpo_learning_rate": 1e-3}, "mpo_learning_rate: expected method full or light, got dense"),
+        ({"mpo_learning_rate": 1e-3}, "mpo_learning_rate: expected method full or light"),
         ({"eval_split": "test"}, "eval_split must be one of dev, train-holdout"),
         ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16"),
         ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
