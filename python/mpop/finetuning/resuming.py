@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-
 _SETTINGS, _CHECKPOINTS = "settings.json", "checkpoint-*"
+# As transformers.trainer has it, which takes a second to import.
+_STATE = "trainer_state.json"
 
 
 def last_checkpoint(
@@ -34,7 +34,7 @@ def last_checkpoint(
         return None
     check_same(file, json.loads(file.read_text(encoding="utf-8")), settings)
     # The state is what a checkpoint is written last of.
-    whole = [str(path.parent) for path in folder.glob(f"{_CHECKPOINTS}/{TRAINER_STATE_NAME}")]
+    whole = [str(path.parent) for path in folder.glob(f"{_CHECKPOINTS}/{_STATE}")]
     return max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
