@@ -142,8 +142,8 @@ class Squeezing:
             "seed": self.seed,
         }
         state = _state(output)
-        if self.overwrite and not self.resume:
-            shutil.rmtree(state.parent, ignore_errors=True)
+        if self.overwrite and not self.resume and state.exists():
+            shutil.rmtree(state.parent)
         report = squeeze(
             model,
             evaluate=lambda: evaluate(trainer),
