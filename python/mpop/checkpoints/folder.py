@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,14 @@ def check_replaceable(path: str | os.PathLike[str]) -> None:
     """Raise unless a folder can be put in the place of `path`; see `replaced`."""
     if not os.fspath(path):
         raise ValueError("expected the name of a folder, got an empty one")
-    path, here = Path(path).resolve(), Path.cwd()
+    path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path}: expected a folder, got a file")
-    if path in (here, *here.parents):
-        raise ValueError(f"{path}: expected another folder than the current one, or one above it")
+    with suppress(FileNotFoundError):  # the current folder is gone
+        if path in (here := Path.cwd(), *here.parents):
+            raise ValueError(
+                f"{path}: expected another folder than the current one, or one above it"
+            )
 
 
 def holds_model(folder: Path) -> bool:

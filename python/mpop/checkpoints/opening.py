@@ -33,7 +33,7 @@ def check_output(output: str | Path, *sources: str | Path, overwrite: bool = Tru
     """Check, before the work is done, that a folder can take the place of `output`.
 
     Args:
-        sources: what is read: models, and files or folders of text.
+        sources: what is read: models, and files or folders of text where `overwrite` removes files.
 
     Raises:
         ValueError: It is a file, is not writable, is the current folder or one above it, is or
@@ -43,8 +43,10 @@ def check_output(output: str | Path, *sources: str | Path, overwrite: bool = Tru
     check_writable(output)
     check_replaceable(output)
     place = output.resolve()
-    for source in (Path(source).resolve() for source in sources if Path(source).exists()):
-        if source == place or (overwrite and source.is_file() and source.parent == place):
+    for source in (Path(source) for source in sources if Path(source).exists()):
+        within = (source.resolve().parent, source.absolute().parent.resolve())
+        is_removed = overwrite and source.is_file() and place in within
+        if source.resolve() == place or is_removed:
             raise ValueError(f"{output} holds {source}, which is read: choose another folder")
     if not overwrite and holds_model(output):
         raise ValueError(

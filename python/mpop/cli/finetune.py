@@ -64,9 +64,12 @@ def run(model: str, share: float | None, **options: Any) -> tuple[dict[str, Any]
     from mpop.finetuning.task import finetune
     from mpop.models.config import CompressionConfig
 
+    method = options["method"]
+    if options["mpo_learning_rate"] is not None and method == "dense":
+        raise ValueError("--mpo-learning-rate: expected --method full or light, got dense")
     if share is not None:
-        if options["method"] != "light":
-            raise ValueError(f"--share: expected --method light, got {options['method']}")
+        if method != "light":
+            raise ValueError(f"--share: expected --method light, got {method}")
         options["config"] = CompressionConfig(share=share, embeddings=False)
     result = finetune(model, **options)
     return result, metrics_table(result)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_SETTINGS, _CHECKPOINTS = "settings.json", "checkpoint-*"
+_SETTINGS = "settings.json"
 # As transformers.trainer has it, which takes a second to import.
 _STATE = "trainer_state.json"
 
@@ -23,19 +25,24 @@ def last_checkpoint(
         settings: JSON-like.
 
     Raises:
-        ValueError: a run that is to be neither resumed nor replaced, or one of other settings.
+        ValueError: a run that is to be neither resumed nor replaced, one of other settings, or one
+            whose settings cannot be read.
     """
-    file = folder / _SETTINGS
-    if not file.is_file():
+    # The state is what a checkpoint is written last of.
+    whole = {step: path for step, path in _checkpoints(folder) if (path / _STATE).is_file()}
+    if not whole:
         return None
     if not resume:
         if not overwrite:
             raise ValueError(f"{folder} holds a run: resume it, or overwrite it")
         return None
-    check_same(file, json.loads(file.read_text(encoding="utf-8")), settings)
-    # The state is what a checkpoint is written last of.
-    whole = [str(path.parent) for path in folder.glob(f"{_CHECKPOINTS}/{_STATE}")]
-    return max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)
+    file = folder / _SETTINGS
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not the settings of a run, or damaged") from error
+    check_same(file, found, settings)
+    return str(whole[max(whole)])
 
 
 def check_same(file: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -52,13 +59,22 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     """Note what is asked for in the place of an older run."""
     clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    new = folder / f"{_SETTINGS}.new"
+    new.write_text(json.dumps(settings), encoding="utf-8")
+    os.replace(new, folder / _SETTINGS)
 
 
 def clear(folder: Path) -> None:
     """Remove a run, and the folder where nothing else is in it."""
-    for checkpoint in folder.glob(_CHECKPOINTS):
+    for _, checkpoint in _checkpoints(folder):
         shutil.rmtree(checkpoint, ignore_errors=True)
     (folder / _SETTINGS).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
+
+
+def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Their steps and folders."""
+    for path in folder.glob("checkpoint-*"):
+        if step := re.fullmatch(r"checkpoint-(\d+)", path.name):
+            yield int(step[1]), path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from mpop.models.quantized import dequantize_centres, quantize_centres
 LEARNING_RATES = {"dense": 5e-5, "full": 5e-5, "light": 1e-4}
 METHODS = tuple(LEARNING_RATES)
 PRECISIONS = ("fp32", "bf16", "fp16")
+# Within the output, while it is made.
+_FOLDER = "finetuning"
 
 
 def finetune(
@@ -103,8 +106,10 @@ def finetune(
         max_train_samples: Train on a fixed random subset of this size.
         max_eval_samples: Evaluate on a fixed random subset of this size.
         seed: Seeds the task head, the data order and dropout.
-        save_steps: Write a checkpoint that `resume` can use every so many steps.
-        resume: Go on from the last checkpoint in `output`, or begin where there is none yet.
+        save_steps: Every so many steps, write a checkpoint that `resume` can use into the folder
+            `finetuning` of the output, from which it goes when the run has ended.
+        resume: Go on from the last checkpoint in `output`, with the same result as without the
+            interruption, or begin where there is none yet.
         overwrite: Replace a model, or what is left of another run, in `output`.
         report_to: A tracker that transformers knows, e.g. `"tensorboard"`.
         prepare: Called with the loaded model; what it returns is trained instead, such as the
@@ -116,7 +121,8 @@ def finetune(
     Returns:
         The content of `results.json`: the primary `metric` and its `value`, all `metrics`,
         `trainable_parameters` and `total_parameters` (#Pr and #To), `train_seconds` (training
-        only), `peak_memory_bytes`, `losses` as `[step, loss]` pairs, and the settings.
+        only, since it was last resumed), `peak_memory_bytes`, `losses` as `[step, loss]` pairs,
+        and the settings.
 
     Raises:
         ValueError: A bad argument, data file or checkpoint, or a run of other settings to resume;
@@ -135,55 +141,14 @@ def finetune(
         gradient_accumulation_steps=gradient_accumulation_steps,
         save_steps=save_steps,
     )
-    if mpo_learning_rate is not None and method == "dense":
-        raise ValueError("mpo_learning_rate: expected method full or light, got dense")
     if centre_bits is not None and method != "light":
         raise ValueError(
             f"centre_bits: expected method light, whose centres are frozen, got {method}"
         )
-    output = Path(output)
-    settings = {
-        "model": str(model_name_or_path),
-        "task": task,
-        "data_dir": None if data_dir is None else str(data_dir),
-        "eval_split": eval_split,
-        "method": method,
-        "config": None if config is None else repr(config),
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "mpo_learning_rate": mpo_rate,
-        "weight_decay": weight_decay,
-        "warmup": warmup,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "precision": precision,
-        "max_length": max_length,
-        "max_train_samples": max_train_samples,
-        "seed": seed,
-        "centre_bits": centre_bits,
-        **{name: repr(value) for name, value in training_arguments.items()},
-    }
-    last = last_checkpoint(output, settings, resume=resume, overwrite=overwrite)
-    start = prepared(
-        model_name_or_path,
-        task,
-        output,
-        lambda task: load_for_training(model_name_or_path, task, method, config),
-        prepare,
-        data_dir=data_dir,
-        eval_split=eval_split,
-        max_length=max_length,
-        max_train_samples=max_train_samples,
-        max_eval_samples=max_eval_samples,
-        seed=seed,
-        overwrite=overwrite or last is not None,
-    )
-    model, parameters = start.model, count_parameters(start.model)
-    if centre_bits is not None:
-        quantize_centres(model, centre_bits)
+    output, folder = Path(output), Path(output) / _FOLDER
     arguments = TrainingArguments(
         **{
-            "output_dir": str(output),
+            "output_dir": str(folder),
             "num_train_epochs": epochs,
             "per_device_train_batch_size": batch_size,
             "per_device_eval_batch_size": batch_size,
@@ -204,6 +169,46 @@ def finetune(
             **training_arguments,
         }
     )
+    settings = {
+        "model": str(Path(model_name_or_path)),
+        "task": task,
+        "data_dir": None if data_dir is None else str(Path(data_dir)),
+        "eval_split": eval_split,
+        "method": method,
+        "config": None if config is None else repr(config),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "mpo_learning_rate": mpo_rate,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "precision": precision,
+        "max_length": max_length,
+        "max_train_samples": max_train_samples,
+        "seed": seed,
+        "centre_bits": centre_bits,
+        "processes": arguments.world_size,
+        **{name: repr(value) for name, value in training_arguments.items()},
+    }
+    last = last_checkpoint(folder, settings, resume=resume, overwrite=overwrite)
+    start = prepared(
+        model_name_or_path,
+        task,
+        output,
+        lambda task: load_for_training(model_name_or_path, task, method, config),
+        prepare,
+        data_dir=data_dir,
+        eval_split=eval_split,
+        max_length=max_length,
+        max_train_samples=max_train_samples,
+        max_eval_samples=max_eval_samples,
+        seed=seed,
+        overwrite=overwrite or last is not None,
+    )
+    model, parameters = start.model, count_parameters(start.model)
+    if centre_bits is not None:
+        quantize_centres(model, centre_bits)
     trainer = MPOTrainer(
         model=model,
         args=arguments,
@@ -214,20 +219,19 @@ def finetune(
         mpo_learning_rate=mpo_rate,
     )
     if trainer.is_world_process_zero() and last is None:
-        if save_steps is None:
-            clear(output)
-        else:
-            begin(output, settings)
+        begin(folder, settings)
     reset_peak_memory(trainer.args.device)
     try:
         outcome = trainer.train(resume_from_checkpoint=last)
     except FloatingPointError:
-        clear(output)
+        clear(folder)
+        with suppress(OSError):  # where there was something in it before
+            output.rmdir()
         raise
     memory = peak_memory(trainer.args.device)
     if centre_bits is not None:
         dequantize_centres(model)
-    trainer.save_model()  # before anything else may fail
+    trainer.save_model(str(output))  # before anything else may fail
     metrics, outputs = predict(trainer, start.task, start.evaluation)
     result = {
         **_result(start.task, metrics, parameters),
@@ -247,7 +251,6 @@ def finetune(
         "precision": precision,
         "centre_bits": centre_bits,
         "device": device_name(trainer),
-        "train_loss": outcome.training_loss,
         "losses": [
             [log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log
         ],
@@ -256,6 +259,7 @@ def finetune(
         _save_predictions(output / "predictions.npz", outputs)
         text = json.dumps(result, indent=2) + "\n"
         (output / "results.json").write_text(text, encoding="utf-8")
+        clear(folder)
     return result
 
 

@@ -74,7 +74,7 @@ def export(model: PreTrainedModel, output: str | os.PathLike[str], format: str) 
         ModuleNotFoundError: `onnx` without its packages.
         FloatingPointError: the program's outputs are not the model's.
     """
-    output = Path(output)
+    output = Path(output).resolve()
     check_request(output, format)
     _check_model(model)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -123,23 +123,7 @@ def heal(
     output = Path(output)
     texts = [text] if evaluate is None else [text, evaluate]
     check_output(output, model_name_or_path, teacher, *texts, overwrite=overwrite)
-    settings = {
-        "model": str(model_name_or_path),
-        "teacher": str(teacher),
-        "text": str(text),
-        "method": method,
-        "tokens": tokens,
-        "learning_rate": learning_rate,
-        "seqlen": seqlen,
-        "batch_size": batch_size,
-        "precision": precision,
-        "seed": seed,
-    }
     folder = output / _FOLDER
-    last = last_checkpoint(folder, settings, resume=resume, overwrite=overwrite)
-    set_seed(seed)
-    start = opened(model_name_or_path, teacher, method, seqlen, precision)
-    model, seqlen = start.model, start.seqlen
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch_size,
@@ -157,6 +141,23 @@ def heal(
         **runtime_arguments(precision),
     )
     at_once = arguments.train_batch_size * arguments.world_size
+    settings = {
+        "model": str(Path(model_name_or_path)),
+        "teacher": str(Path(teacher)),
+        "text": str(Path(text)),
+        "method": method,
+        "tokens": tokens,
+        "learning_rate": learning_rate,
+        "seqlen": seqlen,
+        "batch_size": batch_size,
+        "precision": precision,
+        "seed": seed,
+        "processes": arguments.world_size,
+    }
+    last = last_checkpoint(folder, settings, resume=resume, overwrite=overwrite)
+    set_seed(seed)
+    start = opened(model_name_or_path, teacher, method, seqlen, precision)
+    model, seqlen = start.model, start.seqlen
     arguments.max_steps = math.ceil(tokens / (at_once * seqlen))
     arguments.save_steps = arguments.logging_steps = math.ceil(arguments.max_steps / 20)
     needed = arguments.max_steps * at_once

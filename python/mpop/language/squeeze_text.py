@@ -54,8 +54,7 @@ def squeeze_on_text(
     check_positive(
         seqlen=seqlen, max_train_samples=max_train_samples, max_eval_samples=max_eval_samples
     )
-    texts = [text] if evaluate is None else [text, evaluate]
-    check_output(output, model_name_or_path, teacher, *texts, overwrite=how.may_replace(output))
+    check_output(output, model_name_or_path, teacher, overwrite=how.may_replace(output))
     set_seed(how.seed)
     start = opened(model_name_or_path, teacher, "light", seqlen, how.precision)
     model, tokenizer = start.model, start.tokenizer

@@ -384,6 +384,8 @@ def test_a_share_of_trained_parameters(bert, fast, data, tmp_path, capsys):
     assert trained[0] < trained[1]
     assert run(*tune, "--share", 0.1) == 2
     assert "--share: expected --method light" in capsys.readouterr().err.splitlines()[-1]
+    assert run(*tune, "--mpo-learning-rate", 0.1) == 2
+    assert "rate: expected --method full or light" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(SystemExit):
         run(*tune, "--method", "light", "--share", 1)
     assert "expected a number above 0 and below 1" in capsys.readouterr().err

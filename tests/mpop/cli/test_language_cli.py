@@ -151,12 +151,20 @@ def test_what_is_no_model_stays(
         monkeypatch.chdir(folder)
         line = fails(capsys, compress(dense, Path(here), texts / "a.txt", *few))
         assert "expected another folder than the current one, or one above it" in line
+    (mine / "link.txt").symlink_to(texts / "a.txt")
+    assert "which is read" in fails(capsys, compress(dense, mine, mine / "link.txt", *few))
+    (mine / "link.txt").unlink()
     assert before == {file.name: file.read_bytes() for file in mine.iterdir()}
     assert main(compress(dense, mine, texts / "a.txt", *few)) == 0
     assert mpop.load(mine)
     assert all((mine / name).read_bytes() == held for name, held in before.items())
     with pytest.raises(ValueError, match="expected another folder than the current one"):
         mpop.save(mpop.load(mine), ".")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    mpop.save(mpop.load(mine), tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
 
 
 def test_options_that_mean_nothing(dense: Path, texts: Path, tmp_path: Path, capsys: Any):

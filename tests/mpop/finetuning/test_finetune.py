@@ -252,23 +252,33 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.fixture
+def interrupted(monkeypatch):
+    """`finetune` that is stopped after so many steps."""
+
+    def run(at, *args, **kwargs):
+        step = MPOTrainer.training_step
+
+        def interrupt(trainer, *args, **kwargs):
+            if trainer.state.global_step == at:
+                raise Interrupted
+            return step(trainer, *args, **kwargs)
+
+        with monkeypatch.context() as patched, pytest.raises(Interrupted):
+            patched.setattr(MPOTrainer, "training_step", interrupt)
+            finetune(*args, **kwargs)
+
+    return run
+
+
 @pytest.mark.parametrize("method", ["dense", "light"])
-def test_resume_ends_where_an_uninterrupted_run_does(method, bert, data, tmp_path, monkeypatch):
+def test_resume_ends_where_an_uninterrupted_run_does(method, bert, data, tmp_path, interrupted):
     settings = {**FAST, "data_dir": data, "save_steps": 2}
     whole = finetune(bert, "sst2", tmp_path / "whole", method, **settings)
-    step = MPOTrainer.training_step
-
-    def interrupt(trainer, *args, **kwargs):
-        if trainer.state.global_step == 3:
-            raise Interrupted
-        return step(trainer, *args, **kwargs)
-
-    monkeypatch.setattr(MPOTrainer, "training_step", interrupt)
-    with pytest.raises(Interrupted):
-        finetune(bert, "sst2", tmp_path / "parts", method, **settings)
-    monkeypatch.undo()
-    assert not (tmp_path / "parts" / "results.json").exists()
+    interrupted(3, bert, "sst2", tmp_path / "parts", method, **settings)
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["finetuning"]
     parts = finetune(bert, "sst2", tmp_path / "parts", method, resume=True, **settings)
+    assert not (tmp_path / "parts/finetuning").exists()
     assert parts["steps"] == whole["steps"] == 6
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert expected.keys() == found.keys()
@@ -284,16 +294,17 @@ def test_resume_without_a_checkpoint_begins(bert, data, tmp_path):
         finetune(bert, "sst2", tmp_path / "out", data_dir=data, resume=True, **FAST)
 
 
-def test_only_the_same_run_goes_on(bert, data, tmp_path):
-    output = tmp_path / "out"
-    settings = {**FAST, "data_dir": data, "max_steps": 2, "save_steps": 1}
-    finetune(bert, "sst2", output, "light", **settings)
+def test_only_the_same_run_goes_on(bert, data, tmp_path, interrupted):
+    output, folder = tmp_path / "out", tmp_path / "out/finetuning"
+    settings = {**FAST, "data_dir": data, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    interrupted(2, bert, "sst2", output, "light", **settings)
+    (folder / "checkpoint-best").mkdir()  # a user's
     before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     for task, method, changed, message in (
         ("cola", "light", {}, "expected a run of task = 'cola', got one of 'sst2'"),
         ("sst2", "dense", {}, "expected a run of method = 'dense', got one of 'light'"),
         ("sst2", "light", {"seed": 5}, "expected a run of seed = 5, got one of 0"),
-        ("sst2", "light", {"max_steps": 3}, "expected a run of max_steps = '3', got one of '2'"),
+        ("sst2", "light", {"max_steps": 4}, "expected a run of max_steps = '4', got one of '3'"),
         (
             "sst2",
             "light",
@@ -303,15 +314,18 @@ def test_only_the_same_run_goes_on(bert, data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             finetune(bert, task, output, method, **{**settings, **changed}, resume=True)
-    (output / "model.safetensors").unlink()
-    (output / "config.json").unlink()
-    with pytest.raises(ValueError, match="out holds a run: resume it, or overwrite it"):
+    with pytest.raises(ValueError, match="finetuning holds a run: resume it, or overwrite it"):
         finetune(bert, "sst2", output, "light", **settings)
-    found = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
-    assert found.items() < before.items() and len(before) - len(found) == 2
-    del settings["save_steps"]
+    held = json.loads((folder / "settings.json").read_text())
+    for damaged in ("[1]", "{", json.dumps({**held, "processes": 2})):
+        (folder / "settings.json").write_text(damaged)
+        message = "not the settings of a run, or damaged|expected a run of processes = 1, got .* 2"
+        with pytest.raises(ValueError, match=rf"settings.json: ({message})"):
+            finetune(bert, "sst2", output, "light", **settings, resume=True)
+    (folder / "settings.json").write_bytes(before[folder / "settings.json"])
+    assert before == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     finetune(bert, "sst2", output, "light", **settings, overwrite=True)
-    assert not list(output.glob("checkpoint-*")) and not (output / "settings.json").exists()
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-best"]
 
 
 def test_holdout_is_not_trained_on_and_dev_is_not_read(bert, tmp_path):
@@ -341,7 +355,6 @@ def test_subsets_are_fixed(data):
     ("settings", "message"),
     [
         ({"method": "lite"}, "method must be one of dense, full, light, got 'lite'"),
-        ({"mpo_learning_rate": 1e-3}, "mpo_learning_rate: expected method full or light"),
         ({"eval_split": "test"}, "eval_split must be one of dev, train-holdout"),
         ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16"),
         ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),

@@ -300,6 +300,21 @@ def test_an_older_export_is_replaced(tmp_path):
     assert not any("stack_trace" in node.meta for node in program.graph.nodes)
 
 
+def test_a_folder_above_gets_the_program_alone(tmp_path, monkeypatch):
+    here = tmp_path / "above" / "here"
+    here.mkdir(parents=True)
+    (here / "mine").touch()
+    monkeypatch.chdir(here)
+    program = {"onnx": lambda module, new: (new.mkdir(), (new / "made").touch(), module)[-1]}
+    monkeypatch.setattr("mpop.integrations.export._FORMATS", program)
+    monkeypatch.setattr("mpop.integrations.export._compare", lambda *_: 0.0)
+    for output in ("..", "../../above/here/.."):
+        mpop.export(compressed("distilbert"), output, "onnx")
+        assert {path.name for path in here.iterdir()} == {"mine"}
+        assert {path.name for path in here.parent.iterdir()} == {"here", "made"}
+        assert [path.name for path in tmp_path.iterdir()] == ["above"]
+
+
 def quantized(model):
     mpop.quantize_centres(model)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def log_likelihood(model: torch.nn.Module, ids: torch.Tensor, seqlen: int) -> fl
 
 def test_squeezing_on_a_text(folder: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "out"
-    options = ("--teacher", str(folder), "--seqlen", "21", *FEW, "--json")
+    output.mkdir()
+    text = shutil.copy(folder / "a.txt", output)  # other files than a model's stay
+    options = ("--teacher", str(folder), "--seqlen", "21", *FEW, "--text", str(text), "--json")
     assert main(command(folder, output, *options)) == 0
     captured = capsys.readouterr()
     result = last_json(captured.out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -95,12 +96,17 @@ def test_a_light_run(data: Path, bert: Path, tmp_path: Path, capsys: Any) -> Non
     assert last_json(capsys.readouterr().out)["value"] == quantised["value"]
 
 
-def test_a_run_that_is_resumed(data: Path, bert: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_resumed(
+    data: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings: dict[str, Any] = {"method": "light", "centre_bits": 8, "save_steps": 2}
     settings |= {"data_dir": data, "epochs": 1.0, "max_length": 16, "batch_size": 16}
-    finetune(bert, "sst2", tmp_path / "run", **settings)
-    whole = load_file(tmp_path / "run/model.safetensors")
-    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    finetune(bert, "sst2", tmp_path / "whole", **settings)
+    whole = load_file(tmp_path / "whole/model.safetensors")
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr("mpop.finetuning.task.predict", mock.Mock(side_effect=InterruptedError))
+        finetune(bert, "sst2", tmp_path / "run", **settings)
+    (checkpoint,) = (tmp_path / "run/finetuning").glob("checkpoint-*")
     assert list(mpo_modules(mpop.load(checkpoint)))
     finetune(bert, "sst2", tmp_path / "run", **settings, resume=True)
     again = load_file(tmp_path / "run/model.safetensors")
