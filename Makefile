@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # The same environment with no more than the demo needs.
 DEMO_READY := $(VENV)/.ready-demo
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+# Two workers at a time, each of one thread, inductor's compiler too.
+PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # Modules are compiled when they are first imported, and kept: pip would compile all that it installs.
 export PYTHONDONTWRITEBYTECODE :=
 QUICK := --quiet --no-compile
@@ -29,12 +31,12 @@ test: $(READY)
 	+$(MAKE) --no-print-directory -j2 lint check
 
 check: $(READY)
-	OMP_NUM_THREADS=1 $(PYTEST)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 # All the architectures of transformers that are known to work; the tests take one of each kind.
 survey: $(READY)
-	OMP_NUM_THREADS=1 $(PYTEST) -m "survey or not survey" tests/mpop/test_architectures.py
+	$(PYTEST) -m "survey or not survey" tests/mpop/test_architectures.py
 
 test-vllm: $(VENV_VLLM)/.ready
 	$(VENV_VLLM)/bin/python -m pytest tests/serving/vllm --timeout 600

@@ -116,13 +116,14 @@ def test_a_budget_holds_and_the_rank_is_of_it(name: str) -> None:
     for names, new, parameters, num_bytes in found:
         size, way = 2 * parameters, WAYS[name]
         if parameters < new.numel():
-            # Each row has its place, of eight bytes, and where all is in bytes a scale of four.
-            size = parameters + 4 * len(new) if way.in_bytes else size
+            # Each row has its place, of eight bytes, and where all is in bytes a scale of four, as
+            # has each column of what is made of rows.
+            rank = int(torch.linalg.matrix_rank(new, rtol=1e-4))
+            size = parameters + 4 * (len(new) + rank) if way.in_bytes else size
             size += 8 * len(new) * way.interpolative
         assert num_bytes == size
         assert new.shape == weights[names].shape
         if WAYS[name].num_cores is None and parameters < new.numel():
-            rank = int(torch.linalg.matrix_rank(new, rtol=1e-4))
             saved = rank**2 if WAYS[name].interpolative else 0
             assert parameters == rank * sum(new.shape) - saved
 
