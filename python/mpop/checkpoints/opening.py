@@ -77,7 +77,7 @@ def check_file(path: str | Path, what: str, suffix: str = "") -> None:
         raise NotADirectoryError(f"{folder}: expected a folder for {what}")
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path}: expected a file for {what}")
-    if Path(path).suffix != suffix and suffix:
+    if suffix and Path(path).suffix != suffix:
         raise ValueError(f"{path}: expected a file for {what} whose name ends in {suffix}")
 
 
