@@ -86,11 +86,11 @@ def run(
     read = tokens[: found.tokens].tolist()
     begins = [at for at, token in enumerate(read) if token == tokenizer.bos_token_id]
     # A chat's template may put it before every message.
-    bos = f"{len(begins):,} BOS" if begins else "no BOS"
+    bos = "BOS before the text only" if begins == [0] else f"{len(begins) or 'no'} BOS"
     protocol = (
         f"tokenised once, {found.windows:,} windows of {found.seqlen} that do not overlap, the "
         f"{found.dropped:,} tokens that remain dropped; {found.seqlen - 1} targets a window; "
-        f"{'BOS before the text only' if begins == [0] else bos}; exp(sum of losses / targets)"
+        f"{bos}; exp(sum of losses / targets)"
     )
     result: dict[str, Any] = {
         "model": model,

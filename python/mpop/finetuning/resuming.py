@@ -65,12 +65,13 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove a run, and the folder where nothing else is in it."""
+    """Remove a run, its folder where nothing else is in that, and likewise the output around it."""
     for _, checkpoint in _checkpoints(folder):
         shutil.rmtree(checkpoint, ignore_errors=True)
     (folder / _SETTINGS).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
+        folder.parent.rmdir()
 
 
 def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +224,6 @@ def finetune(
         outcome = trainer.train(resume_from_checkpoint=last)
     except FloatingPointError:
         clear(folder)
-        with suppress(OSError):  # where there was something in it before
-            output.rmdir()
         raise
     memory = peak_memory(trainer.args.device)
     if centre_bits is not None:

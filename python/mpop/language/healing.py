@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,8 +199,6 @@ def heal(
         after = measured()
     except FloatingPointError:
         clear(folder)
-        with suppress(OSError):  # where there was something in it before
-            output.rmdir()
         raise
     parameters = count_parameters(model)
     result: dict[str, Any] = {

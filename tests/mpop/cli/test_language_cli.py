@@ -152,7 +152,9 @@ def test_what_is_no_model_stays(
         line = fails(capsys, compress(dense, Path(here), texts / "a.txt", *few))
         assert "expected another folder than the current one, or one above it" in line
     (mine / "link.txt").symlink_to(texts / "a.txt")
-    assert "which is read" in fails(capsys, compress(dense, mine, mine / "link.txt", *few))
+    assert "link.txt, which is read" in fails(
+        capsys, compress(dense, mine, mine / "link.txt", *few)
+    )
     (mine / "link.txt").unlink()
     assert before == {file.name: file.read_bytes() for file in mine.iterdir()}
     assert main(compress(dense, mine, texts / "a.txt", *few)) == 0

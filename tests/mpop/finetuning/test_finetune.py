@@ -379,7 +379,7 @@ def test_output_has_to_be_a_folder_of_its_own(bert, data, tmp_path):
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="file is not a writable folder"):
             finetune(bert, "sst2", output, data_dir=data)
-    with pytest.raises(ValueError, match="which is read"):
+    with pytest.raises(ValueError, match=f"{bert} holds {bert}, which is read: choose another"):
         finetune(bert, "sst2", bert, data_dir=data, overwrite=True)
     other = tmp_path / "other"
     shutil.copytree(bert, other)

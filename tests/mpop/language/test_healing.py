@@ -239,7 +239,7 @@ def test_refusals(dense: Path, small: Path, tmp_path: Path, capsys: Any) -> None
     assert "short.txt: expected at least the 16 tokens of one window, got 15" in line
     assert "seqlen: expected at least 2" in fails(capsys, command(small, dense, out, seqlen=1))
     line = fails(capsys, command(small, dense, dense, "--overwrite"))
-    assert "which is read" in line
+    assert f"{dense} holds {dense}, which is read: choose another folder" in line
     for name in (small, dense):
         shutil.copytree(name, tmp_path / "more" / name.name)
         more = tokenizer()
@@ -261,9 +261,11 @@ def test_refusals(dense: Path, small: Path, tmp_path: Path, capsys: Any) -> None
             mpop.heal(small, dense, dense / "a.txt", out, **{**OPTIONS, name: value})
     (tmp_path / "texts").mkdir()
     shutil.copy(dense / "a.txt", tmp_path / "texts")
-    for output in (tmp_path / "texts", tmp_path):  # where the text is, and where the evaluation's
-        text = ("--text", tmp_path / "texts", "--evaluate", tmp_path / "short.txt", "--overwrite")
-        assert "which is read" in fails(capsys, command(small, dense, output, *map(str, text)))
+    text, short = tmp_path / "texts", tmp_path / "short.txt"
+    more = ("--text", str(text), "--evaluate", str(short), "--overwrite")
+    for output, read in ((text, text), (tmp_path, short)):
+        line = fails(capsys, command(small, dense, output, *more))
+        assert f"{output} holds {read}, which is read: choose another folder" in line
     save_llama(out)
     assert "holds a model: choose another folder" in fails(capsys, command(small, dense, out))
 

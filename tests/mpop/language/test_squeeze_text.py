@@ -127,7 +127,10 @@ def test_bad_models_and_texts(folder: Path, tmp_path: Path, capsys: Any) -> None
         (dense, "is dense; compress it first"),
         (command(folder, output, *options, "--text", str(tmp_path / "short.txt")), "of one window"),
         (command(folder, output, *options, "--evaluate", "none.txt"), "missing file none.txt"),
-        (command(folder, folder, *options, "--overwrite"), "which is read"),
+        (
+            command(folder, folder, *options, "--overwrite"),
+            f"{folder} holds {folder}, which is read",
+        ),
         (command(folder, save_llama(tmp_path / "other"), *options, "--resume"), "holds a model"),
         (
             [
